@@ -1,0 +1,1 @@
+"""The optimizers themselves (torch and triton)."""

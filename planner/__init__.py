@@ -1,0 +1,1 @@
+"""Memory models of optimizers and training steps, in pure Python."""

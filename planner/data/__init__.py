@@ -1,0 +1,1 @@
+"""Facts as data files: GPUs, models, optimizers and published figures."""

@@ -1,0 +1,1 @@
+"""A model's configuration read into its exact inventory of parameters."""

@@ -1,0 +1,1 @@
+"""What each optimizer keeps, allocates and moves: one file an optimizer."""

@@ -1,0 +1,129 @@
+"""The saved types: what an estimate says, in the JSON form that users and tests rely on."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from optplan.planner.timeline import Category, Phase
+
+ESTIMATE_SCHEMA: Literal["optplan.estimate/1"] = "optplan.estimate/1"
+
+
+class ModelRow(msgspec.Struct, frozen=True):
+    """The model an estimate is about."""
+
+    name: str
+    num_parameters: int
+    source: str
+
+
+class GpuRow(msgspec.Struct, frozen=True):
+    """The GPU an estimate is held against; bytes per GPU.
+
+    Attributes:
+        total_bytes: Memory that the driver reports.
+        usable_bytes: What is left for torch's allocator once the context is loaded: `total_bytes - context_bytes`.
+        context_bytes: CUDA context and loaded kernels; 0 for a budget given with `--memory`.
+    """
+
+    name: str
+    total_bytes: int
+    usable_bytes: int
+    context_bytes: int
+
+
+class StepConfig(msgspec.Struct, frozen=True):
+    """How the step is run, apart from the optimizer."""
+
+    precision: str
+    batch_size: int
+    seq_len: int
+    grad_accum: int
+    checkpointing: str
+    attention: str
+    gpus: int
+    sharding: str
+
+
+class ResidentBytes(msgspec.Struct, frozen=True):
+    """Bytes of the tensors that live across the step, unrounded, per GPU.
+
+    `optimizer_state` counts what lives on the device: step counters and paged state kept on the host are left out.
+    """
+
+    parameters: int
+    gradients: int
+    master_weights: int
+    optimizer_state: int
+
+    @property
+    def total(self) -> int:
+        """All four together."""
+        return self.parameters + self.gradients + self.master_weights + self.optimizer_state
+
+
+class PhasePeak(msgspec.Struct, frozen=True):
+    """The largest number of allocated bytes within one phase of a steady step (every one after the first)."""
+
+    peak_allocated_bytes: int
+
+
+class TensorRow(msgspec.Struct, frozen=True):
+    """One state tensor of one parameter (`--per-tensor`)."""
+
+    parameter: str
+    state: str
+    shape: tuple[int, ...]
+    dtype: str
+    device: str
+    bytes: int
+
+
+class Estimate(msgspec.Struct, frozen=True, kw_only=True):
+    """What one optimizer needs for the configured step; bytes per GPU, peaks in allocated bytes.
+
+    Everything that depends on the step's timeline is None for a model family without step rules.
+    """
+
+    optimizer: str
+    implementation: str
+    options: dict[str, Any]
+    bytes: ResidentBytes
+    state_tensors: dict[str, int]
+    phases: dict[Phase, PhasePeak] | None
+    peak_allocated_bytes: int | None
+    peak_phase: Phase | None
+    peak_categories: dict[Category, int] | None
+    peak_reserved_bytes: int | None
+    device_bytes: int | None
+    fits: bool | None
+    headroom_bytes: int | None
+    max_batch_size: int | None
+    step_seconds: dict[str, float] | None = None
+    notes: list[str] = []
+    per_tensor: list[TensorRow] | msgspec.UnsetType = msgspec.UNSET
+
+
+class Recommendation(msgspec.Struct, frozen=True):
+    """The configuration to run, why, and the command that reproduces its estimate."""
+
+    optimizer: str
+    options: dict[str, Any]
+    config: StepConfig
+    reasons: list[str]
+    command: str
+
+
+class EstimateReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer of `optplan estimate`: one model, one GPU, one step, any number of optimizers."""
+
+    schema: Literal["optplan.estimate/1"] = ESTIMATE_SCHEMA
+    version: str
+    engine: str
+    model: ModelRow
+    gpu: GpuRow
+    config: StepConfig
+    estimates: list[Estimate]
+    recommendation: Recommendation | None

@@ -1,0 +1,1 @@
+"""The rules of one training step: the allocations that it makes, in order."""

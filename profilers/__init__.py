@@ -1,0 +1,1 @@
+"""Traced and live training steps (torch)."""

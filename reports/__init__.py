@@ -1,0 +1,1 @@
+"""Records rendered for the terminal, JSON and HTML."""
