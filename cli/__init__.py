@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from optplan.planner.version import VERSION as __version__
+
 if TYPE_CHECKING:
     from optplan.planner.estimate import estimate
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "estimate"]
 
 

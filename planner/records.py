@@ -81,6 +81,32 @@ class TensorRow(msgspec.Struct, frozen=True):
     bytes: int
 
 
+class Saving(msgspec.Struct, frozen=True):
+    """How much less than AdamW (its default implementation, same step) an optimizer needs; negative if it needs more.
+
+    Attributes:
+        state_bytes: AdamW's resident optimizer state less this optimizer's.
+        peak_bytes: AdamW's peak of the step less this optimizer's, None without step rules.
+    """
+
+    state_bytes: int
+    peak_bytes: int | None
+
+    @property
+    def surviving(self) -> float | None:
+        """Share of the saving in state that is still there at the peak, None where there is no saving to survive."""
+        if self.peak_bytes is None or self.state_bytes <= 0:
+            return None
+        return self.peak_bytes / self.state_bytes
+
+
+class Skipped(msgspec.Struct, frozen=True):
+    """An optimizer left out of a table of all, and why it cannot run this step."""
+
+    optimizer: str
+    reason: str
+
+
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     """What one optimizer needs for the configured step; bytes per GPU, peaks in allocated bytes.
 
@@ -102,6 +128,7 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     headroom_bytes: int | None
     max_batch_size: int | None
     step_seconds: dict[str, float] | None = None
+    saving_against_adamw: Saving | None = None
     notes: list[str] = []
     per_tensor: list[TensorRow] | msgspec.UnsetType = msgspec.UNSET
 
@@ -110,6 +137,7 @@ class Recommendation(msgspec.Struct, frozen=True):
     """The configuration to run, why, and the command that reproduces its estimate."""
 
     optimizer: str
+    implementation: str
     options: dict[str, Any]
     config: StepConfig
     reasons: list[str]
@@ -127,3 +155,5 @@ class EstimateReport(msgspec.Struct, frozen=True, kw_only=True):
     config: StepConfig
     estimates: list[Estimate]
     recommendation: Recommendation | None
+    skipped: list[Skipped] = []
+    notes: list[str] = []

@@ -1,0 +1,43 @@
+"""The Typer application: one command per file of `optplan.commands`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from optplan import __version__
+from optplan.commands.estimate import estimate
+from optplan.commands.explain import explain
+from optplan.commands.gpus import gpus
+from optplan.commands.models import models
+from optplan.commands.optimizers import optimizers
+from optplan.commands.published import published
+
+app = typer.Typer(
+    name="optplan",
+    help="How much GPU memory a training step takes with each optimizer, and which configuration fits best.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (estimate, explain, models, gpus, optimizers, published):
+    app.command()(command)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"optplan {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """How much GPU memory a training step takes with each optimizer, and which configuration fits best."""
+    del version

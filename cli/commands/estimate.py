@@ -1,0 +1,59 @@
+"""`optplan estimate`: what a training step needs with each optimizer, and which one to take."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from optplan import options, output
+
+
+def estimate(
+    model: options.Model,
+    gpu: options.GpuName = None,
+    memory: options.Memory = None,
+    optimizer: options.Optimizers = None,
+    settings: options.Settings = None,
+    precision: options.Precision = "bf16",
+    state_dtype: options.StateDtype = None,
+    batch_size: options.BatchSize = 1,
+    seq_len: options.SeqLen = None,
+    grad_accum: options.GradAccum = 1,
+    checkpointing: options.Checkpointing = "none",
+    attention: options.Attention = "sdpa",
+    gpus: options.Gpus = 1,
+    sharding: options.Sharding = "none",
+    engine: options.Engine = "rules",
+    per_tensor: Annotated[bool, typer.Option("--per-tensor", help="List the state of every parameter.")] = False,
+    json: options.Json = False,
+) -> None:
+    """Estimate the GPU memory of a training step with each optimizer; exit 0 if something fits, 1 if nothing does."""
+    from optplan.planner.estimate import estimate as estimate_report
+
+    report = estimate_report(
+        model,
+        gpu=gpu,
+        memory=memory,
+        optimizer=optimizer or None,
+        options=settings,
+        precision=precision,
+        state_dtype=state_dtype,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        grad_accum=grad_accum,
+        checkpointing=checkpointing,
+        attention=attention,
+        gpus=gpus,
+        sharding=sharding,
+        engine=engine,
+        per_tensor=per_tensor,
+    )
+    if json:
+        output.print_json(report)
+    else:
+        from optplan.reports.terminal.estimate import render_estimate
+
+        output.print_terminal(render_estimate, report)
+    if report.estimates and all(row.fits is False for row in report.estimates):
+        raise typer.Exit(1)

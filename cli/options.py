@@ -1,0 +1,39 @@
+"""The options that several commands share, each written once."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+_MODEL = "Model: an id or alias of `optplan models`, or the path of a Hugging Face config.json."
+
+Model = Annotated[str, typer.Option("--model", "-m", help=_MODEL)]
+GpuName = Annotated[str | None, typer.Option("--gpu", "-g", help="GPU: an id of `optplan gpus`, such as a100-40g.")]
+Memory = Annotated[
+    str | None, typer.Option("--memory", help="Instead of --gpu: bytes that torch may allocate, such as 38GiB.")
+]
+Optimizers = Annotated[
+    list[str] | None,
+    typer.Option("--optimizer", "-o", help="Optimizer: an id of `optplan optimizers`; repeatable. All when left out."),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Option of an optimizer, such as window=10 or adam-mini.implementation=official."),
+]
+Precision = Annotated[str, typer.Option(help="bf16, fp32, amp, mixed or fp16-amp.")]
+StateDtype = Annotated[
+    str | None, typer.Option(help="Dtype of the optimizer's moments where it can differ: fp32, bf16 or fp16.")
+]
+BatchSize = Annotated[int, typer.Option("--batch-size", "-b", help="Sequences in one micro-batch.")]
+SeqLen = Annotated[
+    int | None, typer.Option("--seq-len", "-s", help="Tokens in a sequence.", show_default="2048 or the model's maximum")
+]
+GradAccum = Annotated[int, typer.Option(help="Micro-batches accumulated before each optimizer step.")]
+Checkpointing = Annotated[str, typer.Option(help="Activation checkpointing: none or full.")]
+Attention = Annotated[str, typer.Option(help="Attention implementation: sdpa, eager or flash.")]
+Gpus = Annotated[int, typer.Option(help="Number of GPUs.")]
+Sharding = Annotated[str, typer.Option(help="Sharding strategy: none.")]
+Engine = Annotated[str, typer.Option(help="Where the step's timeline comes from: rules.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Filter = Annotated[str | None, typer.Option("--filter", "-f", help="Show only rows that contain this text.")]

@@ -1,0 +1,132 @@
+"""One configuration in, the estimate out: resident bytes, the peak of each phase, the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from optplan.planner.candidates import Candidate, OptimizerChoice, Workload, choose_optimizers
+from optplan.planner.catalog import load_model
+from optplan.planner.models.spec import ModelSpec
+from optplan.planner.recommend import recommend
+from optplan.planner.records import Estimate, EstimateReport, GpuRow, ModelRow, Skipped, TensorRow
+from optplan.planner.request import StepRequest, check_request
+from optplan.planner.version import VERSION
+
+
+def estimate(
+    model: str | ModelSpec,
+    *,
+    gpu: str | None = None,
+    memory: str | int | None = None,
+    optimizer: str | Sequence[str] | None = None,
+    options: Mapping[str, object] | Sequence[str] | None = None,
+    precision: str = "bf16",
+    batch_size: int = 1,
+    seq_len: int | None = None,
+    grad_accum: int = 1,
+    checkpointing: str = "none",
+    attention: str = "sdpa",
+    gpus: int = 1,
+    sharding: str = "none",
+    engine: str = "rules",
+    state_dtype: str | None = None,
+    per_tensor: bool = False,
+) -> EstimateReport:
+    """How much GPU memory a training step takes, for one optimizer, several or all of them.
+
+    Args:
+        model: Catalogue id or alias, path to a `config.json`, or a model already read.
+        gpu: GPU of the catalogue; or give `memory`.
+        memory: Bytes that torch may allocate, or text such as `38GiB`; or give `gpu`.
+        optimizer: Optimizer id or ids; every one when None.
+        options: Options of the optimizers, as a mapping or as `key=value` texts; `micro-adam.window=20` addresses one.
+        batch_size: Sequences in one micro-batch.
+        seq_len: Tokens in one sequence; 2048 or the model's maximum, if that is smaller, when None.
+        per_tensor: Whether each estimate lists the state of every parameter.
+
+    Returns:
+        The record that `optplan estimate --json` prints: bytes per GPU, peaks in allocated bytes of a steady step.
+
+    Raises:
+        ConfigError: Something in the request is unknown, out of range or contradictory.
+    """
+    spec = model if isinstance(model, ModelSpec) else load_model(model)
+    request = check_request(
+        spec,
+        gpu=gpu,
+        memory=memory,
+        precision=precision,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        grad_accum=grad_accum,
+        checkpointing=checkpointing,
+        attention=attention,
+        gpus=gpus,
+        sharding=sharding,
+        engine=engine,
+        state_dtype=state_dtype,
+    )
+    return estimate_request(request, choose_optimizers(optimizer, options), per_tensor=per_tensor)
+
+
+def estimate_request(
+    request: StepRequest, choices: Sequence[OptimizerChoice], *, per_tensor: bool = False
+) -> EstimateReport:
+    """The report for a checked request and the optimizers chosen for it."""
+    workload = Workload(request)
+    candidates, skipped = workload.candidates(choices)
+    gpu = request.gpu
+    return EstimateReport(
+        version=VERSION,
+        engine=request.engine,
+        model=ModelRow(request.model.name, request.model.num_parameters, request.model.source),
+        gpu=GpuRow(gpu.id, gpu.total_bytes, gpu.usable_bytes, gpu.context_bytes),
+        config=request.config,
+        estimates=[_estimate(workload, candidate, per_tensor=per_tensor) for candidate in candidates],
+        recommendation=recommend(workload, candidates),
+        skipped=[Skipped(choice.id, reason) for choice, reason in skipped],
+        notes=list(request.notes),
+    )
+
+
+def _estimate(workload: Workload, candidate: Candidate, *, per_tensor: bool) -> Estimate:
+    row: dict[str, Any] = {"per_tensor": _tensor_rows(candidate)} if per_tensor else {}
+    peaks = workload.peaks(candidate)
+    saving = workload.saving(candidate)
+    return Estimate(
+        optimizer=candidate.id,
+        implementation=candidate.implementation,
+        options=candidate.options,
+        bytes=workload.resident(candidate),
+        state_tensors=dict(candidate.footprint.bytes_by_name),
+        phases=peaks and peaks.phases,
+        peak_allocated_bytes=peaks and peaks.peak_bytes,
+        peak_phase=peaks and peaks.peak_phase,
+        peak_categories=peaks and peaks.categories,
+        peak_reserved_bytes=None,
+        device_bytes=None,
+        fits=workload.fits(candidate),
+        headroom_bytes=peaks and request_headroom(workload, peaks.peak_bytes),
+        max_batch_size=workload.max_batch_size(candidate),
+        saving=saving,
+        notes=workload.notes(candidate),
+        **row,
+    )
+
+
+def request_headroom(workload: Workload, peak_bytes: int) -> int:
+    """Bytes left of the GPU's usable memory at the peak; negative when the step does not fit."""
+    return workload.request.gpu.usable_bytes - peak_bytes
+
+
+def _tensor_rows(candidate: Candidate) -> list[TensorRow]:
+    return [
+        TensorRow(parameter.name, tensor.name, tensor.shape, tensor.dtype, tensor.device, tensor.num_bytes)
+        for group in candidate.footprint.groups
+        for parameter in group.parameters
+        for tensor in group.tensors
+    ] + [
+        TensorRow("", tensor.name, tensor.shape, tensor.dtype, tensor.device, tensor.num_bytes)
+        for tensor in candidate.footprint.shared
+    ]

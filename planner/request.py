@@ -1,0 +1,153 @@
+"""What a user asks of the planner, checked: every flag in range and no two in contradiction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from optplan.planner.dtypes import SHORT_NAMES, Dtype
+from optplan.planner.errors import ConfigError, shorten, unknown
+from optplan.planner.gpus import Gpu, custom_gpu, load_gpu
+from optplan.planner.models.spec import ModelSpec
+from optplan.planner.precision import PRECISIONS, PrecisionPolicy
+from optplan.planner.records import StepConfig
+from optplan.planner.units import parse_size
+
+DEFAULT_SEQ_LEN = 2048
+CHECKPOINTING = ("none", "full")
+ATTENTION = ("sdpa", "eager", "flash")
+SHARDING = ("none",)
+ENGINES = ("rules",)
+
+_LIMITS = {"batch_size": 2**20, "seq_len": 2**24, "grad_accum": 2**20, "gpus": 2**16}
+_PLANNED = {
+    "checkpointing": {"selective"},
+    "sharding": {"ddp", "zero1", "zero2", "fsdp2", "fsdp2-noreshard"},
+    "engine": {"trace"},
+}
+"""Names that the command line reserves and that this version does not model."""
+
+
+class StepRequest(msgspec.Struct, frozen=True):
+    """A training step on one GPU, everything but the optimizer; every value checked."""
+
+    model: ModelSpec
+    gpu: Gpu
+    config: StepConfig
+    engine: str
+    state_dtype: Dtype | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def policy(self) -> PrecisionPolicy:
+        """The dtypes of the resident tensors."""
+        return PRECISIONS[self.config.precision]
+
+
+def check_request(
+    model: ModelSpec,
+    *,
+    gpu: str | None = None,
+    memory: str | int | None = None,
+    precision: str = "bf16",
+    batch_size: int = 1,
+    seq_len: int | None = None,
+    grad_accum: int = 1,
+    checkpointing: str = "none",
+    attention: str = "sdpa",
+    gpus: int = 1,
+    sharding: str = "none",
+    engine: str = "rules",
+    state_dtype: str | None = None,
+) -> StepRequest:
+    """The request that these flags make.
+
+    Args:
+        model: The model to train.
+        gpu: Name from the GPU catalogue; or give `memory`.
+        memory: What torch may allocate, as bytes or as text such as `38GiB`; or give `gpu`.
+        batch_size: Sequences of one micro-batch.
+        seq_len: Tokens of one sequence; 2048 or the model's maximum, if that is smaller, when None.
+
+    Raises:
+        ConfigError: A name is unknown, a number out of range, or two flags contradict each other.
+    """
+    _one_of("precision", precision, PRECISIONS)
+    _one_of("checkpointing", checkpointing, CHECKPOINTING)
+    _one_of("attention", attention, ATTENTION)
+    _one_of("sharding", sharding, SHARDING)
+    _one_of("engine", engine, ENGINES)
+    seq_len = min(DEFAULT_SEQ_LEN, model.max_seq_len) if seq_len is None else seq_len
+    counts = {"batch_size": batch_size, "seq_len": seq_len, "grad_accum": grad_accum, "gpus": gpus}
+    for name, count in counts.items():
+        _in_range(name, count)
+    config = StepConfig(precision, batch_size, seq_len, grad_accum, checkpointing, attention, gpus, sharding)
+    target = _target(gpu, memory)
+    _no_contradiction(config)
+    notes = (*_check_length(model, seq_len), *_check_hardware(config, target))
+    return StepRequest(model, target, config, engine, _state_dtype(state_dtype), notes)
+
+
+def _one_of(flag: str, value: object, allowed: Iterable[str]) -> None:
+    allowed = tuple(allowed)
+    if value in allowed:
+        return
+    if value in _PLANNED.get(flag, ()):
+        raise ConfigError(f"--{flag} {value} is not modelled in this version; allowed: {', '.join(allowed)}")
+    raise unknown(f"{flag} for --{flag}", str(value), allowed)
+
+
+def _in_range(name: str, value: Any) -> None:
+    flag = "--" + name.replace("_", "-")
+    if type(value) is not int or not 1 <= value <= _LIMITS[name]:
+        raise ConfigError(f"{flag} must be an integer between 1 and {_LIMITS[name]}, got {shorten(value)}")
+
+
+def _target(gpu: str | None, memory: str | int | None) -> Gpu:
+    if gpu is not None and memory is not None:
+        raise ConfigError("--gpu and --memory contradict each other: give the GPU's name or a memory budget, not both")
+    if gpu is not None:
+        return load_gpu(gpu)
+    if memory is None:
+        raise ConfigError("no GPU given: add --gpu NAME (`optplan gpus` lists them) or a budget such as --memory 38GiB")
+    return custom_gpu(parse_size(memory) if isinstance(memory, str) else memory)
+
+
+def _no_contradiction(config: StepConfig) -> None:
+    if config.attention == "flash" and config.precision == "fp32":
+        raise ConfigError(
+            "--attention flash and --precision fp32 contradict each other: flash attention needs bf16, amp or fp16-amp"
+        )
+    if config.gpus > 1:
+        raise ConfigError(f"--gpus {config.gpus} needs a --sharding strategy, and this version models one GPU; use --gpus 1")
+
+
+def _check_hardware(config: StepConfig, gpu: Gpu) -> tuple[str, ...]:
+    if config.precision not in ("bf16", "amp", "mixed") or gpu.supports_bf16:
+        return ()
+    return (f"{gpu.id} has no bf16 arithmetic: torch emulates it slowly; --precision fp16-amp or fp32 runs natively",)
+
+
+def _check_length(model: ModelSpec, seq_len: int) -> tuple[str, ...]:
+    if seq_len <= model.max_seq_len:
+        return ()
+    if any(p.role == "position_embedding" and _holds_positions(p.shape, model.max_seq_len) for p in model.parameters):
+        raise ConfigError(
+            f"--seq-len {seq_len} is beyond the {model.max_seq_len} positions that {model.name} has embeddings for"
+        )
+    return (f"sequence length {seq_len} is beyond the {model.max_seq_len} tokens that {model.name} was trained for",)
+
+
+def _holds_positions(shape: tuple[int, ...], max_seq_len: int) -> bool:
+    # Learned positions are stored one row each, at most two rows more (OPT, RoBERTa); T5's relative buckets are fewer.
+    return any(max_seq_len <= size <= max_seq_len + 2 for size in shape)
+
+
+def _state_dtype(text: str | None) -> Dtype | None:
+    if text is None:
+        return None
+    if text not in SHORT_NAMES:
+        raise unknown("dtype for --state-dtype", text, SHORT_NAMES)
+    return SHORT_NAMES[text]

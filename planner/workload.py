@@ -1,0 +1,150 @@
+"""A request at work: its step's memory with each optimizer, shared parts computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from optplan.planner.allocator import ROUNDING
+from optplan.planner.candidates import BASELINE, Candidate, OptimizerChoice, bind_candidate, bind_candidates
+from optplan.planner.candidates import optimizer_context
+from optplan.planner.dtypes import ITEMSIZE_BYTES
+from optplan.planner.errors import ConfigError
+from optplan.planner.optimizers.base import OptimizerModel
+from optplan.planner.optimizers.registry import build_optimizer
+from optplan.planner.records import PhasePeak, ResidentBytes, Saving
+from optplan.planner.request import StepRequest
+from optplan.planner.step.profile import PhaseMemory, StepProfile, optimizer_phase, step_profile
+from optplan.planner.step.rules import has_rules
+from optplan.planner.timeline import Category, Phase
+from optplan.planner.units import round_up
+
+_LARGEST_BATCH = 2**20
+
+
+class StepPeaks(msgspec.Struct, frozen=True):
+    """Peaks of a steady step in allocated bytes, and what is alive at the largest of them."""
+
+    phases: dict[Phase, PhasePeak]
+    peak_phase: Phase
+    categories: dict[Category, int]
+
+    @property
+    def peak_bytes(self) -> int:
+        """The largest of the phases' peaks."""
+        return self.phases[self.peak_phase].peak_allocated_bytes
+
+
+class Workload:
+    """Answers for one request; forward and backward are computed once a batch size and shared by all optimizers."""
+
+    def __init__(self, request: StepRequest) -> None:
+        self.request = request
+        self.has_rules = has_rules(request.model)
+        self._profiles: dict[int, StepProfile] = {}
+        self._step_phases: dict[OptimizerModel, PhaseMemory] = {}
+        self._baseline: Candidate | None = None
+        self._parameters = request.model.unique_parameters
+        self._context = optimizer_context(request)
+        self._resident = _resident_categories(request)
+
+    def candidates(self, choices: Sequence[OptimizerChoice]) -> tuple[list[Candidate], list[tuple[str, str]]]:
+        """The choices bound to the model, and those left out with the reason."""
+        return bind_candidates(self.request, choices)
+
+    def resident(self, candidate: Candidate) -> ResidentBytes:
+        """Unrounded bytes of the tensors that live across the step."""
+        policy, count = self.request.policy, self.request.model.num_parameters
+        return ResidentBytes(
+            parameters=count * ITEMSIZE_BYTES[policy.parameter_dtype],
+            gradients=count * ITEMSIZE_BYTES[policy.gradient_dtype],
+            master_weights=count * ITEMSIZE_BYTES[policy.master_dtype] if policy.master_dtype else 0,
+            optimizer_state=candidate.footprint.device_bytes,
+        )
+
+    def peaks(self, candidate: Candidate, *, batch_size: int | None = None) -> StepPeaks | None:
+        """Peaks of the step by phase, None for a family without step rules."""
+        if not self.has_rules:
+            return None
+        profile = self._profile(batch_size or self.request.config.batch_size)
+        step = self._step_phase(candidate).on_top_of(profile.after_backward)
+        memory: dict[Phase, PhaseMemory] = {"forward": profile.forward, "backward": profile.backward, "step": step}
+        resident = dict(self._resident)
+        resident["optimizer_state"] = candidate.footprint.rounded_device_bytes
+        base = sum(resident.values())
+        phases = {phase: PhasePeak(base + part.peak_bytes) for phase, part in memory.items()}
+        # Of equal peaks the earliest phase is named: it is reached first.
+        peak_phase = max(phases, key=lambda phase: phases[phase].peak_allocated_bytes)
+        categories = memory[peak_phase].merged_with(resident)
+        return StepPeaks(phases, peak_phase, categories)
+
+    def fits(self, candidate: Candidate) -> bool | None:
+        """Whether the peak is within the GPU's usable bytes; None if only the resident bytes are known and they are."""
+        usable = self.request.gpu.usable_bytes
+        peaks = self.peaks(candidate)
+        if peaks is not None:
+            return peaks.peak_bytes <= usable
+        return None if self.resident(candidate).total <= usable else False
+
+    def max_batch_size(self, candidate: Candidate) -> int | None:
+        """Largest micro-batch whose peak is within the usable bytes, 0 if not even one sequence fits; by bisection."""
+        if not self.has_rules:
+            return None
+        usable = self.request.gpu.usable_bytes
+
+        def fits(batch_size: int) -> bool:
+            peaks = self.peaks(candidate, batch_size=batch_size)
+            return peaks is not None and peaks.peak_bytes <= usable
+
+        low, high = 0, 1
+        while high <= _LARGEST_BATCH and fits(high):
+            low, high = high, high * 2
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
+
+    def saving(self, candidate: Candidate) -> Saving | None:
+        """What the optimizer saves against AdamW, None for AdamW itself or where AdamW cannot run."""
+        baseline = self._adamw()
+        if baseline is None or candidate.optimizer == baseline.optimizer:
+            return None
+        state = baseline.footprint.device_bytes - candidate.footprint.device_bytes
+        ours, theirs = self.peaks(candidate), self.peaks(baseline)
+        return Saving(state, theirs.peak_bytes - ours.peak_bytes if ours and theirs else None)
+
+    def _adamw(self) -> Candidate | None:
+        if self._baseline is None:
+            try:
+                self._baseline = bind_candidate(self.request, build_optimizer(BASELINE))
+            except ConfigError:
+                return None
+        return self._baseline
+
+    def _profile(self, batch_size: int) -> StepProfile:
+        if batch_size not in self._profiles:
+            self._profiles[batch_size] = step_profile(self.request, batch_size=batch_size)
+        return self._profiles[batch_size]
+
+    def _step_phase(self, candidate: Candidate) -> PhaseMemory:
+        key = candidate.optimizer
+        if key not in self._step_phases:
+            self._step_phases[key] = optimizer_phase(
+                candidate.optimizer, self._parameters, self._context, master=self.request.policy.master_dtype
+            )
+        return self._step_phases[key]
+
+
+def _resident_categories(request: StepRequest) -> dict[Category, int]:
+    policy, model = request.policy, request.model
+    parameters = sum(_rounded(p.numel, policy.parameter_dtype) for p in model.unique_parameters)
+    buffers = sum(_rounded(b.numel, b.dtype or policy.parameter_dtype) for b in model.buffers)
+    resident: dict[Category, int] = {"parameters": parameters + buffers}
+    if policy.master_dtype:
+        resident["master_weights"] = sum(_rounded(p.numel, policy.master_dtype) for p in model.unique_parameters)
+    return resident
+
+
+def _rounded(numel: int, dtype: str) -> int:
+    return round_up(numel * ITEMSIZE_BYTES[dtype], ROUNDING)

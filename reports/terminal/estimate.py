@@ -1,0 +1,185 @@
+"""`optplan estimate` for the terminal: verdict, recommendation, table, bars."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from optplan.planner.records import Estimate, EstimateReport
+from optplan.planner.timeline import Category
+from optplan.planner.units import format_gib
+from optplan.reports.terminal.bars import legend, stacked_bar
+from optplan.reports.terminal.console import Glyphs, glyphs_of
+
+_WIDE, _MIDDLE = 100, 78
+
+
+def render_estimate(report: EstimateReport, console: Console) -> None:
+    """Print the whole answer."""
+    glyphs = glyphs_of(console)
+    console.print(_verdict(report))
+    console.print(_setting(report, glyphs), style="dim")
+    _print_recommendation(report, console, glyphs)
+    console.print()
+    console.print(_table(report, console.width, glyphs))
+    _print_bars(report, console, glyphs)
+    if any(row.per_tensor for row in report.estimates):
+        _print_tensors(report, console, glyphs)
+    _print_notes(report, console, glyphs)
+
+
+def _verdict(report: EstimateReport) -> Text:
+    model, gpu, rows = report.model.name, report.gpu.name, report.estimates
+    fitting = [row for row in rows if row.fits]
+    if not rows:
+        return Text(f"{model}: no optimizer can run this step", "bold red")
+    if all(row.fits is None for row in rows):
+        return Text(f"{model} on {gpu}: the resident bytes fit; the peak is not modelled for this family", "bold yellow")
+    if len(rows) == 1:
+        (row,) = rows
+        verb = "fits" if row.fits else "is not known to fit" if row.fits is None else "does not fit"
+        return Text(f"{model} with {row.optimizer} {verb} on {gpu}{_margin(row)}", "bold green" if row.fits else "bold red")
+    if not fitting:
+        return Text(f"{model} does not fit on {gpu} with any of {len(rows)} optimizers", "bold red")
+    return Text(f"{model} fits on {gpu} with {len(fitting)} of {len(rows)} optimizers", "bold green")
+
+
+def _margin(row: Estimate) -> str:
+    if row.headroom_bytes is None:
+        return ""
+    word = "to spare" if row.headroom_bytes >= 0 else "too much"
+    return f", {format_gib(abs(row.headroom_bytes))} {word}"
+
+
+def _setting(report: EstimateReport, glyphs: Glyphs) -> str:
+    config, gpu = report.config, report.gpu
+    parts = [
+        f"{report.model.num_parameters:,} parameters",
+        config.precision,
+        f"micro-batch {config.batch_size} {glyphs.times} {config.seq_len} tokens",
+        *([f"{config.grad_accum} accumulated"] if config.grad_accum > 1 else []),
+        f"checkpointing {config.checkpointing}",
+        f"{config.attention} attention",
+        f"one GPU: {format_gib(gpu.usable_bytes)} usable of {format_gib(gpu.total_bytes)}"
+        + (f", {format_gib(gpu.context_bytes)} context" if gpu.context_bytes else ""),
+    ]
+    return f" {glyphs.dot} ".join(parts)
+
+
+def _print_recommendation(report: EstimateReport, console: Console, glyphs: Glyphs) -> None:
+    advice = report.recommendation
+    console.print()
+    if advice is None:
+        if any(row.peak_allocated_bytes is not None for row in report.estimates):
+            console.print(
+                "Recommended: none of these has room, not even with full checkpointing; "
+                "try a shorter --seq-len, other optimizers or a larger GPU",
+                style="bold",
+            )
+        return
+    extra = "" if advice.config == report.config else f" with --checkpointing {advice.config.checkpointing}"
+    console.print(Text.assemble(("Recommended: ", "bold"), (advice.optimizer + extra, "bold green")))
+    for reason in advice.reasons:
+        console.print(_bullet(reason, glyphs))
+    console.print(Text(advice.command, "cyan"), soft_wrap=True)
+
+
+def _bullet(sentence: str, glyphs: Glyphs) -> Table:
+    line = Table.grid(padding=(0, 1))
+    line.add_row(glyphs.bullet, sentence)
+    return line
+
+
+def _table(report: EstimateReport, width: int, glyphs: Glyphs) -> Table:
+    table = Table(box=glyphs.box, pad_edge=False, show_edge=False, header_style="bold")
+    known = any(row.peak_allocated_bytes is not None for row in report.estimates)
+    table.add_column("Optimizer", no_wrap=True)
+    table.add_column("State\nGiB", justify="right")
+    table.add_column("Resident\nGiB", justify="right")
+    if known:
+        for title in ("Peak\nGiB", "Peak\nin", "Headroom\nGiB"):
+            table.add_column(title, justify="left" if title.endswith("in") else "right")
+        if width >= _MIDDLE:
+            table.add_column("Largest\nmicro-batch", justify="right")
+        if width >= _WIDE:
+            table.add_column("Saved against adamw,\nstate -> peak GiB", justify="right")
+            table.add_column("Survives\nat peak", justify="right")
+    columns = len(table.columns)
+    for row in report.estimates:
+        table.add_row(*_cells(row, known=known)[:columns], style=_style(row))
+    return table
+
+
+def _cells(row: Estimate, *, known: bool) -> list[str]:
+    cells = [_label(row), _gib(row.bytes.optimizer_state), _gib(row.bytes.total)]
+    if not known:
+        return cells
+    saving = row.saving_against_adamw
+    saved = f"{_gib(saving.state_bytes)} -> {_gib(saving.peak_bytes)}" if saving else ""
+    survives = f"{saving.surviving:.0%}" if saving and saving.surviving is not None else ""
+    batch = "-" if row.max_batch_size is None else str(row.max_batch_size)
+    return [*cells, _gib(row.peak_allocated_bytes), row.peak_phase or "-", _gib(row.headroom_bytes), batch, saved, survives]
+
+
+def _label(row: Estimate) -> str:
+    return row.optimizer
+
+
+def _gib(num_bytes: int | None) -> str:
+    return "-" if num_bytes is None else f"{num_bytes / 2**30:.2f}"
+
+
+def _style(row: Estimate) -> str:
+    return {True: "", False: "red", None: "yellow"}[row.fits]
+
+
+def _print_bars(report: EstimateReport, console: Console, glyphs: Glyphs) -> None:
+    rows = [row for row in report.estimates if row.peak_categories]
+    if not rows:
+        return
+    usable = report.gpu.usable_bytes
+    scale = max(usable, *(row.peak_allocated_bytes or 0 for row in rows))
+    label_width = max(len(_label(row)) for row in rows)
+    width = min(console.width - label_width - 3, 100)
+    console.print(Text("\nAlive at the peak, against the usable memory of one GPU", "bold"))
+    for row in rows:
+        bar = stacked_bar(row.peak_categories or {}, usable_bytes=usable, scale_bytes=scale, width=width, glyphs=glyphs)
+        console.print(Text(f"{_label(row):<{label_width}} ") + bar, no_wrap=True, crop=True)
+    used: set[Category] = {category for row in rows for category in row.peak_categories or {}}
+    console.print(legend(used, usable_bytes=usable, glyphs=glyphs))
+
+
+def _print_tensors(report: EstimateReport, console: Console, glyphs: Glyphs) -> None:
+    for row in report.estimates:
+        table = Table(title=f"{row.optimizer}: state of every parameter", box=glyphs.box, title_justify="left", show_edge=False)
+        for title in ("Parameter", "State", "Shape", "Dtype", "On"):
+            table.add_column(title, overflow="fold")
+        table.add_column("Bytes", justify="right")
+        for tensor in row.per_tensor or []:
+            shape = str(list(tensor.shape))
+            table.add_row(tensor.parameter or "(shared)", tensor.state, shape, tensor.dtype, tensor.device, f"{tensor.bytes:,}")
+        console.print()
+        console.print(table)
+
+
+def _print_notes(report: EstimateReport, console: Console, glyphs: Glyphs) -> None:
+    console.print()
+    for sentence in _footnotes(report):
+        console.print(Padding(_bullet(sentence, glyphs), 0), style="dim")
+
+
+def _footnotes(report: EstimateReport) -> Sequence[str]:
+    notes = [
+        "GiB = 2^30 bytes, per GPU. State and resident bytes are exact. Peak is peak allocated memory of a steady step "
+        "(after the first), requests rounded to 512 bytes; the caching allocator reserves somewhat more.",
+    ]
+    if all(row.peak_allocated_bytes is None for row in report.estimates):
+        notes = ["GiB = 2^30 bytes, per GPU. State and resident bytes are exact; this family has no step rules yet, so no peak."]
+    notes += report.notes
+    notes += [f"{row.optimizer}: {note}" for row in report.estimates for note in row.notes]
+    notes += [f"left out: {skipped.reason}" for skipped in report.skipped]
+    return notes
