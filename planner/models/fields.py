@@ -34,6 +34,26 @@ class Fields:
             return default
         return value
 
+    def one_of(self, *names: str) -> str:
+        """Whichever of several names of one field the configuration uses; the first if it uses none.
+
+        Raises:
+            ConfigError: Two of them are present and disagree.
+        """
+        present = [name for name in names if self.raw.get(name) is not None] or [names[0]]
+        for other in present[1:]:
+            if self.raw[other] != self.raw[present[0]]:
+                raise ConfigError(
+                    f"{self.where}: the fields '{present[0]}' ({shorten(self.raw[present[0]])}) and "
+                    f"'{other}' ({shorten(self.raw[other])}) name the same thing and must be equal"
+                )
+        return present[0]
+
+    def refuse(self, name: str, reason: str) -> None:
+        """Check that the switch `name` is absent or false; `reason` completes `because`."""
+        if self.boolean(name, False):
+            raise ConfigError(f"{self.where}: the field '{name}' must be false, got true, because {reason}")
+
     def integer(self, name: str, default: Any = _REQUIRED, *, low: int = 1, high: int = MAX_WIDTH) -> Any:
         """The integer field `name`, between `low` and `high`; `default` (which may be None) if it is absent."""
         value = self._value(name, default)
@@ -42,7 +62,9 @@ class Fields:
         if type(value) is not int:
             raise ConfigError(f"{self.where}: the field '{name}' must be an integer, got {shorten(value)}")
         if not low <= value <= high:
-            raise ConfigError(f"{self.where}: the field '{name}' must be between {low} and {high}, got {shorten(value)}")
+            raise ConfigError(
+                f"{self.where}: the field '{name}' must be between {low} and {high}, got {shorten(value)}"
+            )
         return value
 
     def boolean(self, name: str, default: Any = _REQUIRED) -> Any:
@@ -85,9 +107,41 @@ class Fields:
             raise ConfigError(f"{self.where}: the field '{name}' must be an object, got {shorten(value)}")
         return value
 
+    def section(self, name: str) -> Fields:
+        """The fields of the object `name`, empty if it is absent; its errors say where it lies."""
+        return Fields(self.mapping(name), where=f"{self.where}, in '{name}'")
+
+    def filled(self, **defaults: Any) -> Fields:
+        """The same fields with defaults for those that are absent; a `null` stays a `null`."""
+        return Fields({**defaults, **self.raw}, where=self.where)
+
+    def integers(self, name: str, default: Any = _REQUIRED, *, low: int = 0, high: int = MAX_WIDTH) -> Any:
+        """The field `name`, a list of integers between `low` and `high`, as a tuple."""
+        value = self._value(name, default)
+        if value is default:
+            return value
+        if type(value) is not list or not all(type(entry) is int and low <= entry <= high for entry in value):
+            raise ConfigError(
+                f"{self.where}: the field '{name}' must be a list of integers between {low} and {high}, "
+                f"got {shorten(value)}"
+            )
+        return tuple(value)
+
+    def names(self, name: str, default: Any = _REQUIRED, *, allowed: tuple[str, ...], length: int) -> Any:
+        """The field `name`, a list of `length` strings, each one of `allowed`, as a tuple."""
+        value = self._value(name, default)
+        if value is default:
+            return value
+        if type(value) is not list or len(value) != length:
+            raise ConfigError(f"{self.where}: the field '{name}' must be a list of {length} names, got {shorten(value)}")
+        for entry in value:
+            if type(entry) is not str or entry not in allowed:
+                raise ConfigError(
+                    f"{self.where}: the field '{name}' must hold only {', '.join(allowed)}, got {shorten(entry)}"
+                )
+        return tuple(value)
+
     def divides(self, name: str, divisor: int, total_name: str, total: int) -> None:
         """Check that `divisor` (the value of `name`) divides `total` (the value of `total_name`)."""
         if total % divisor:
-            raise ConfigError(
-                f"{self.where}: the field '{name}' ({divisor}) must divide '{total_name}' ({total})"
-            )
+            raise ConfigError(f"{self.where}: the field '{name}' ({divisor}) must divide '{total_name}' ({total})")

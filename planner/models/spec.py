@@ -46,6 +46,15 @@ class ModelSpec(msgspec.Struct, frozen=True, dict=True):
         return sum(p.numel for p in self.unique_parameters)
 
 
+def separate_heads(head_dim: int, num_heads: int) -> dict[Role, HeadLayout]:
+    """Layouts of query, key and value projections that are three matrices of `num_heads` heads each."""
+    return {
+        "query": HeadLayout(head_dim, num_query_heads=num_heads),
+        "key": HeadLayout(head_dim, num_key_heads=num_heads),
+        "value": HeadLayout(head_dim, num_value_heads=num_heads),
+    }
+
+
 class Inventory:
     """Collects parameters and buffers in the order in which the modules register them."""
 
