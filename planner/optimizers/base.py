@@ -69,6 +69,10 @@ class OptimizerModel(ABC):
         del parameters
         return self
 
+    def variants(self) -> dict[str, OptimizerModel]:
+        """The same optimizer at the ends of a range that its state may span, by what each end means; most have none."""
+        return {}
+
     @abstractmethod
     def state(self, parameter: Parameter, context: OptimizerContext) -> tuple[StateTensor, ...]:
         """Tensors kept between steps for one parameter, in the order they are created.
@@ -89,9 +93,14 @@ class OptimizerModel(ABC):
         Every allocation has the category `optimizer_temporaries` and a name that says what it is and for which tensor.
         """
 
-    @abstractmethod
     def moved_bytes(self, parameter: Parameter, context: OptimizerContext) -> int:
-        """Bytes that a step must at least read and write in device memory for one parameter (its roofline floor)."""
+        """Bytes that a step must at least read and write in device memory for one parameter (its roofline floor).
+
+        Unless an optimizer needs more passes: gradient read, parameter and state each read and written once.
+        """
+        state_bytes = sum(t.num_bytes for t in self.state(parameter, context) if t.device != "cpu")
+        width = itemsize(context.gradient_dtype) + 2 * itemsize(context.parameter_dtype)
+        return parameter.numel * width + 2 * state_bytes
 
     def unsupported_reason(self, parameters: Sequence[Parameter], context: OptimizerContext) -> str | None:
         """Why this implementation fails on these parameters, in one sentence, or None if it runs."""
@@ -108,8 +117,11 @@ class OptimizerModel(ABC):
         wish = context.state_dtype
         if wish is None or wish == own or wish in self.STATE_DTYPES:
             return wish or own
-        can = f"{own} or {' or '.join(d for d in self.STATE_DTYPES if d != own)}" if self.STATE_DTYPES else own
-        raise ConfigError(f"{self.id} with implementation={self.implementation} keeps its state in {can}, got {wish}")
+        can = " or ".join(dict.fromkeys((own, *self.STATE_DTYPES)))
+        message = f"{self.id} with implementation={self.implementation} keeps its state in {can}, got {wish}"
+        if not self.STATE_DTYPES:
+            message += "; a state dtype can be chosen for adamw, adam-mini and adapprox with implementation=optplan"
+        raise ConfigError(message)
 
 
 def itemsize(dtype: str) -> int:

@@ -23,8 +23,9 @@ class Option(msgspec.Struct, frozen=True):
         default: Value when the user gives none; None if it follows from the model (`OptimizerModel.bind`).
         help: One line for people, without a full stop.
         low: Smallest number allowed, inclusive unless `low_exclusive`.
-        high: Largest number allowed.
+        high: Largest number allowed, inclusive unless `high_exclusive`.
         low_exclusive: Whether `low` itself is refused.
+        high_exclusive: Whether `high` itself is refused.
         choices: Words accepted: all of them for `text`, beside the numbers for `integer` and `number`.
     """
 
@@ -35,6 +36,7 @@ class Option(msgspec.Struct, frozen=True):
     low: float | None = None
     high: float | None = None
     low_exclusive: bool = False
+    high_exclusive: bool = False
     choices: tuple[str, ...] = ()
 
     @property
@@ -49,8 +51,8 @@ class Option(msgspec.Struct, frozen=True):
         return f"{words} or {number}" if words else number
 
     def _range(self) -> str:
-        above = "" if self.low is None else f" {'above' if self.low_exclusive else 'from'} {self.low:g}"
-        below = "" if self.high is None else f" to {self.high:.15g}"
+        above = "" if self.low is None else f" {'above' if self.low_exclusive else 'from'} {self.low:.15g}"
+        below = "" if self.high is None else f" {'below' if self.high_exclusive else 'to'} {self.high:.15g}"
         return above + below
 
     def parse(self, value: object, *, owner: str) -> OptionValue:
@@ -69,8 +71,8 @@ class Option(msgspec.Struct, frozen=True):
         return parsed
 
     def _read(self, value: object) -> OptionValue:
-        if isinstance(value, str) and value in self.choices:
-            return value
+        if not isinstance(value, bool) and str(value) in self.choices:
+            return str(value)
         if self.type == "boolean":
             return value if isinstance(value, bool) else {"true": True, "false": False}.get(str(value))
         if self.type == "text" or isinstance(value, bool):
@@ -81,7 +83,9 @@ class Option(msgspec.Struct, frozen=True):
     def _contains(self, number: float) -> bool:
         if self.low is not None and (number < self.low or (self.low_exclusive and number == self.low)):
             return False
-        return self.high is None or number <= self.high
+        if self.high is None:
+            return True
+        return number < self.high or (number == self.high and not self.high_exclusive)
 
 
 def _integer(value: object) -> int | None:
