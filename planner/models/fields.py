@@ -133,7 +133,9 @@ class Fields:
         if value is default:
             return value
         if type(value) is not list or len(value) != length:
-            raise ConfigError(f"{self.where}: the field '{name}' must be a list of {length} names, got {shorten(value)}")
+            raise ConfigError(
+                f"{self.where}: the field '{name}' must be a list of {length} names, got {shorten(value)}"
+            )
         for entry in value:
             if type(entry) is not str or entry not in allowed:
                 raise ConfigError(

@@ -5,6 +5,7 @@ A row is `(model_type, fields of the config.json)`; the rows lie in `inventory_c
 
 from __future__ import annotations
 
+import copy
 import runpy
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def _spec(model_type: str, fields: dict[str, Any]) -> ModelSpec:
 
 
 def _module(architecture: str, model_type: str, fields: dict[str, Any], dtype: Any) -> Any:
-    config = transformers.models.auto.configuration_auto.CONFIG_MAPPING[model_type].from_dict(dict(fields))
+    config = transformers.models.auto.configuration_auto.CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(fields))
     with torch.device("meta"):
         return getattr(transformers, architecture)._from_config(config, dtype=dtype)
 
