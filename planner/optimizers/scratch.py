@@ -18,7 +18,7 @@ class Scratch:
 
     def __init__(self, timeline: TimelineBuilder) -> None:
         self._timeline = timeline
-        self._variables: dict[str, int] = {}
+        self._variables: dict[str, tuple[int, ...]] = {}
 
     def alloc(self, parameter: Parameter | str, part: Part) -> int:
         """Allocate one temporary, to be bound or freed later, and return its id."""
@@ -38,10 +38,14 @@ class Scratch:
             self.free(previous)
         return last
 
-    def bind(self, variable: str, id_: int) -> None:
-        """Give `variable` a tensor; the one it held dies."""
+    def bind(self, variable: str, *ids: int) -> None:
+        """Give `variable` a tensor, or a list of them; what it held dies."""
         self.drop(variable)
-        self._variables[variable] = id_
+        self._variables[variable] = ids
+
+    def release(self, variable: str) -> None:
+        """Forget a variable whose tensor lives on under another name."""
+        self._variables.pop(variable)
 
     def assign(self, variable: str, parameter: Parameter | str, *parts: Part) -> None:
         """Evaluate an expression and bind its value to `variable`."""
@@ -53,7 +57,8 @@ class Scratch:
 
     def drop(self, *variables: str) -> None:
         """Unbind variables; what they held dies."""
-        self.free(*(self._variables.pop(name) for name in variables if name in self._variables))
+        for name in variables:
+            self.free(*self._variables.pop(name, ()))
 
     def close(self) -> None:
         """End the function: every variable's tensor dies."""

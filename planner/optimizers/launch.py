@@ -1,0 +1,36 @@
+"""The device table that lets one launch of our kernels serve many tensors.
+
+Triton takes no list of pointers by value, so each step puts them in a table: the pointers of every tensor's lists
+(parameter, gradient, state), and for every chunk of elements the tensor it belongs to and its offset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from optplan.planner.optimizers.scratch import Scratch
+from optplan.planner.tensors import Parameter
+from optplan.planner.timeline import TimelineBuilder
+
+CHUNK_NUMEL = 65_536
+"""Elements of one chunk of the table."""
+
+_POINTER_BYTES = 8
+_CHUNK_BYTES = 4 + 8  # int32 tensor index, int64 offset
+
+
+def launch_table_bytes(parameters: Sequence[Parameter], *, num_lists: int) -> int:
+    """Bytes of the table.
+
+    Args:
+        parameters: The tensors of one launch.
+        num_lists: Pointers a tensor needs: parameter, gradient, and each state tensor that is not in a flat buffer.
+    """
+    num_chunks = sum(-(-p.numel // CHUNK_NUMEL) for p in parameters)
+    return len(parameters) * num_lists * _POINTER_BYTES + num_chunks * _CHUNK_BYTES
+
+
+def write_launch_table(timeline: TimelineBuilder, parameters: Sequence[Parameter], *, num_lists: int) -> int:
+    """Append the table's allocation and return its id; it is freed when the last launch is issued."""
+    size = launch_table_bytes(parameters, num_lists=num_lists)
+    return Scratch(timeline).alloc("all tensors", ("launch table", size))

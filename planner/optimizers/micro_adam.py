@@ -1,0 +1,139 @@
+"""MicroAdam as our kernels keep it: blocks of a fixed size, so that a checkpoint is at home on every GPU.
+
+A parameter of d elements divides into blocks; of each block the largest `density` of the accumulated gradient enters
+the window, the rest is carried on in 4-bit error feedback, quantized by buckets. The last block may be short, and a
+tensor smaller than a block is one short block: at least one element is selected of each. The window's indices count
+from the start of their block, so int16 holds them. Densification (`alpha` in the authors' code) needs no memory in one
+pass.
+
+Source: Modoranu et al., NeurIPS 2024, arXiv 2405.15593.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+import msgspec
+
+from optplan.planner.errors import ConfigError
+from optplan.planner.optimizers.base import OptimizerContext, OptimizerModel, itemsize
+from optplan.planner.optimizers.launch import write_launch_table
+from optplan.planner.optimizers.options import Option
+from optplan.planner.optimizers.parts import step_counter, tensor
+from optplan.planner.optimizers.scratch import Scratch
+from optplan.planner.tensors import Parameter, StateTensor
+from optplan.planner.timeline import TimelineBuilder
+
+NUM_PROGRAMS = 4096
+"""Most programs that run at a time; each owns a row of the scratch in which it gathers its candidates."""
+
+WINDOW = Option("window", "integer", 10, "gradients kept in the window", low=1, high=1000)
+DENSITY = Option(
+    "density", "number", 0.01, "part of each block that enters the window", low=0, high=1, low_exclusive=True
+)
+
+
+class Selection(msgspec.Struct, frozen=True):
+    """How many elements of a parameter enter the window a step.
+
+    Attributes:
+        block_numel: Elements of a full block.
+        num_full_blocks: Full blocks.
+        num_selected_block: Elements selected of each of them.
+        tail_numel: Elements of the short last block, 0 if there is none.
+        num_selected_tail: Elements selected of it.
+    """
+
+    block_numel: int
+    num_full_blocks: int
+    num_selected_block: int
+    tail_numel: int
+    num_selected_tail: int
+
+    @property
+    def num_selected(self) -> int:
+        """Elements of a window row."""
+        return self.num_full_blocks * self.num_selected_block + self.num_selected_tail
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks, the short one included."""
+        return self.num_full_blocks + (self.tail_numel > 0)
+
+    @property
+    def why(self) -> str:
+        """The selection in words, for a formula."""
+        full = f"{self.num_full_blocks} blocks x {self.num_selected_block} of {self.block_numel}"
+        tail = f"{self.num_selected_tail} of {self.tail_numel}"
+        return " + ".join([full] * (self.num_full_blocks > 0) + [tail] * (self.tail_numel > 0)) or "empty"
+
+
+def select(numel: int, *, block: int, density: float) -> Selection:
+    """The selection of a tensor of `numel` elements: `ceil(density x elements)` of each block, in exact decimals."""
+    part = Fraction(str(density))
+    full, tail = divmod(numel, block)
+    return Selection(block, full, -int(-part * block // 1), tail, -int(-part * tail // 1))
+
+
+class MicroAdam(OptimizerModel):
+    """Our MicroAdam: window and error feedback, no moments."""
+
+    OPTIONS = (
+        WINDOW,
+        DENSITY,
+        Option("block", "integer", 2048, "elements among which the largest are selected", low=64, high=32_768),
+        Option("bucket", "integer", 64, "elements that share a scale of the error feedback", low=2, high=32_768),
+    )
+
+    def __init__(self, id_: str, implementation: str, options: Mapping[str, Any]) -> None:
+        super().__init__(id_, implementation, options)
+        block, bucket = options["block"], options["bucket"]
+        if bucket % 2 or block % bucket:
+            raise ConfigError(f"micro-adam: bucket must be even and divide block={block}, got {bucket}")
+
+    def selection(self, parameter: Parameter) -> Selection:
+        """How many elements of a parameter enter the window."""
+        return select(parameter.numel, block=self.options["block"], density=self.options["density"])
+
+    def state(self, parameter: Parameter, context: OptimizerContext) -> tuple[StateTensor, ...]:
+        """Step counter, packed 4-bit error feedback with the range of each bucket, and the window."""
+        self.state_dtype(context, own="bfloat16")
+        numel, bucket, selection = parameter.numel, self.options["bucket"], self.selection(parameter)
+        window = (self.options["window"], selection.num_selected)
+        num_buckets = -(-numel // bucket)
+        why = f"{numel} elements in buckets of {bucket}"
+        return (
+            step_counter("cpu"),
+            tensor("error_feedback", (-(-numel // 2),), "uint8", why=f"{numel} codes of 4 bits"),
+            tensor("bucket_min", (num_buckets,), "bfloat16", why=why),
+            tensor("bucket_max", (num_buckets,), "bfloat16", why=why),
+            tensor("window_indices", window, "int16", why=selection.why),
+            tensor("window_values", window, "bfloat16", why=selection.why),
+        )
+
+    def write_step(self, timeline: TimelineBuilder, parameters: Sequence[Parameter], context: OptimizerContext) -> None:
+        """The launch table, and for every running program a row in which it gathers its candidates."""
+        del context
+        selections = [self.selection(p) for p in parameters]
+        num_blocks = sum(s.num_blocks for s in selections)
+        most = max((max(s.num_selected_block, s.num_selected_tail) for s in selections), default=0)
+        row_numel = 1 << max(most - 1, 0).bit_length()
+        table = write_launch_table(timeline, parameters, num_lists=2)
+        size = min(num_blocks, NUM_PROGRAMS) * row_numel * itemsize("int32")
+        scratch = Scratch(timeline)
+        candidates = scratch.alloc("all tensors", ("candidate groups", size))
+        scratch.free(candidates, table)
+
+    def moved_bytes(self, parameter: Parameter, context: OptimizerContext) -> int:
+        """Gradient read, parameter and error feedback read and written, the window read and one row of it written."""
+        return window_moved_bytes(self, parameter, context)
+
+
+def window_moved_bytes(model: OptimizerModel, parameter: Parameter, context: OptimizerContext) -> int:
+    """The floor of MicroAdam: as by default, but only one row of the window is written."""
+    window = model.options["window"]
+    rows = [t for t in model.state(parameter, context) if t.shape[:1] == (window,) and len(t.shape) == 2]
+    unwritten = sum(t.num_bytes for t in rows) // window * (window - 1)
+    return OptimizerModel.moved_bytes(model, parameter, context) - unwritten
