@@ -37,8 +37,9 @@ class HeadLayout(msgspec.Struct, frozen=True):
         num_query_heads: Query heads in this matrix, 0 if it holds none.
         num_key_heads: Key heads in this matrix.
         num_value_heads: Value heads in this matrix.
-        interleaved: In a fused matrix, True if the neurons are grouped by head (GPT-NeoX, BLOOM, Falcon), False if all
-            queries come first, then all keys, then all values (GPT-2, Phi-3).
+        interleaved: In a fused matrix, True if each key head follows the query heads that share it and is followed by
+            its value head (GPT-NeoX, BLOOM, Falcon-40B), False if all queries come first, then all keys, then all
+            values (GPT-2, Phi-3, Falcon-7B).
     """
 
     head_dim: int
