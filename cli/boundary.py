@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from typing import Any, TextIO
@@ -24,7 +25,8 @@ def run(app: typer.Typer, args: list[str] | None = None) -> int:
     make_printable(sys.stderr)
     try:
         status = app(args=args, prog_name="optplan", standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:
         _discard_stdout()
         return DONE
@@ -37,10 +39,10 @@ def run(app: typer.Typer, args: list[str] | None = None) -> int:
     return status if isinstance(status, int) else DONE
 
 
-def make_printable(stream: TextIO) -> None:
+def make_printable(stream: TextIO | None) -> None:
     """Let the stream replace what its encoding cannot express, so that a locale never ends a command."""
-    with contextlib.suppress(AttributeError, ValueError):
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="replace")
 
 
 def _explain(error: Exception) -> tuple[str, int]:

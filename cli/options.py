@@ -27,7 +27,8 @@ StateDtype = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", "-b", help="Sequences in one micro-batch.")]
 SeqLen = Annotated[
-    int | None, typer.Option("--seq-len", "-s", help="Tokens in a sequence.", show_default="2048 or the model's maximum")
+    int | None,
+    typer.Option("--seq-len", "-s", help="Tokens in a sequence.", show_default="2048 or the model's maximum"),
 ]
 GradAccum = Annotated[int, typer.Option(help="Micro-batches accumulated before each optimizer step.")]
 Checkpointing = Annotated[str, typer.Option(help="Activation checkpointing: none or full.")]

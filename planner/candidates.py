@@ -93,8 +93,9 @@ def _settings(
         owner, _, bare = key.rpartition(".")
         if owner:
             if owner not in settings:
-                raise ConfigError(f"--set {shorten(key)}: {shorten(owner)} is not among the optimizers chosen: "
-                                  f"{', '.join(chosen)}")
+                raise ConfigError(
+                    f"--set {shorten(key)}: {shorten(owner)} is not among the optimizers chosen: {', '.join(chosen)}"
+                )
             settings[owner][bare] = value
             continue
         takers = [name for name in chosen if bare in _option_names(name)]

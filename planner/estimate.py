@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from optplan.planner.candidates import Candidate, OptimizerChoice, Workload, choose_optimizers
+from optplan.planner.candidates import Candidate, OptimizerChoice, choose_optimizers
 from optplan.planner.catalog import load_model
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.recommend import recommend
-from optplan.planner.records import Estimate, EstimateReport, GpuRow, ModelRow, Skipped, TensorRow
+from optplan.planner.records import Estimate, EstimateReport, GpuRow, ModelRow, Recommendation, Skipped, TensorRow
 from optplan.planner.request import StepRequest, check_request
+from optplan.planner.units import MIB, format_bytes
 from optplan.planner.version import VERSION
+from optplan.planner.workload import Workload
 
 
 def estimate(
@@ -76,6 +78,8 @@ def estimate_request(
     """The report for a checked request and the optimizers chosen for it."""
     workload = Workload(request)
     candidates, skipped = workload.candidates(choices)
+    advice = recommend(workload, candidates)
+    ordered = candidates if all(choice.explicit for choice in choices) else _recommended_first(candidates, advice)
     gpu = request.gpu
     return EstimateReport(
         version=VERSION,
@@ -83,17 +87,20 @@ def estimate_request(
         model=ModelRow(request.model.name, request.model.num_parameters, request.model.source),
         gpu=GpuRow(gpu.id, gpu.total_bytes, gpu.usable_bytes, gpu.context_bytes),
         config=request.config,
-        estimates=[_estimate(workload, candidate, per_tensor=per_tensor) for candidate in candidates],
-        recommendation=recommend(workload, candidates),
-        skipped=[Skipped(choice.id, reason) for choice, reason in skipped],
-        notes=list(request.notes),
+        estimates=[_estimate(workload, candidate, per_tensor=per_tensor) for candidate in ordered],
+        recommendation=advice,
+        skipped=[Skipped(name, reason) for name, reason in skipped],
+        notes=[*request.notes, *_family_note(workload)],
     )
+
+
+def _recommended_first(candidates: list[Candidate], advice: Recommendation | None) -> list[Candidate]:
+    return sorted(candidates, key=lambda candidate: advice is None or candidate.id != advice.optimizer)
 
 
 def _estimate(workload: Workload, candidate: Candidate, *, per_tensor: bool) -> Estimate:
     row: dict[str, Any] = {"per_tensor": _tensor_rows(candidate)} if per_tensor else {}
     peaks = workload.peaks(candidate)
-    saving = workload.saving(candidate)
     return Estimate(
         optimizer=candidate.id,
         implementation=candidate.implementation,
@@ -107,17 +114,28 @@ def _estimate(workload: Workload, candidate: Candidate, *, per_tensor: bool) -> 
         peak_reserved_bytes=None,
         device_bytes=None,
         fits=workload.fits(candidate),
-        headroom_bytes=peaks and request_headroom(workload, peaks.peak_bytes),
+        headroom_bytes=peaks and workload.request.gpu.usable_bytes - peaks.peak_bytes,
         max_batch_size=workload.max_batch_size(candidate),
-        saving=saving,
-        notes=workload.notes(candidate),
+        saving_against_adamw=workload.saving(candidate),
+        notes=_notes(candidate),
         **row,
     )
 
 
-def request_headroom(workload: Workload, peak_bytes: int) -> int:
-    """Bytes left of the GPU's usable memory at the peak; negative when the step does not fit."""
-    return workload.request.gpu.usable_bytes - peak_bytes
+def _family_note(workload: Workload) -> list[str]:
+    if workload.has_rules:
+        return []
+    return [
+        f"{workload.request.model.model_type} models have no step rules in this version: their peak is not predicted"
+    ]
+
+
+def _notes(candidate: Candidate) -> list[str]:
+    notes = []
+    if candidate.footprint.host_bytes >= MIB:
+        host = format_bytes(candidate.footprint.host_bytes)
+        notes.append(f"{host} of its state live on the host or can be evicted to it, and are not counted on the device")
+    return notes
 
 
 def _tensor_rows(candidate: Candidate) -> list[TensorRow]:

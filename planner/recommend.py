@@ -142,4 +142,3 @@ def _why_others_lost(best: _Option, candidates: Sequence[Candidate]) -> list[str
                 f"{candidate.id} comes first in evidence but needs {format_gib(peaks.peak_bytes)} at the {peaks.peak_phase} peak"
             )
     return reasons
-

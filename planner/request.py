@@ -121,7 +121,9 @@ def _no_contradiction(config: StepConfig) -> None:
             "--attention flash and --precision fp32 contradict each other: flash attention needs bf16, amp or fp16-amp"
         )
     if config.gpus > 1:
-        raise ConfigError(f"--gpus {config.gpus} needs a --sharding strategy, and this version models one GPU; use --gpus 1")
+        raise ConfigError(
+            f"--gpus {config.gpus} needs a --sharding strategy, and this version models one GPU; use --gpus 1"
+        )
 
 
 def _check_hardware(config: StepConfig, gpu: Gpu) -> tuple[str, ...]:

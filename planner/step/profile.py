@@ -39,3 +39,27 @@ class StepProfile(msgspec.Struct, frozen=True):
     forward: PhaseMemory
     backward: PhaseMemory
     after_backward: PhaseMemory
+
+
+def optimizer_phase(
+    optimizer: OptimizerModel,
+    parameters: Sequence[Parameter],
+    context: OptimizerContext,
+    *,
+    master: Dtype | None = None,
+) -> PhaseMemory:
+    """What one steady `step()` allocates at its peak.
+
+    Args:
+        optimizer: Bound to the model.
+        parameters: The model's parameters, tied aliases left out.
+        master: Dtype of the master weights, if the optimizer updates those: `torch.optim` then needs every gradient in
+            that dtype, copied before the step.
+    """
+    timeline = TimelineBuilder("step")
+    if master is not None:
+        for parameter in parameters:
+            size = parameter.numel * ITEMSIZE_BYTES[master]
+            timeline.alloc(size, "optimizer_temporaries", f"gradient in {master} of {parameter.name}")
+    optimizer.write_step(timeline, parameters, context)
+    return PhaseMemory({"optimizer_temporaries": peak_bytes(timeline.events)})

@@ -38,11 +38,15 @@ def _verdict(report: EstimateReport) -> Text:
     if not rows:
         return Text(f"{model}: no optimizer can run this step", "bold red")
     if all(row.fits is None for row in rows):
-        return Text(f"{model} on {gpu}: the resident bytes fit; the peak is not modelled for this family", "bold yellow")
+        return Text(
+            f"{model} on {gpu}: the resident bytes fit; the peak is not modelled for this family", "bold yellow"
+        )
     if len(rows) == 1:
         (row,) = rows
         verb = "fits" if row.fits else "is not known to fit" if row.fits is None else "does not fit"
-        return Text(f"{model} with {row.optimizer} {verb} on {gpu}{_margin(row)}", "bold green" if row.fits else "bold red")
+        return Text(
+            f"{model} with {row.optimizer} {verb} on {gpu}{_margin(row)}", "bold green" if row.fits else "bold red"
+        )
     if not fitting:
         return Text(f"{model} does not fit on {gpu} with any of {len(rows)} optimizers", "bold red")
     return Text(f"{model} fits on {gpu} with {len(fitting)} of {len(rows)} optimizers", "bold green")
@@ -122,7 +126,15 @@ def _cells(row: Estimate, *, known: bool) -> list[str]:
     saved = f"{_gib(saving.state_bytes)} -> {_gib(saving.peak_bytes)}" if saving else ""
     survives = f"{saving.surviving:.0%}" if saving and saving.surviving is not None else ""
     batch = "-" if row.max_batch_size is None else str(row.max_batch_size)
-    return [*cells, _gib(row.peak_allocated_bytes), row.peak_phase or "-", _gib(row.headroom_bytes), batch, saved, survives]
+    return [
+        *cells,
+        _gib(row.peak_allocated_bytes),
+        row.peak_phase or "-",
+        _gib(row.headroom_bytes),
+        batch,
+        saved,
+        survives,
+    ]
 
 
 def _label(row: Estimate) -> str:
@@ -155,13 +167,17 @@ def _print_bars(report: EstimateReport, console: Console, glyphs: Glyphs) -> Non
 
 def _print_tensors(report: EstimateReport, console: Console, glyphs: Glyphs) -> None:
     for row in report.estimates:
-        table = Table(title=f"{row.optimizer}: state of every parameter", box=glyphs.box, title_justify="left", show_edge=False)
+        table = Table(
+            title=f"{row.optimizer}: state of every parameter", box=glyphs.box, title_justify="left", show_edge=False
+        )
         for title in ("Parameter", "State", "Shape", "Dtype", "On"):
             table.add_column(title, overflow="fold")
         table.add_column("Bytes", justify="right")
         for tensor in row.per_tensor or []:
             shape = str(list(tensor.shape))
-            table.add_row(tensor.parameter or "(shared)", tensor.state, shape, tensor.dtype, tensor.device, f"{tensor.bytes:,}")
+            table.add_row(
+                tensor.parameter or "(shared)", tensor.state, shape, tensor.dtype, tensor.device, f"{tensor.bytes:,}"
+            )
         console.print()
         console.print(table)
 
@@ -178,7 +194,7 @@ def _footnotes(report: EstimateReport) -> Sequence[str]:
         "(after the first), requests rounded to 512 bytes; the caching allocator reserves somewhat more.",
     ]
     if all(row.peak_allocated_bytes is None for row in report.estimates):
-        notes = ["GiB = 2^30 bytes, per GPU. State and resident bytes are exact; this family has no step rules yet, so no peak."]
+        notes = ["GiB = 2^30 bytes, per GPU. State and resident bytes are exact."]
     notes += report.notes
     notes += [f"{row.optimizer}: {note}" for row in report.estimates for note in row.notes]
     notes += [f"left out: {skipped.reason}" for skipped in report.skipped]

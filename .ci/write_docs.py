@@ -1,0 +1,89 @@
+"""Write the generated documents: the README's picture, the command reference, the optimizers' table.
+
+`--check` compares instead and exits 1 if one of them is stale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import re
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = ("estimate", "explain", "models", "gpus", "optimizers", "published")
+
+
+def picture() -> str:
+    """The README's terminal picture: the real output of the main job."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from optplan.planner.estimate import estimate
+    from optplan.reports.terminal.estimate import render_estimate
+
+    console = Console(
+        record=True,
+        width=118,
+        file=io.StringIO(),
+        force_terminal=True,
+        color_system="truecolor",
+        highlight=False,
+        markup=False,
+        emoji=False,
+        legacy_windows=False,
+    )
+    console.print(Text("$ optplan estimate --model llama-7b --gpu a100-40g", "bold"))
+    render_estimate(estimate("llama-7b", gpu="a100-40g"), console)
+    svg = console.export_svg(title="optplan", unique_id="optplan")
+    # The picture must not fetch anything: the default style names a web font.
+    return re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)
+
+
+def command_reference() -> str:
+    """Every command with its help, as `optplan COMMAND --help` prints it."""
+    parts = ["# Command line\n", "Written by `make docs` from the commands' own help.\n"]
+    for args in ([], *([command] for command in COMMANDS)):
+        parts.append(f"## `{' '.join(['optplan', *args])}`\n\n```text\n{_help(args)}```\n")
+    return "\n".join(parts)
+
+
+def _help(args: list[str]) -> str:
+    from optplan.app import app
+    from optplan.boundary import run
+
+    text = io.StringIO()
+    with redirect_stdout(text):
+        run(app, [*args, "--help"])
+    return "".join(line.rstrip() + "\n" for line in text.getvalue().strip().splitlines())
+
+
+DOCUMENTS: dict[str, Callable[[], str]] = {
+    "docs/estimate.svg": picture,
+    "docs/cli.md": command_reference,
+}
+
+
+def main() -> int:
+    """Write or check every generated document; the number of stale ones decides the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = [name for name, write in DOCUMENTS.items() if not _settle(ROOT / name, write(), check=check)]
+    for name in stale:
+        print(f"{name} is stale: run `make docs`", file=sys.stderr)
+    return 1 if stale else 0
+
+
+def _settle(path: Path, text: str, *, check: bool) -> bool:
+    if check:
+        return path.exists() and path.read_text(encoding="utf-8") == text
+    path.write_text(text, encoding="utf-8")
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())

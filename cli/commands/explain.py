@@ -1,0 +1,57 @@
+"""`optplan explain`: one configuration part by part, each number with its formula and its source."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from optplan import options, output
+
+
+def explain(
+    model: options.Model,
+    gpu: options.GpuName = None,
+    memory: options.Memory = None,
+    optimizer: Annotated[
+        str, typer.Option("--optimizer", "-o", help="Optimizer: an id of `optplan optimizers`.")
+    ] = "adamw",
+    settings: options.Settings = None,
+    precision: options.Precision = "bf16",
+    state_dtype: options.StateDtype = None,
+    batch_size: options.BatchSize = 1,
+    seq_len: options.SeqLen = None,
+    grad_accum: options.GradAccum = 1,
+    checkpointing: options.Checkpointing = "none",
+    attention: options.Attention = "sdpa",
+    gpus: options.Gpus = 1,
+    sharding: options.Sharding = "none",
+    engine: options.Engine = "rules",
+    json: options.Json = False,
+) -> None:
+    """Explain one estimate part by part: each number with its formula filled in and its source."""
+    from optplan.planner.explain import explain as explain_estimate
+
+    record = explain_estimate(
+        model,
+        gpu=gpu,
+        memory=memory,
+        optimizer=optimizer,
+        options=settings,
+        precision=precision,
+        state_dtype=state_dtype,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        grad_accum=grad_accum,
+        checkpointing=checkpointing,
+        attention=attention,
+        gpus=gpus,
+        sharding=sharding,
+        engine=engine,
+    )
+    if json:
+        output.print_json(record)
+    else:
+        from optplan.reports.terminal.explain import render_explanation
+
+        output.print_terminal(render_explanation, record)
