@@ -28,7 +28,10 @@ def _read(fields: Fields) -> dict[str, Any]:
 
 def _read_gemma1(fields: Fields) -> dict[str, Any]:
     config = _read(fields.filled(max_position_embeddings=8192, hidden_act="gelu_pytorch_tanh"))
-    return {**config, "rotary_widths": {"": decoder.rotary_width(fields, config["head_dim"])}}
+    # The first published files say `gelu` and mean its tanh approximation, and the class reads them so.
+    activation = "gelu_pytorch_tanh" if config["hidden_act"] == "gelu" else config["hidden_act"]
+    widths = {"": decoder.rotary_width(fields, config["head_dim"])}
+    return {**config, "hidden_act": activation, "rotary_widths": widths}
 
 
 def _read_later(fields: Fields) -> dict[str, Any]:
