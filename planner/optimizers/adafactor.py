@@ -5,6 +5,7 @@ Sources: torch 2.13 `optim/_adafactor.py`; transformers 5.23 `optimization.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from optplan.planner.optimizers.base import OptimizerContext, OptimizerModel, itemsize
@@ -19,6 +20,13 @@ _FP32_BYTES = 4
 
 def _is_factored(parameter: Parameter) -> bool:
     return len(parameter.shape) >= 2
+
+
+def _statistics_bytes(parameter: Parameter, width: int) -> tuple[int, int, int]:
+    """Bytes of the row statistics, of the column statistics and of a mean over either."""
+    *batch, rows, columns = parameter.shape
+    unit = math.prod(batch) * width
+    return unit * rows, unit * columns, unit
 
 
 def _moved_bytes(model: OptimizerModel, parameter: Parameter, context: OptimizerContext) -> int:
@@ -69,10 +77,11 @@ class TorchAdafactor(OptimizerModel):
         size = p.numel * width
         scratch.passing(p, ("norm", width))
         if _is_factored(p):
-            scratch.assign("row_mean", p, ("row norms", size // p.shape[-1]))
-            scratch.assign("col_mean", p, ("column norms", size // p.shape[-2]))
+            rows, columns, mean = _statistics_bytes(p, width)
+            scratch.assign("row_mean", p, ("row norms", rows))
+            scratch.assign("col_mean", p, ("column norms", columns))
             update = scratch.alloc(p, ("update", size))
-            scratch.passing(p, ("mean of row_var", size // (p.shape[-1] * p.shape[-2])))
+            scratch.passing(p, ("mean of row_var", mean))
         else:
             scratch.assign("grad_squared", p, ("squared gradient", size))
             update = scratch.alloc(p, ("update", size))
@@ -80,18 +89,21 @@ class TorchAdafactor(OptimizerModel):
         scratch.passing(p, ("norm of the update", width))
 
     def _write_group(self, scratch: Scratch, group: Sequence[Parameter], width: int) -> None:
+        def write_all(what: str, sizes: Sequence[int]) -> list[int]:
+            return [scratch.alloc(p, (what, size)) for p, size in zip(group, sizes, strict=True)]
+
+        full = [p.numel * width for p in group]
         for p in group:
             scratch.passing(p, ("norm", width))
-        sizes = [(p, p.numel * width) for p in group]
         if _is_factored(group[0]):
-            scratch.free(*[scratch.alloc(p, ("row norms", size // p.shape[-1])) for p, size in sizes])
-            scratch.free(*[scratch.alloc(p, ("column norms", size // p.shape[-2])) for p, size in sizes])
+            rows, columns, means = zip(*(_statistics_bytes(p, width) for p in group), strict=True)
+            scratch.free(*write_all("row norms", rows))
+            scratch.free(*write_all("column norms", columns))
+            updates = write_all("update", full)
+            scratch.free(*write_all("mean of row_var", means))
         else:
-            scratch.free(*[scratch.alloc(p, ("squared gradient", size)) for p, size in sizes])
-        updates = [scratch.alloc(p, ("update", size)) for p, size in sizes]
-        if _is_factored(group[0]):
-            means = [(p, ("mean of row_var", size // (p.shape[-1] * p.shape[-2]))) for p, size in sizes]
-            scratch.free(*[scratch.alloc(p, part) for p, part in means])
+            scratch.free(*write_all("squared gradient", full))
+            updates = write_all("update", full)
         scratch.bind("updates", *updates)
         for p in group:
             scratch.passing(p, ("norm of the update", width))
@@ -151,19 +163,19 @@ class HfAdafactor(OptimizerModel):
 
     def _write_copies(self, scratch: Scratch, p: Parameter, context: OptimizerContext) -> None:
         size = p.numel * _FP32_BYTES
+        scratch.drop("grad")  # both names are bound to 16-bit tensors before they are bound to the copies
         if itemsize(context.gradient_dtype) < _FP32_BYTES:
             scratch.assign("grad", p, ("fp32 copy of the gradient", size))
+        scratch.drop("p_data_fp32")
         if itemsize(context.parameter_dtype) < _FP32_BYTES:
             scratch.assign("p_data_fp32", p, ("fp32 copy", size))
 
     def _write_factored(self, scratch: Scratch, p: Parameter) -> None:
-        size, (rows, columns) = p.numel * _FP32_BYTES, p.shape[-2:]
-        scratch.passing(p, ("row means", size // columns))
-        scratch.passing(p, ("column means", size // rows))
-        scratch.assign(
-            "r_factor", p, ("mean of exp_avg_sq_row", size // (rows * columns)), ("row factor", size // columns)
-        )
-        scratch.assign("c_factor", p, ("column factor", size // rows))
-        update = scratch.alloc(p, ("update", size))
+        rows, columns, mean = _statistics_bytes(p, _FP32_BYTES)
+        scratch.passing(p, ("row means", rows))
+        scratch.passing(p, ("column means", columns))
+        scratch.assign("r_factor", p, ("mean of exp_avg_sq_row", mean), ("row factor", rows))
+        scratch.assign("c_factor", p, ("column factor", columns))
+        update = scratch.alloc(p, ("update", p.numel * _FP32_BYTES))
         scratch.drop("r_factor", "c_factor")
         scratch.bind("update", update)
