@@ -117,6 +117,7 @@ class AdamMini(OptimizerModel):
         rule, size, means = self.rule(p), p.numel * width, self._num_blocks(p) * width
         if rule == "element":
             scratch.assign("h", p, ("square root of v", size), ("denominator", size))
+            scratch.drop("stepsize")  # a plain number here
             return
         mean = "mean square" if rule != "tensor" else "sum of squares"
         scratch.assign("tmp_lr", p, ("squared gradient", size), (mean, means))
