@@ -25,7 +25,9 @@ Role = Literal[
     "patch_embedding",
     "other",
 ]
-ModuleKind = Literal["linear", "conv1d", "conv2d", "embedding", "layer_norm", "rms_norm", "experts", "parameter"]
+ModuleKind = Literal[
+    "linear", "conv1d", "conv2d", "embedding", "layer_norm", "rms_norm", "batch_norm", "experts", "parameter"
+]
 Device = Literal["device", "cpu", "managed"]
 
 
