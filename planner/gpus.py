@@ -62,7 +62,7 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
         peer_link: Link to other GPUs, such as `NVLink`, or None.
         peer_link_bytes_per_s: Bytes per second to all peers, both directions together.
         source: Address of the data sheet.
-        as_of: Day on which the row was checked, `YYYY-MM-DD`.
+        as_of: Day on which the row was written, `YYYY-MM-DD`.
     """
 
     id: str
