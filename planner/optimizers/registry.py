@@ -78,7 +78,7 @@ OPTIMIZERS: dict[str, OptimizerEntry] = {
         _entry("apollo", "APOLLO AdamW", apollo_torch="apollo:ApolloAdamW"),
         _entry("came", "CAME", came_pytorch="came:Came"),
         _entry("sm3", "SM3", pytorch_optimizer="sm3:Sm3"),
-        _entry("soap", "SOAP", official="soap:Soap"),
+        _entry("soap", "SOAP", official="soap:OfficialSoap", pytorch_optimizer="soap:PortedSoap"),
         _entry("flash-adamw", "FlashAdamW", official="flash_adamw:FlashAdamW"),
     )
 }
