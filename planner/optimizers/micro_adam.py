@@ -65,7 +65,8 @@ class Selection(msgspec.Struct, frozen=True):
     @property
     def why(self) -> str:
         """The selection in words, for a formula."""
-        full = f"{self.num_full_blocks} blocks x {self.num_selected_block} of {self.block_numel}"
+        plural = "s" * (self.num_full_blocks > 1)
+        full = f"{self.num_full_blocks} block{plural} x {self.num_selected_block} of {self.block_numel}"
         tail = f"{self.num_selected_tail} of {self.tail_numel}"
         return " + ".join([full] * (self.num_full_blocks > 0) + [tail] * (self.tail_numel > 0)) or "empty"
 

@@ -44,11 +44,10 @@ class Option(msgspec.Struct, frozen=True):
         """What a value may be, in words: `an integer from 1 to 1000`."""
         if self.type == "boolean":
             return "true or false"
-        words = " or ".join(filter(None, (", ".join(self.choices[:-1]), *self.choices[-1:])))
-        if self.type == "text":
-            return words
-        number = ("an integer" if self.type == "integer" else "a number") + self._range()
-        return f"{words} or {number}" if words else number
+        kinds = {"integer": "an integer", "number": "a number"}
+        numbers = [kinds[self.type] + self._range()] if self.type in kinds else []
+        *others, last = [*self.choices, *numbers]
+        return f"{', '.join(others)} or {last}" if others else last
 
     def _range(self) -> str:
         above = "" if self.low is None else f" {'above' if self.low_exclusive else 'from'} {self.low:.15g}"
