@@ -76,7 +76,7 @@ def model_ids() -> tuple[str, ...]:
 
 
 def find_entry(name: str) -> ModelEntry | None:
-    """The row that a name stands for, in any case and with `_`, spaces or `-` between its parts; None if there is none."""
+    """The row that a name stands for, in any case, with `_`, spaces or `-` between its parts; None if there is none."""
     return _index().get(_plain(name))
 
 

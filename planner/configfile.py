@@ -136,8 +136,9 @@ class _Strict:
         raise ConfigError(f"{self.where} holds {name}, which is not a JSON number")
 
     def integer(self, digits: str) -> int:
-        if len(digits) > MAX_DIGITS:
-            raise ConfigError(f"{self.where} holds an integer of {len(digits)} digits; at most {MAX_DIGITS} are read")
+        length = len(digits.removeprefix("-"))
+        if length > MAX_DIGITS:
+            raise ConfigError(f"{self.where} holds an integer of {length} digits; at most {MAX_DIGITS} are read")
         return int(digits)
 
     def real(self, digits: str) -> float:

@@ -17,7 +17,7 @@ EMBEDDING = "model.embed_tokens"
 MAX_POSITIONS = 2**30
 SLIDING, FULL = "sliding_attention", "full_attention"
 
-_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 
 
 def decoder_fields(fields: Fields, *, optional_kv_heads: bool = False) -> dict[str, Any]:
@@ -50,11 +50,13 @@ def decoder_fields(fields: Fields, *, optional_kv_heads: bool = False) -> dict[s
 def _head_dim(fields: Fields, hidden: int, heads: int) -> int:
     """Width of one head; rotation pairs its elements, so it must be even."""
     width: int | None = fields.integer("head_dim", None)
+    origin = "'head_dim'"
     if width is None:
+        origin = "'hidden_size' / 'num_attention_heads'"
         fields.divides("num_attention_heads", heads, "hidden_size", hidden)
         width = hidden // heads
     if width % 2:
-        raise ConfigError(f"{fields.where}: a head must have an even width to be rotated, got {width} ('head_dim')")
+        raise ConfigError(f"{fields.where}: a head must have an even width to be rotated, got {width} ({origin})")
     return width
 
 
@@ -63,26 +65,42 @@ def heads_divide_hidden(fields: Fields, config: dict[str, Any]) -> None:
     fields.divides("num_attention_heads", config["num_attention_heads"], "hidden_size", config["hidden_size"])
 
 
-def rotary_width(fields: Fields, head_dim: int, *, always_partial: bool = False) -> int:
+def rotary_width(
+    fields: Fields, head_dim: int, *, always_partial: bool = False, rope_types: tuple[str, ...] = ROPE_TYPES
+) -> int:
     """Frequencies in the rotary table.
 
     Args:
         fields: The configuration as read; `rope_scaling` (the older name) goes before `rope_parameters`.
         head_dim: Width of one head.
         always_partial: Whether `partial_rotary_factor` shortens the unscaled table too (Phi), not only scaled ones.
+        rope_types: Types of scaling that the class knows.
     """
-    name = "rope_scaling" if fields.mapping("rope_scaling") else "rope_parameters"
-    outer = fields.number("partial_rotary_factor", 1.0, high=1.0)
-    return table_width(fields.section(name), head_dim, partial=outer, always_partial=always_partial)
+    rope = fields.section("rope_scaling" if fields.mapping("rope_scaling") else "rope_parameters")
+    rope = rope.filled(partial_rotary_factor=partial_factor(fields))
+    return table_width(rope, head_dim, always_partial=always_partial, rope_types=rope_types)
 
 
-def table_width(rope: Fields, head_dim: int, *, partial: float = 1.0, always_partial: bool = False) -> int:
-    """Frequencies in the table that one set of rope parameters describes; `partial` is its default factor."""
-    rope_type = rope.text("rope_type" if "rope_type" in rope.raw else "type", "default", allowed=_ROPE_TYPES)
-    factor = rope.number("partial_rotary_factor", partial, high=1.0)
+def partial_factor(fields: Fields) -> float:
+    """The part of each head that is rotated, where the rope parameters do not say so themselves."""
+    factor: float = fields.number("partial_rotary_factor", 1.0, high=1.0)
+    return factor
+
+
+def table_width(
+    rope: Fields, head_dim: int, *, always_partial: bool = False, rope_types: tuple[str, ...] = ROPE_TYPES
+) -> int:
+    """Frequencies in the table that one set of rope parameters describes."""
+    rope_type = rope.text("rope_type" if "rope_type" in rope.raw else "type", "default", allowed=rope_types)
+    factor = partial_factor(rope)
     if rope_type == "proportional" or (rope_type == "default" and not always_partial):
         return head_dim // 2
-    return (int(head_dim * factor) + 1) // 2
+    rotated = int(head_dim * factor)
+    if rope_type == "yarn" and rotated % 2:
+        raise ConfigError(
+            f"{rope.where}: 'yarn' scaling needs an even number of rotated elements a head, got {rotated}"
+        )
+    return (rotated + 1) // 2
 
 
 def sliding_window(fields: Fields, *, switched: bool = False) -> int | None:
@@ -101,8 +119,7 @@ def windowed_layers(fields: Fields, num_layers: int, window: int | None) -> tupl
 
 def expert_fields(fields: Fields) -> dict[str, Any]:
     """Experts of a mixture, how many of them a token visits; the count goes by two names in published files."""
-    name = "num_local_experts" if "num_local_experts" in fields.raw else "num_experts"
-    count = fields.integer(name, high=MAX_EXPERTS)
+    count = fields.integer(fields.one_of("num_experts", "num_local_experts"), high=MAX_EXPERTS)
     return {"num_experts": count, "num_experts_per_tok": fields.integer("num_experts_per_tok", high=count)}
 
 

@@ -81,7 +81,7 @@ def _gemma3_table(fields: Fields, kind: str, head_dim: int) -> int:
     rope = fields.section("rope_parameters").section(kind)
     if kind == FULL and fields.mapping("rope_scaling"):
         rope = fields.section("rope_scaling").filled(**rope.raw)
-    return decoder.table_width(rope, head_dim)
+    return decoder.table_width(rope.filled(partial_rotary_factor=decoder.partial_factor(fields)), head_dim)
 
 
 def _build(config: dict[str, Any], *, norms: tuple[str, ...], qk_norm: bool) -> Inventory:

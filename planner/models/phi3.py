@@ -20,17 +20,13 @@ def _read(fields: Fields) -> dict[str, Any]:
         **config,
         "sliding_window": decoder.sliding_window(fields),
         "resid_pdrop": fields.number("resid_pdrop", 0.0, high=1.0),
-        "rotary_width": decoder.rotary_width(_modern_rope(fields), config["head_dim"], always_partial=True),
+        "rotary_width": _rotary_width(fields, config["head_dim"]),
     }
 
 
-def _modern_rope(fields: Fields) -> Fields:
-    """The fields with `su`, the first name of `longrope`, replaced."""
-    for name in ("rope_scaling", "rope_parameters"):
-        rope = fields.mapping(name)
-        if "su" in (rope.get("type"), rope.get("rope_type")):
-            return Fields({**fields.raw, name: {**rope, "rope_type": "longrope"}}, where=fields.where)
-    return fields
+def _rotary_width(fields: Fields, head_dim: int) -> int:
+    """The class knows one scaling, under three names."""
+    return decoder.rotary_width(fields, head_dim, always_partial=True, rope_types=("default", "longrope", "su", "yarn"))
 
 
 def _build(config: dict[str, Any]) -> Inventory:

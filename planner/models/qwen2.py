@@ -13,8 +13,9 @@ from optplan.planner.models.spec import Family, Inventory
 
 
 def _read(fields: Fields) -> dict[str, Any]:
-    fields = fields.filled(max_position_embeddings=32_768, sliding_window=4096, num_key_value_heads=32)
-    config = decoder.decoder_fields(fields, optional_kv_heads=True)
+    fields = fields.filled(max_position_embeddings=32_768, sliding_window=4096)
+    # The class default suits one size only, but a null stands for one head for each query head.
+    config = decoder.decoder_fields(fields, optional_kv_heads="num_key_value_heads" in fields.raw)
     window = decoder.sliding_window(fields, switched=True)
     return {
         **config,

@@ -25,7 +25,8 @@ def _read(fields: Fields, *, optional_kv_heads: bool = False) -> dict[str, Any]:
 
 
 def _read_dense(fields: Fields) -> dict[str, Any]:
-    config = _read(fields.filled(head_dim=128, num_key_value_heads=32), optional_kv_heads=True)
+    # A null stands for one key head for each query head; the class default for an absent field suits one size only.
+    config = _read(fields.filled(head_dim=128), optional_kv_heads="num_key_value_heads" in fields.raw)
     layer_types = decoder.windowed_layers(fields, config["num_hidden_layers"], config["sliding_window"])
     return {**config, "layer_types": layer_types}
 

@@ -33,7 +33,7 @@ MODULES: dict[str, str] = {
     "t5": "t5",
     "vit": "vit",
 }
-"""Module of `optplan.planner.models` that describes each `model_type`; it offers `FAMILY` or, for several, `FAMILIES`."""
+"""Module of `optplan.planner.models` that describes each `model_type`: it offers `FAMILY`, or `FAMILIES` if several."""
 
 
 def family_of(model_type: str) -> Family:

@@ -19,7 +19,7 @@ class ModelSpec(msgspec.Struct, frozen=True, dict=True):
         name: Catalogue id, or the name of the file it was read from.
         model_type: Family, as `model_type` of a Hugging Face `config.json`.
         architecture: The transformers class that the inventory equals.
-        parameters: Every name of `named_parameters(remove_duplicate=False)`, in that order; a tied name carries `tied_to`.
+        parameters: Every name of `named_parameters(remove_duplicate=False)`, in that order; tied ones carry `tied_to`.
         buffers: Every name of `named_buffers()`, in that order.
         config: The configuration with the family's defaults filled in.
         max_seq_len: Longest sequence the model accepts, in tokens (patches and class token for a vision model).
