@@ -1,4 +1,4 @@
-"""Build `.types/optplan/`: links shaped like the installed package, for the tools that read files rather than import."""
+"""Build `.types/optplan/`: links shaped like the installed package, for tools that read files and do not import."""
 
 from __future__ import annotations
 

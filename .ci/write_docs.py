@@ -45,10 +45,12 @@ def picture() -> str:
 
 def command_reference() -> str:
     """Every command with its help, as `optplan COMMAND --help` prints it."""
-    parts = ["# Command line\n", "Written by `make docs` from the commands' own help.\n"]
-    for args in ([], *([command] for command in COMMANDS)):
-        parts.append(f"## `{' '.join(['optplan', *args])}`\n\n```text\n{_help(args)}```\n")
-    return "\n".join(parts)
+    head = ["# Command line\n", "Written by `make docs` from the commands' own help.\n"]
+    sections = [
+        f"## `{' '.join(['optplan', *args])}`\n\n```text\n{_help(args)}```\n"
+        for args in ([], *([command] for command in COMMANDS))
+    ]
+    return "\n".join(head + sections)
 
 
 def _help(args: list[str]) -> str:

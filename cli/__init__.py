@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from optplan.planner.version import VERSION as __version__
+from optplan.planner.version import VERSION
 
 if TYPE_CHECKING:
     from optplan.planner.estimate import estimate
+
+__version__ = VERSION
 
 __all__ = ["__version__", "estimate"]
 

@@ -54,7 +54,7 @@ class Candidate(msgspec.Struct, frozen=True):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What `--set` must say to choose this candidate: the implementation and options that differ from their defaults."""
+        """What `--set` must say to choose this candidate: the implementation and the options that are not defaults."""
         entry, optimizer = OPTIMIZERS[self.id], self.optimizer
         settings: dict[str, Any] = {}
         if optimizer.implementation != entry.default_implementation:

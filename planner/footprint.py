@@ -13,7 +13,7 @@ from optplan.planner.optimizers.base import OptimizerContext, OptimizerModel
 from optplan.planner.tensors import Parameter, StateTensor
 from optplan.planner.units import round_up
 
-_LAYER_NUMBER = re.compile(r"\d+")
+_LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 class ParameterState(msgspec.Struct, frozen=True):

@@ -1,9 +1,9 @@
 """The configuration to run: the best-established optimizer that fits with room to spare, and the reasons.
 
-The order of preference is that of the evidence, not a score: AdamW itself, then optimizers that keep its hyperparameters,
-then those that ask for a schedule of their own, then those that restrict the update. Within one tier the smaller peak
-wins. A step counts as fitting with room when 5 % of the usable bytes stay free, because the allocator reserves more than
-it hands out (1 to 5 % in most measured steps).
+The order of preference is that of the evidence, not a score: AdamW itself, then optimizers that keep its
+hyperparameters, then those that ask for a learning rate of their own, then those that restrict the update. Within one
+tier the smaller peak wins. A step counts as fitting with room when 5 % of the usable bytes stay free, because the
+allocator reserves more than it hands out (1 to 5 % in most measured steps).
 """
 
 from __future__ import annotations
@@ -138,7 +138,6 @@ def _why_others_lost(best: _Option, candidates: Sequence[Candidate]) -> list[str
     for candidate in candidates:
         peaks = workload.peaks(candidate)
         if tier_of(candidate.id) < best.tier and peaks is not None:
-            reasons.append(
-                f"{candidate.id} comes first in evidence but needs {format_gib(peaks.peak_bytes)} at the {peaks.peak_phase} peak"
-            )
+            needed = f"{format_gib(peaks.peak_bytes)} at the peak in {peaks.peak_phase}"
+            reasons.append(f"{candidate.id} is better established but needs {needed}")
     return reasons

@@ -29,7 +29,8 @@ def parse_size(text: str) -> int:
     match = _SIZE.match(text)
     factor = _UNITS.get(match.group(2).lower()) if match else None
     if not match or factor is None:
-        raise ConfigError(f"size {shorten(text)} is not a number with a unit; write it like 38GiB (2^30) or 40GB (10^9)")
+        hint = "write it like 38GiB (2^30) or 40GB (10^9)"
+        raise ConfigError(f"size {shorten(text)} is not a number with a unit; {hint}")
     size = math.floor(float(match.group(1)) * factor)
     if not 0 < size <= _MAX_SIZE_BYTES:
         raise ConfigError(f"size {shorten(text)} is out of range; allowed: above 0 and at most 1024 PiB")

@@ -7,8 +7,14 @@ from collections.abc import Sequence
 import msgspec
 
 from optplan.planner.allocator import ROUNDING
-from optplan.planner.candidates import BASELINE, Candidate, OptimizerChoice, bind_candidate, bind_candidates
-from optplan.planner.candidates import optimizer_context
+from optplan.planner.candidates import (
+    BASELINE,
+    Candidate,
+    OptimizerChoice,
+    bind_candidate,
+    bind_candidates,
+    optimizer_context,
+)
 from optplan.planner.dtypes import ITEMSIZE_BYTES
 from optplan.planner.errors import ConfigError
 from optplan.planner.optimizers.base import OptimizerModel

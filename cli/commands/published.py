@@ -18,5 +18,5 @@ def published(json: options.Json = False) -> None:
         from optplan.reports.terminal.published import render_published
 
         output.print_terminal(render_published, report)
-    if any(row.verdict == "differs" for row in report.rows):
+    if report.counts["fails"]:
         raise typer.Exit(1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 from rich.console import Console
 from rich.padding import Padding
@@ -14,8 +15,6 @@ from optplan.planner.timeline import Category
 from optplan.planner.units import format_gib
 from optplan.reports.terminal.bars import legend, stacked_bar
 from optplan.reports.terminal.console import Glyphs, glyphs_of
-
-_WIDE, _MIDDLE = 100, 78
 
 
 def render_estimate(report: EstimateReport, console: Console) -> None:
@@ -98,51 +97,56 @@ def _bullet(sentence: str, glyphs: Glyphs) -> Table:
     return line
 
 
-def _table(report: EstimateReport, width: int, glyphs: Glyphs) -> Table:
-    table = Table(box=glyphs.box, pad_edge=False, show_edge=False, header_style="bold")
-    known = any(row.peak_allocated_bytes is not None for row in report.estimates)
-    table.add_column("Optimizer", no_wrap=True)
-    table.add_column("State\nGiB", justify="right")
-    table.add_column("Resident\nGiB", justify="right")
-    if known:
-        for title in ("Peak\nGiB", "Peak\nin", "Headroom\nGiB"):
-            table.add_column(title, justify="left" if title.endswith("in") else "right")
-        if width >= _MIDDLE:
-            table.add_column("Largest\nmicro-batch", justify="right")
-        if width >= _WIDE:
-            table.add_column("Saved against adamw,\nstate -> peak GiB", justify="right")
-            table.add_column("Survives\nat peak", justify="right")
-    columns = len(table.columns)
-    for row in report.estimates:
-        table.add_row(*_cells(row, known=known)[:columns], style=_style(row))
-    return table
+class _Column(NamedTuple):
+    """A column of the table, shown from `width` columns of terminal on."""
+
+    title: str
+    justify: Literal["left", "right"]
+    width: int
+    of_peak: bool
+    cell: Callable[[Estimate], str]
 
 
-def _cells(row: Estimate, *, known: bool) -> list[str]:
-    cells = [_label(row), _gib(row.bytes.optimizer_state), _gib(row.bytes.total)]
-    if not known:
-        return cells
+def _saved(row: Estimate) -> str:
     saving = row.saving_against_adamw
-    saved = f"{_gib(saving.state_bytes)} -> {_gib(saving.peak_bytes)}" if saving else ""
-    survives = f"{saving.surviving:.0%}" if saving and saving.surviving is not None else ""
-    batch = "-" if row.max_batch_size is None else str(row.max_batch_size)
-    return [
-        *cells,
-        _gib(row.peak_allocated_bytes),
-        row.peak_phase or "-",
-        _gib(row.headroom_bytes),
-        batch,
-        saved,
-        survives,
-    ]
+    return f"{_gib(saving.state_bytes)} -> {_gib(saving.peak_bytes)}" if saving else ""
 
 
-def _label(row: Estimate) -> str:
-    return row.optimizer
+def _surviving(row: Estimate) -> str:
+    saving = row.saving_against_adamw
+    return f"{saving.surviving:.0%}" if saving and saving.surviving is not None else ""
+
+
+_COLUMNS = (
+    _Column("Optimizer", "left", 0, False, lambda row: row.optimizer),
+    _Column("State\nGiB", "right", 0, False, lambda row: _gib(row.bytes.optimizer_state)),
+    _Column("Resident\nGiB", "right", 70, False, lambda row: _gib(row.bytes.total)),
+    _Column("Peak\nGiB", "right", 0, True, lambda row: _gib(row.peak_allocated_bytes)),
+    _Column("Peak\nin", "left", 50, True, lambda row: row.peak_phase or "-"),
+    _Column("Headroom\nGiB", "right", 58, True, lambda row: _gib(row.headroom_bytes)),
+    _Column("Largest\nmicro-batch", "right", 78, True, lambda row: _count(row.max_batch_size)),
+    _Column("Saved against adamw,\nstate -> peak GiB", "right", 100, True, _saved),
+    _Column("Survives\nat peak", "right", 112, True, _surviving),
+)
+
+
+def _table(report: EstimateReport, width: int, glyphs: Glyphs) -> Table:
+    has_peaks = any(row.peak_allocated_bytes is not None for row in report.estimates)
+    columns = [column for column in _COLUMNS if width >= column.width and (has_peaks or not column.of_peak)]
+    table = Table(box=glyphs.box, pad_edge=False, show_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column.title, justify=column.justify, no_wrap=True)
+    for row in report.estimates:
+        table.add_row(*(column.cell(row) for column in columns), style=_style(row))
+    return table
 
 
 def _gib(num_bytes: int | None) -> str:
     return "-" if num_bytes is None else f"{num_bytes / 2**30:.2f}"
+
+
+def _count(number: int | None) -> str:
+    return "-" if number is None else str(number)
 
 
 def _style(row: Estimate) -> str:
@@ -155,12 +159,12 @@ def _print_bars(report: EstimateReport, console: Console, glyphs: Glyphs) -> Non
         return
     usable = report.gpu.usable_bytes
     scale = max(usable, *(row.peak_allocated_bytes or 0 for row in rows))
-    label_width = max(len(_label(row)) for row in rows)
+    label_width = max(len(row.optimizer) for row in rows)
     width = min(console.width - label_width - 3, 100)
     console.print(Text("\nAlive at the peak, against the usable memory of one GPU", "bold"))
     for row in rows:
         bar = stacked_bar(row.peak_categories or {}, usable_bytes=usable, scale_bytes=scale, width=width, glyphs=glyphs)
-        console.print(Text(f"{_label(row):<{label_width}} ") + bar, no_wrap=True, crop=True)
+        console.print(Text(f"{row.optimizer:<{label_width}} ") + bar, no_wrap=True, crop=True)
     used: set[Category] = {category for row in rows for category in row.peak_categories or {}}
     console.print(legend(used, usable_bytes=usable, glyphs=glyphs))
 
