@@ -25,8 +25,8 @@ def render_published(report: PublishedReport, console: Console) -> None:
     counts = ", ".join(f"{number} {status}" for status, number in report.counts.items())
     console.print(f"{len(report.checks)} published figures, checked as of {report.as_of}: {counts}.", style="bold")
     console.print(
-        "GiB and MiB are 2^30 and 2^20 bytes, GB is 10^9 bytes, % is the saving against AdamW with fp32 state. Unverified:"
-        " remembered or derived, not read in print, so it proves nothing. Formulas and readings: --json.",
+        "GiB and MiB are 2^30 and 2^20 bytes, GB is 10^9 bytes, % is the saving against AdamW with fp32 state."
+        " Unverified: remembered or derived, not read in print, so it proves nothing. Formulas and readings: --json.",
         style="dim",
     )
 
@@ -62,8 +62,6 @@ def _print_terms(report: PublishedReport, console: Console, glyphs: Glyphs) -> N
     console.print(Text("\nThe terms that make each figure true, or why none do", "bold"))
     for check in report.checks:
         reason = check.row.not_reproducible or check.row.how
-        console.print(
-            f"{glyphs.bullet} {check.row.claim}: {reason}",
-            style=_STYLES[check.status] if check.status != "passes" else "dim",
-        )
+        style = "dim" if check.status == "passes" else _STYLES[check.status]
+        console.print(f"{glyphs.bullet} {check.row.claim}: {reason}", style=style)
     console.print()

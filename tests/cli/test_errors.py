@@ -1,4 +1,4 @@
-"""Every way to hold the command line wrong that a person can find: one sentence on stderr, exit 2, nothing on stdout."""
+"""Every way to hold the command line wrong that a person can find: one sentence on stderr, exit 2, no output."""
 
 from __future__ import annotations
 

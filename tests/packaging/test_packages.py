@@ -37,8 +37,8 @@ def test_the_version_is_said_once() -> None:
 
 
 def test_the_constraints_pin_every_test_dependency() -> None:
-    pinned = {line.partition("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().split()
-              if "==" in line}  # fmt: skip
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {line.partition("==")[0].lower().replace("_", "-") for line in lines if "==" in line}
     groups = PROJECT["project"]["optional-dependencies"]
     wanted = [*PROJECT["project"]["dependencies"], *groups["gpu"], *groups["hf"], *groups["test"]]
     names = {requirement.split(";")[0].split(">")[0].split("=")[0].strip() for requirement in wanted}

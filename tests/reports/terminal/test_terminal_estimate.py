@@ -42,7 +42,7 @@ def row(name: str, *, state_gib: int, peak_gib: int, fits: bool = True, **more: 
             "parameters": 4 * GIB,
             "optimizer_state": state_gib * GIB,
             "activations": peak - (4 + state_gib) * GIB,
-        },  # fmt: skip
+        },
         peak_reserved_bytes=None,
         device_bytes=None,
         fits=fits,
