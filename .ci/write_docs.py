@@ -7,11 +7,18 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import re
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from functools import partial
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from optplan.planner.listings import ImplementationItem
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("estimate", "explain", "models", "gpus", "optimizers", "published")
@@ -53,6 +60,56 @@ def command_reference() -> str:
     return "\n".join(head + sections)
 
 
+SCHEMAS = {
+    "estimate": "optplan.planner.records:EstimateReport",
+    "explain": "optplan.planner.explanation:Explanation",
+    "models": "optplan.planner.listings:ModelListing",
+    "gpus": "optplan.planner.listings:GpuListing",
+    "optimizers": "optplan.planner.listings:OptimizerListing",
+    "published": "optplan.planner.published:PublishedReport",
+}
+
+
+def json_schema(path: str) -> str:
+    """The JSON Schema of what a command prints with `--json`."""
+    import msgspec
+
+    module, _, name = path.partition(":")
+    schema = msgspec.json.schema(getattr(import_module(module), name))
+    return json.dumps(schema, indent=2) + "\n"
+
+
+def optimizer_table() -> str:
+    """`docs/optimizers.md`: every optimizer with its evidence, implementations and options."""
+    from optplan.planner.listings import list_optimizers
+
+    lines = [
+        "# What each optimizer keeps",
+        "",
+        "Written by `make docs` from the registry and `planner/data/optimizers.toml`. `optplan explain --optimizer ID` fills"
+        " the formulas in for a model.",
+    ]
+    for item in list_optimizers().optimizers:
+        lines += ["", f"## {item.title} (`{item.id}`)", "", item.facts.evidence, "", f"Source: {item.facts.source}", ""]
+        lines += _options_table(item.implementations)
+    return "\n".join(lines) + "\n"
+
+
+def _options_table(implementations: list[ImplementationItem]) -> list[str]:
+    rows = ["| implementation | option | default | allowed | what it sets |", "|---|---|---|---|---|"]
+    for item in implementations:
+        name = f"`{item.name}`" + (" (default)" if item.default else "")
+        rows += [
+            f"| {name} | `{option.name}` | {_default(option.default)} | {option.allowed} | {option.help} |"
+            for option in item.options
+        ] or [f"| {name} | | | | |"]
+    return rows
+
+
+def _default(value: object) -> str:
+    return "from the model" if value is None else f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
 def _help(args: list[str]) -> str:
     from optplan.app import app
     from optplan.boundary import run
@@ -66,6 +123,8 @@ def _help(args: list[str]) -> str:
 DOCUMENTS: dict[str, Callable[[], str]] = {
     "docs/estimate.svg": picture,
     "docs/cli.md": command_reference,
+    "docs/optimizers.md": optimizer_table,
+    **{f"docs/schemas/{name}.json": partial(json_schema, path) for name, path in SCHEMAS.items()},
 }
 
 
@@ -83,6 +142,7 @@ def main() -> int:
 def _settle(path: Path, text: str, *, check: bool) -> bool:
     if check:
         return path.exists() and path.read_text(encoding="utf-8") == text
+    path.parent.mkdir(exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return True
 

@@ -41,8 +41,8 @@ def render_gpus(listing: GpuListing, console: Console) -> None:
     console.print(table)
     console.print(
         f"{len(listing.gpus)} GPUs; ~ marks an estimate. Total: what the driver reports. Context: CUDA context and"
-        " loaded kernels, which torch cannot have. GiB = 2^30, MiB = 2^20, GB = 10^9 bytes; FLOP/s dense, by the data sheet."
-        " Sources: --json.",
+        " loaded kernels, which torch cannot have. GiB = 2^30, MiB = 2^20, GB = 10^9 bytes; FLOP/s dense, by the data"
+        " sheet. Sources: --json.",
         style="dim",
     )
 
