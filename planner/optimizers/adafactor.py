@@ -121,7 +121,7 @@ class HfAdafactor(OptimizerModel):
 
     @property
     def _has_first_moment(self) -> bool:
-        return self.options["beta1"] != "none"
+        return bool(self.options["beta1"] != "none")
 
     def state(self, parameter: Parameter, context: OptimizerContext) -> tuple[StateTensor, ...]:
         """First moment if any, row and column statistics of a matrix, all of a vector's, and the RMS."""

@@ -23,7 +23,7 @@ AMSGRAD = Option("amsgrad", "boolean", False, "keep the largest second moment se
 class _AdamW(OptimizerModel):
     """Two moments like the parameter and a step counter; a third with `amsgrad`."""
 
-    OPTIONS = (AMSGRAD,)
+    OPTIONS: ClassVar[tuple[Option, ...]] = (AMSGRAD,)
     step_device: ClassVar[Device] = "cpu"
 
     def state(self, parameter: Parameter, context: OptimizerContext) -> tuple[StateTensor, ...]:

@@ -134,7 +134,7 @@ class MicroAdam(OptimizerModel):
 
 def window_moved_bytes(model: OptimizerModel, parameter: Parameter, context: OptimizerContext) -> int:
     """The floor of MicroAdam: as by default, but only one row of the window is written."""
-    window = model.options["window"]
+    window: int = model.options["window"]
     rows = [t for t in model.state(parameter, context) if t.shape[:1] == (window,) and len(t.shape) == 2]
     unwritten = sum(t.num_bytes for t in rows) // window * (window - 1)
     return OptimizerModel.moved_bytes(model, parameter, context) - unwritten

@@ -52,7 +52,7 @@ class MicroAdam(OptimizerModel):
     @property
     def _block(self) -> int:
         block = self.options["block"]
-        return block if isinstance(block, int) else reference_block(block.partition(":")[2])
+        return reference_block(block.partition(":")[2]) if isinstance(block, str) else int(block)
 
     def selection(self, parameter: Parameter) -> Selection:
         """How many elements of a parameter enter the window; the part is a float product, as in the package."""
