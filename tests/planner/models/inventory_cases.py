@@ -52,7 +52,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
          "mlp_only_layers": [3]},
     ),
     ("gemma", {**SIZES, "head_dim": 32}),
-    ("gemma", {**SKEWED, **UNTIED, "attention_bias": True, "hidden_act": "gelu"}),
+    ("gemma", {**SKEWED, **UNTIED, "attention_bias": True, "hidden_act": "gelu_new"}),
     ("gemma", FULL_HEADS),
     ("gemma2", {**SIZES, "head_dim": 32}),
     ("gemma2", {**WIDE, **UNTIED, "attention_bias": True, "sliding_window": 16}),
