@@ -91,6 +91,7 @@ class OptimizerModel(ABC):
         """Append what one steady `step()` allocates and frees on the device (state already exists) to `timeline`.
 
         Every allocation has the category `optimizer_temporaries` and a name that says what it is and for which tensor.
+        Scratch that a kernel takes for itself (cuBLAS, reductions, top-k) is not among them.
         """
 
     def moved_bytes(self, parameter: Parameter, context: OptimizerContext) -> int:

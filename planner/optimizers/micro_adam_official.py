@@ -62,7 +62,7 @@ class MicroAdam(OptimizerModel):
         return Selection(block, full, math.ceil(block * density), tail, math.ceil(tail * density))
 
     def _num_full_buckets(self, parameter: Parameter) -> int:
-        return max(1, parameter.numel // self.options["bucket"])
+        return max(1, parameter.numel // int(self.options["bucket"]))
 
     def state(self, parameter: Parameter, context: OptimizerContext) -> tuple[StateTensor, ...]:
         """The window, the error and the range of each bucket, of which there is always one more than full ones."""
