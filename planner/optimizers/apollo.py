@@ -16,6 +16,7 @@ from optplan.planner.optimizers.low_rank import (
     is_projected,
     low_rank_shape,
     none_projected,
+    unmoved_bytes,
     write_direction,
     write_loop,
 )
@@ -64,9 +65,10 @@ class ApolloAdamW(OptimizerModel):
         return none_projected(self.id, self.options["target"], parameters)
 
     def moved_bytes(self, parameter: Parameter, context: OptimizerContext) -> int:
-        """The default, and the gradient a second time: it is scaled once its projection is known."""
+        """The default with the projector only read, and the gradient once more: it is scaled after its projection."""
         moved = super().moved_bytes(parameter, context)
         if is_projected(parameter, self.options["target"]):
+            moved -= unmoved_bytes(self.state(parameter, context)[0])
             moved += parameter.numel * itemsize(context.gradient_dtype)
         return moved
 

@@ -16,6 +16,7 @@ from optplan.planner.optimizers.low_rank import (
     is_projected,
     low_rank_shape,
     none_projected,
+    unmoved_bytes,
     write_direction,
     write_loop,
 )
@@ -60,6 +61,13 @@ class GaLoreAdamW(OptimizerModel):
     def _is_copied(self, context: OptimizerContext) -> bool:
         # A 16-bit projector is a copy anyway: the decomposition is fp32 and its factor is cast.
         return context.gradient_dtype != "float32" or bool(self.options["compact_projector"])
+
+    def moved_bytes(self, parameter: Parameter, context: OptimizerContext) -> int:
+        """The default for a step between two decompositions, in which the projector is only read."""
+        moved = super().moved_bytes(parameter, context)
+        if is_projected(parameter, self.options["target"]):
+            moved -= unmoved_bytes(self.state(parameter, context)[0])
+        return moved
 
     def unsupported_reason(self, parameters: Sequence[Parameter], context: OptimizerContext) -> str | None:
         """Trainers refuse a model in which nothing matches."""

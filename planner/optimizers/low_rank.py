@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from optplan.planner.optimizers.base import OptimizerContext, itemsize
@@ -43,6 +44,11 @@ def low_rank_shape(parameter: Parameter, rank: int) -> tuple[int, int]:
     """Shape of the projected gradient: the shorter side becomes `rank` (of equal sides the columns)."""
     rows, columns = parameter.shape
     return (rows, rank) if rows >= columns else (rank, columns)
+
+
+def unmoved_bytes(projector: StateTensor) -> int:
+    """What the default floor counts too much for a projector: it is read, not written, and only its own elements."""
+    return 2 * projector.num_bytes - math.prod(projector.shape) * itemsize(projector.dtype)
 
 
 def dense_state(parameter: Parameter, context: OptimizerContext) -> tuple[StateTensor, ...]:

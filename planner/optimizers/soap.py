@@ -55,6 +55,11 @@ class _Soap(OptimizerModel):
         ]
         return (*moments, *squares)
 
+    def moved_bytes(self, parameter: Parameter, context: OptimizerContext) -> int:
+        """The default for a step between two renewals, in which the bases are only read."""
+        bases = sum(n * n for _, n in self._sides(parameter)) * itemsize(self._basis_dtype(context))
+        return super().moved_bytes(parameter, context) - bases
+
     def write_step(self, timeline: TimelineBuilder, parameters: Sequence[Parameter], context: OptimizerContext) -> None:
         """Projections of gradient and moments, outer products, and the new bases of each tensor."""
         scratch, width = Scratch(timeline), itemsize(context.gradient_dtype)
@@ -86,6 +91,8 @@ class _Soap(OptimizerModel):
             product = scratch.alloc(p, ("outer product", size * size * width))
             scratch.free(*reversed(copies))
             scratch.bind("outer_product", product)
+        if last == 0:
+            scratch.drop("outer_product")  # a vector's is never given a name
 
     def _write_order(self, scratch: Scratch, p: Parameter, size: int, width: int) -> None:
         """The order of the eigenvalues, by sorting, and the second moment in that order."""

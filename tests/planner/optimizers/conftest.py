@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -13,6 +13,9 @@ from optplan.planner.tensors import Parameter
 from optplan.planner.timeline import Allocation, Timeline, TimelineBuilder
 
 Event = tuple[str, int]
+
+CUDA_ONLY = ("CUDA ", "cuSOLVER ")
+"""How the names of allocations begin that the same operation does not make on the CPU."""
 
 
 def _in_order(events: Sequence[Event]) -> list[Event]:
@@ -31,9 +34,14 @@ def _in_order(events: Sequence[Event]) -> list[Event]:
 def _model_events(model: OptimizerModel, parameters: Sequence[Parameter], context: OptimizerContext) -> list[Event]:
     builder = TimelineBuilder("step")
     model.write_step(builder, parameters, context)
-    sizes = {event.id: event.bytes for event in builder.events if isinstance(event, Allocation)}
+    made = {event.id: event for event in builder.events if isinstance(event, Allocation)}
+    sizes = {id_: event.bytes for id_, event in made.items() if not event.name.startswith(CUDA_ONLY)}
     return _in_order(
-        [("alloc" if isinstance(event, Allocation) else "free", sizes[event.id]) for event in builder.events]
+        [
+            ("alloc" if isinstance(event, Allocation) else "free", sizes[event.id])
+            for event in builder.events
+            if event.id in sizes
+        ]
     )
 
 
@@ -57,8 +65,32 @@ def _step_peak(model: OptimizerModel, parameters: Sequence[Parameter], context: 
     return peak_bytes(builder.events)
 
 
-def _real_events(optimizer: Any, parameters: Sequence[Any]) -> list[Event]:
-    """Allocations and frees of the third step of a torch optimizer, as a dispatch mode sees storages come and go."""
+def _tensors(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Every tensor within a state value, with its dotted name: lists, projector objects, quantized subclasses."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        parts = getattr(value, "tensor_attrs", ())
+        if not parts:
+            yield name, value
+        for part in parts:
+            yield f"{name}.{part}", getattr(value, part)
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from _tensors(item, f"{name}.{number}")
+    elif hasattr(value, "__dict__"):
+        for key, item in vars(value).items():
+            yield from _tensors(item, f"{name}.{key}")
+
+
+def _state_of(optimizer: Any, parameter: Any) -> dict[str, Any]:
+    return {
+        part: tensor for name, value in optimizer.state[parameter].items() for part, tensor in _tensors(value, name)
+    }
+
+
+def _real_events(optimizer: Any, parameters: Sequence[Any], *, step: int = 3) -> list[Event]:
+    """Allocations and frees of one step of a torch optimizer, as a dispatch mode sees storages come and go."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
@@ -80,8 +112,8 @@ def _real_events(optimizer: Any, parameters: Sequence[Any]) -> list[Event]:
 
         def watch_state(self, optimizer: Any) -> None:
             """What a step replaces ends in it."""
-            for value in tree_leaves(dict(optimizer.state)):
-                if isinstance(value, torch.Tensor):
+            for parameter in optimizer.state:
+                for value in _state_of(optimizer, parameter).values():
                     self.watch(value, new=False, counted=True)
 
         def end(self, address: int, num_bytes: int, counted: bool) -> None:
@@ -101,7 +133,7 @@ def _real_events(optimizer: Any, parameters: Sequence[Any]) -> list[Event]:
             return result
 
     generator = torch.Generator().manual_seed(0)
-    for _ in range(3):
+    for _ in range(step):
         for p in parameters:
             p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
         trace = StorageTrace()
@@ -114,9 +146,7 @@ def _real_events(optimizer: Any, parameters: Sequence[Any]) -> list[Event]:
 
 def _state_bytes(optimizer: Any, parameter: Any) -> dict[str, int]:
     """Bytes of the storages behind each state tensor of a parameter, by state name."""
-    import torch
-
-    tensors = {name: value for name, value in optimizer.state[parameter].items() if isinstance(value, torch.Tensor)}
+    tensors = _state_of(optimizer, parameter)
     storages = {value.untyped_storage()._cdata for value in tensors.values() if value.numel()}
     assert len(storages) == sum(value.numel() > 0 for value in tensors.values()), "two states share a storage"
     return {name: value.untyped_storage().nbytes() for name, value in tensors.items()}
@@ -130,7 +160,7 @@ def model_events() -> Callable[..., list[Event]]:
 
 @pytest.fixture(scope="session")
 def real_events() -> Callable[..., list[Event]]:
-    """`(optimizer, parameters)` to the allocations and frees of a steady step of a torch optimizer."""
+    """`(optimizer, parameters, step=3)` to the allocations and frees of a steady step of a torch optimizer."""
     return _real_events
 
 
