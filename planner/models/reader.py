@@ -16,6 +16,7 @@ MAX_PARAMETERS = 10**14
 _SAME_INVENTORY = {
     "bloom": ("BloomModel",),
     "llama": ("LLaMAForCausalLM",),
+    "opt": ("OPTModel",),
     "t5": ("T5WithLMHeadModel",),
 }
 """Other class names that published files of a family give the same weights: a tied head left out, old spellings."""

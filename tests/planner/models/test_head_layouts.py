@@ -7,6 +7,7 @@ each key head follows its queries and is followed by its value head.
 
 from __future__ import annotations
 
+import copy
 import re
 import runpy
 from functools import cache
@@ -37,7 +38,7 @@ def _cases() -> list[Any]:
 
 
 def _model(architecture: str, model_type: str, fields: dict[str, Any]) -> Any:
-    config = transformers.models.auto.configuration_auto.CONFIG_MAPPING[model_type].from_dict(dict(fields))
+    config = transformers.models.auto.configuration_auto.CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(fields))
     torch.manual_seed(0)
     return getattr(transformers, architecture)._from_config(config, attn_implementation="eager").eval()
 
