@@ -1,0 +1,48 @@
+"""The buffers of CUDA reductions, as torch 2.11's allocator recorded them on an H200."""
+
+from __future__ import annotations
+
+import pytest
+
+from optplan.planner.optimizers.reduction import column_reduction_bytes, whole_reduction_bytes
+
+
+@pytest.mark.parametrize(
+    ("numel", "expected"),
+    [
+        (1, (0, 0)),
+        (105, (0, 0)),
+        (12282, (0, 0)),
+        (513_513, (252, 4)),
+        (1_048_576, (512, 4)),
+        (2_359_296, (1152, 4)),
+        (4_194_304, (2048, 4)),
+        (16_777_216, (2112, 4)),
+        (45_088_768, (2112, 4)),
+    ],
+)
+def test_norm_of_a_whole_tensor(numel: int, expected: tuple[int, int]) -> None:
+    assert whole_reduction_bytes(numel) == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "element_bytes", "expected"),
+    [
+        ((1, 768, 3072), 4, (0, 0)),
+        ((1, 100, 37), 4, (0, 0)),
+        ((1, 1001, 513), 4, (0, 0)),
+        ((1, 2047, 6), 4, (0, 0)),
+        ((1, 3072, 768), 4, (18_874_368, 24)),
+        ((1, 3072, 768), 2, (9_437_184, 24)),
+        ((1, 4096, 4096), 4, (134_217_728, 128)),
+        ((1, 4096, 4096), 2, (67_108_864, 128)),
+        ((1, 11008, 4096), 4, (138_412_032, 128)),
+        ((1, 4096, 1024), 4, (33_554_432, 32)),
+        ((1, 50257, 768), 4, (138_412_032, 24)),
+        ((8, 512, 256), 4, (0, 0)),  # means of each matrix over its own rows
+        ((1, 4096, 256), 4, (8_388_608, 8)),  # maxima over the rows of all eight
+    ],
+)
+def test_mean_or_maximum_over_rows(shape: tuple[int, int, int], element_bytes: int, expected: tuple[int, int]) -> None:
+    matrices, rows, columns = shape
+    assert column_reduction_bytes(rows, columns, matrices=matrices, element_bytes=element_bytes) == expected
