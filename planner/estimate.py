@@ -116,6 +116,7 @@ def _estimate(workload: Workload, candidate: Candidate, *, per_tensor: bool) -> 
         fits=workload.fits(candidate),
         headroom_bytes=peaks and workload.request.gpu.usable_bytes - peaks.peak_bytes,
         max_batch_size=workload.max_batch_size(candidate),
+        state_variants=workload.state_variants(candidate),
         saving_against_adamw=workload.saving(candidate),
         notes=_notes(candidate),
         **row,

@@ -110,6 +110,8 @@ class Skipped(msgspec.Struct, frozen=True):
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     """What one optimizer needs for the configured step; bytes per GPU, peaks in allocated bytes.
 
+    `state_variants` holds the state's bytes under other values of an option that training may move, such as the rank
+    of Adapprox between its best case and what must be reserved; empty for most optimizers.
     Everything that depends on the step's timeline is None for a model family without step rules.
     """
 
@@ -128,6 +130,7 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     headroom_bytes: int | None
     max_batch_size: int | None
     step_seconds: dict[str, float] | None = None
+    state_variants: dict[str, int] = {}
     saving_against_adamw: Saving | None = None
     notes: list[str] = []
     per_tensor: list[TensorRow] | msgspec.UnsetType = msgspec.UNSET

@@ -17,6 +17,7 @@ from optplan.planner.candidates import (
 )
 from optplan.planner.dtypes import ITEMSIZE_BYTES
 from optplan.planner.errors import ConfigError
+from optplan.planner.footprint import optimizer_footprint
 from optplan.planner.optimizers.base import OptimizerModel
 from optplan.planner.optimizers.registry import build_optimizer
 from optplan.planner.records import PhasePeak, ResidentBytes, Saving
@@ -110,6 +111,13 @@ class Workload:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle) else (low, middle)
         return low
+
+    def state_variants(self, candidate: Candidate) -> dict[str, int]:
+        """Bytes of device state under each of the optimizer's variants, such as the ends of Adapprox's rank."""
+        return {
+            name: optimizer_footprint(variant, self._parameters, self._context).device_bytes
+            for name, variant in candidate.optimizer.variants().items()
+        }
 
     def saving(self, candidate: Candidate) -> Saving | None:
         """What the optimizer saves against AdamW, None for AdamW itself or where AdamW cannot run."""

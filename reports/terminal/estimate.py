@@ -192,6 +192,13 @@ def _print_notes(report: EstimateReport, console: Console, glyphs: Glyphs) -> No
         console.print(Padding(_bullet(sentence, glyphs), 0), style="dim")
 
 
+def _variants(row: Estimate) -> list[str]:
+    if not row.state_variants:
+        return []
+    numbers = ", ".join(f"{name} {format_gib(size)}" for name, size in row.state_variants.items())
+    return [f"state: {numbers}, with its options as given {format_gib(row.bytes.optimizer_state)}"]
+
+
 def _footnotes(report: EstimateReport) -> Sequence[str]:
     notes = [
         "GiB = 2^30 bytes, per GPU. State and resident bytes are exact. Peak is peak allocated memory of a steady step "
@@ -200,6 +207,6 @@ def _footnotes(report: EstimateReport) -> Sequence[str]:
     if all(row.peak_allocated_bytes is None for row in report.estimates):
         notes = ["GiB = 2^30 bytes, per GPU. State and resident bytes are exact."]
     notes += report.notes
-    notes += [f"{row.optimizer}: {note}" for row in report.estimates for note in row.notes]
+    notes += [f"{row.optimizer}: {note}" for row in report.estimates for note in (*_variants(row), *row.notes)]
     notes += [f"left out: {skipped.reason}" for skipped in report.skipped]
     return notes

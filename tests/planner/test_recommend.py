@@ -1,0 +1,79 @@
+"""What is recommended, and that the advice can be checked by running it."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+
+import optplan
+from optplan.planner.optimizers.registry import optimizer_ids
+from optplan.planner.recommend import TIERS, tier_of
+from optplan.planner.records import EstimateReport, Recommendation
+
+
+def follow(advice: Recommendation) -> EstimateReport:
+    """Run the recommended command line through the library."""
+    words = shlex.split(advice.command)
+    assert words[:2] == ["optplan", "estimate"]
+    flags: dict[str, list[str]] = {}
+    for flag, value in zip(words[2::2], words[3::2], strict=True):
+        flags.setdefault(flag, []).append(value)
+    numbers = {"batch_size", "seq_len", "grad_accum"}
+    arguments: dict[str, object] = {"options": flags.pop("--set", None)}
+    for flag, (value,) in flags.items():
+        name = flag.removeprefix("--").replace("-", "_")
+        arguments[name] = int(value) if name in numbers else value
+    return optplan.estimate(arguments.pop("model"), **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("model", "target"),
+    [
+        ("llama-7b", {"gpu": "a100-40g"}),
+        ("gpt2", {"gpu": "t4-16g", "precision": "fp16-amp"}),
+        ("llama-3.1-8b", {"gpu": "h200", "precision": "mixed"}),
+        ("tinyllama-1.1b", {"memory": "7GiB", "seq_len": 512}),
+        ("gpt2-xl", {"gpu": "rtx-4090-24g", "batch_size": 2, "grad_accum": 4}),
+    ],
+)
+def test_the_command_reproduces_a_step_that_fits_with_room(model: str, target: dict[str, object]) -> None:
+    report = optplan.estimate(model, **target)  # type: ignore[arg-type]
+    advice = report.recommendation
+    assert advice is not None
+    (row,) = follow(advice).estimates
+    assert (row.optimizer, row.implementation, row.options) == (advice.optimizer, advice.implementation, advice.options)
+    assert row.peak_allocated_bytes is not None
+    assert row.peak_allocated_bytes <= 0.95 * report.gpu.usable_bytes
+    assert report.estimates[0].optimizer == advice.optimizer
+
+
+def test_adamw_stays_where_it_fits() -> None:
+    advice = optplan.estimate("tinyllama-1.1b", gpu="h200").recommendation
+    assert advice is not None
+    assert (advice.optimizer, advice.config.checkpointing) == ("adamw", "none")
+
+
+def test_llama_7b_trains_on_a_40_gb_card_as_the_micro_adam_paper_says() -> None:
+    # arXiv:2405.15593: full fine-tuning of a 7B model on one 40 GB GPU; bf16, activation checkpointing.
+    (row,) = optplan.estimate("llama-2-7b", gpu="a100-40g", optimizer="micro-adam", checkpointing="full").estimates
+    assert row.fits
+    (row,) = optplan.estimate("llama-2-7b", gpu="a100-40g", optimizer="adamw", checkpointing="full").estimates
+    assert row.fits is False
+
+
+def test_the_reasons_say_why_better_established_ones_lost() -> None:
+    advice = optplan.estimate("llama-7b", gpu="a100-40g").recommendation
+    assert advice is not None
+    assert any(reason.startswith("adamw is better established but needs ") for reason in advice.reasons)
+
+
+def test_only_what_was_asked_for_is_recommended() -> None:
+    advice = optplan.estimate("tinyllama-1.1b", gpu="h200", optimizer=["sgd", "lion"]).recommendation
+    assert advice is not None
+    assert advice.optimizer == "lion"
+
+
+def test_every_optimizer_has_one_tier() -> None:
+    assert sorted(name for _, names in TIERS for name in names) == sorted(optimizer_ids())
+    assert tier_of("adamw") == 0
