@@ -139,5 +139,6 @@ CASES: tuple[Case, ...] = (
     Case("came", {}, "came-pytorch", simple("came_pytorch.CAME:CAME", lr=1e-3, weight_decay=0.1)),
     Case("sm3", {}, "pytorch_optimizer", simple("pytorch_optimizer:SM3")),
     Case("sm3", {"momentum": "0.9"}, "pytorch_optimizer", simple("pytorch_optimizer:SM3", momentum=0.9)),
-    Case("flash-adamw", {"master": "auto"}, "flashoptim", simple("flashoptim:FlashAdamW")),
+    Case("flash-adamw", {"master": "24bit"}, "flashoptim", simple("flashoptim:FlashAdamW", master_weight_bits=24)),
+    Case("flash-adamw", {"master": "none"}, "flashoptim", simple("flashoptim:FlashAdamW", master_weight_bits=None)),
 )  # fmt: skip

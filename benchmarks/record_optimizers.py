@@ -1,8 +1,8 @@
 """Measure what optimizers keep and what their steps allocate on a CUDA GPU, and save the figures as JSON lines.
 
-    python benchmarks/record_optimizers.py --out FILE [--only ID ...] [--skip ID ...] [--workers 1] [--commit HASH]
+    python benchmarks/record_optimizers.py --out FILE [--only ID ...] [--skip ID ...] [--models NAME ...] [--workers 1]
 
-Each case of `optimizer_cases.py` runs in a process of its own, for both models below and both dtypes: parameters of the
+Each case of `optimizer_cases.py` runs in a process of its own, for the models below and both dtypes: parameters of the
 model's shapes on the GPU, random gradients, two steps that create the state and warm up the libraries, then a third
 whose allocations are recorded. What the planner says an implementation cannot run on is left out.
 
@@ -39,6 +39,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "model_type": "llama", "vocab_size": 8000, "hidden_size": 1024, "intermediate_size": 2816,
         "num_hidden_layers": 2, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64,
         "max_position_embeddings": 2048, "tie_word_embeddings": False,
+    },
+    "llama-2-7b-layer": {
+        "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+        "num_hidden_layers": 1, "num_attention_heads": 32, "num_key_value_heads": 32,
+        "max_position_embeddings": 4096, "tie_word_embeddings": False,
     },
     "gpt2-odd": {"model_type": "gpt2", "vocab_size": 8003, "n_embd": 960, "n_layer": 2, "n_head": 15},
 }  # fmt: skip
@@ -186,6 +191,8 @@ def commit_here() -> str:
 def save_rows(jobs: list[Job], options: argparse.Namespace) -> int:
     """Measure every job and append its row as it comes; returns the number of failed cases."""
     where = environment() | {"triton": importlib.metadata.version("triton"), "commit": options.commit or commit_here()}
+    for path in filter(None, (options.out, options.events)):
+        where["command"] = where["command"].replace(str(path), path.name)
     num_errors, labelled = 0, []
     with multiprocessing.get_context("fork").Pool(options.workers, maxtasksperchild=1) as pool:
         for row in pool.imap_unordered(attempt, [(job, options.events is not None) for job in jobs]):
@@ -196,7 +203,7 @@ def save_rows(jobs: list[Job], options: argparse.Namespace) -> int:
             num_errors += "error" in row
             if "error" not in row:
                 with options.out.open("a") as out:
-                    out.write(json.dumps({**row, "environment": where}) + "\n")
+                    out.write(json.dumps({**row, "environment": where}, separators=(",", ":")) + "\n")
     if options.events is not None:
         options.events.write_bytes(gzip.compress(json.dumps(labelled).encode()))
     return num_errors
@@ -208,6 +215,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="JSON lines file to append to")
     parser.add_argument("--only", nargs="+", metavar="ID", help="these optimizers alone")
     parser.add_argument("--skip", nargs="+", metavar="ID", default=[], help="all but these optimizers")
+    parser.add_argument("--models", nargs="+", choices=CONFIGS, default=list(CONFIGS), help="these models alone")
     parser.add_argument("--workers", type=int, default=1, help="cases measured at the same time")
     parser.add_argument("--commit", help="commit to record where the tree is no repository")
     parser.add_argument("--events", type=Path, help="gzipped JSON file for what made every allocation")
@@ -216,7 +224,7 @@ def main() -> int:
     jobs = [
         (number, model, dtype)
         for number, case in enumerate(CASES)
-        for model in CONFIGS
+        for model in options.models
         for dtype in DTYPES
         if case.optimizer in (options.only or [case.optimizer]) and case.optimizer not in options.skip
         if is_supported(case, model, dtype)
