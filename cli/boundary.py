@@ -25,17 +25,14 @@ def run(app: typer.Typer, args: list[str] | None = None) -> int:
     make_printable(sys.stderr)
     try:
         status = app(args=args, prog_name="optplan", standalone_mode=False)
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        _discard_stdout()
-        return DONE
+    except (SystemExit, typer.Exit) as stop:
+        status = stop.code if isinstance(stop, SystemExit) else stop.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        return _complain("interrupted", INTERRUPTED)
-    except typer.Exit as stop:
-        return stop.exit_code
+        status = INTERRUPTED
     except Exception as error:
         return _complain(*_explain(error))
+    if status == INTERRUPTED:
+        return _complain("interrupted", INTERRUPTED)
     return status if isinstance(status, int) else DONE
 
 
@@ -66,8 +63,3 @@ def _complain(sentence: str, status: int) -> int:
     with contextlib.suppress(BrokenPipeError):
         print(f"optplan: {sentence}", file=sys.stderr)
     return status
-
-
-def _discard_stdout() -> None:
-    # The reader is gone: what Python would flush at exit must not fail a second time.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

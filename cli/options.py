@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import re
+from typing import Annotated, Any
 
 import typer
+
+
+def _integer(text: Any) -> Any:
+    """The integer that a text spells; any other text as it is, for the planner to refuse with the range allowed."""
+    return int(text) if isinstance(text, str) and re.fullmatch(r"[+-]?[0-9]{1,30}", text) else text
+
+
+def _count(*names: str, help: str, show_default: bool | str = True) -> Any:
+    return typer.Option(*names, parser=_integer, metavar="INTEGER", help=help, show_default=show_default)
+
 
 _MODEL = "Model: an id or alias of `optplan models`, or the path of a Hugging Face config.json."
 
@@ -25,15 +36,14 @@ Precision = Annotated[str, typer.Option(help="bf16, fp32, amp, mixed or fp16-amp
 StateDtype = Annotated[
     str | None, typer.Option(help="Dtype of the optimizer's moments where it can differ: fp32, bf16 or fp16.")
 ]
-BatchSize = Annotated[int, typer.Option("--batch-size", "-b", help="Sequences in one micro-batch.")]
+BatchSize = Annotated[int, _count("--batch-size", "-b", help="Sequences in one micro-batch.")]
 SeqLen = Annotated[
-    int | None,
-    typer.Option("--seq-len", "-s", help="Tokens in a sequence.", show_default="2048 or the model's maximum"),
+    int | None, _count("--seq-len", "-s", help="Tokens in a sequence.", show_default="2048 or the model's maximum")
 ]
-GradAccum = Annotated[int, typer.Option(help="Micro-batches accumulated before each optimizer step.")]
+GradAccum = Annotated[int, _count("--grad-accum", help="Micro-batches accumulated before each optimizer step.")]
 Checkpointing = Annotated[str, typer.Option(help="Activation checkpointing: none or full.")]
 Attention = Annotated[str, typer.Option(help="Attention implementation: sdpa, eager or flash.")]
-Gpus = Annotated[int, typer.Option(help="Number of GPUs.")]
+Gpus = Annotated[int, _count("--gpus", help="Number of GPUs.")]
 Sharding = Annotated[str, typer.Option(help="Sharding strategy: none.")]
 Engine = Annotated[str, typer.Option(help="Where the step's timeline comes from: rules.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]

@@ -100,27 +100,33 @@ def _recommended_first(candidates: list[Candidate], advice: Recommendation | Non
 
 def _estimate(workload: Workload, candidate: Candidate, *, per_tensor: bool) -> Estimate:
     row: dict[str, Any] = {"per_tensor": _tensor_rows(candidate)} if per_tensor else {}
-    peaks = workload.peaks(candidate)
+    row |= _peak_fields(workload, candidate)
     return Estimate(
         optimizer=candidate.id,
         implementation=candidate.implementation,
         options=candidate.options,
         bytes=workload.resident(candidate),
         state_tensors=dict(candidate.footprint.bytes_by_name),
-        phases=peaks and peaks.phases,
-        peak_allocated_bytes=peaks and peaks.peak_bytes,
-        peak_phase=peaks and peaks.peak_phase,
-        peak_categories=peaks and peaks.categories,
-        peak_reserved_bytes=None,
-        device_bytes=None,
         fits=workload.fits(candidate),
-        headroom_bytes=peaks and workload.request.gpu.usable_bytes - peaks.peak_bytes,
         max_batch_size=workload.max_batch_size(candidate),
         state_variants=workload.state_variants(candidate),
         saving_against_adamw=workload.saving(candidate),
         notes=_notes(candidate),
         **row,
     )
+
+
+def _peak_fields(workload: Workload, candidate: Candidate) -> dict[str, Any]:
+    peaks = workload.peaks(candidate)
+    if peaks is None:
+        return {}
+    return {
+        "phases": peaks.phases,
+        "peak_allocated_bytes": peaks.peak_bytes,
+        "peak_phase": peaks.peak_phase,
+        "peak_categories": peaks.categories,
+        "headroom_bytes": workload.request.gpu.usable_bytes - peaks.peak_bytes,
+    }
 
 
 def _family_note(workload: Workload) -> list[str]:

@@ -1,9 +1,10 @@
 """The configuration to run: the best-established optimizer that fits with room to spare, and the reasons.
 
 The order of preference is that of the evidence, not a score: AdamW itself, then optimizers that keep its
-hyperparameters, then those that ask for a learning rate of their own, then those that restrict the update. Within one
-tier the smaller peak wins. A step counts as fitting with room when 5 % of the usable bytes stay free, because the
-allocator reserves more than it hands out (1 to 5 % in most measured steps).
+hyperparameters, then those that ask for a learning rate of their own or have been shown on fewer tasks, then one that
+may leave the device, then those that restrict the update. Within one tier a step without recomputation goes first,
+then the order in which the tier names them. A step counts as fitting with room when 5 % of the usable bytes stay free,
+because the allocator reserves more than it hands out (1 to 5 % in most measured steps).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import msgspec
 
 from optplan.planner.candidates import Candidate
+from optplan.planner.optimizers.facts import load_facts
 from optplan.planner.records import Recommendation
 from optplan.planner.units import format_gib
 from optplan.planner.workload import Workload
@@ -24,11 +26,12 @@ ROOM = 0.05
 
 TIERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("AdamW itself: nothing about the training changes", ("adamw",)),
+    ("takes AdamW's hyperparameters unchanged", ("adam-mini", "adamw-8bit", "flash-adamw", "adamw-fp8")),
     (
-        "takes AdamW's hyperparameters unchanged",
-        ("adam-mini", "adamw-8bit", "flash-adamw", "adamw-fp8", "adamw-4bit", "paged-adamw-8bit"),
+        "asks for a learning rate of its own, or has been shown on fewer tasks",
+        ("micro-adam", "adapprox", "adamw-4bit", "came", "adafactor", "lion", "soap", "muon"),
     ),
-    ("needs its own learning rate", ("micro-adam", "adapprox", "came", "adafactor", "lion", "soap", "muon")),
+    ("its state may be evicted to the host, and each step then moves it over the host link", ("paged-adamw-8bit",)),
     ("restricts the update to a subspace or drops information", ("apollo", "galore", "sm3", "sgd")),
 )
 """Optimizers by what a change to them costs, cheapest change first."""
@@ -107,17 +110,20 @@ def _with_room(workload: Workload, candidates: Sequence[Candidate]) -> list[_Opt
         if peaks is None or peaks.peak_bytes > limit:
             continue
         recomputes = int(workload.request.config.checkpointing != "none")
-        rank = (recomputes, peaks.peak_bytes)
-        options.append(_Option(tier_of(candidate.id), rank, candidate, workload, peaks.peak_bytes))
+        tier = tier_of(candidate.id)
+        rank = (recomputes, TIERS[tier][1].index(candidate.id))
+        options.append(_Option(tier, rank, candidate, workload, peaks.peak_bytes))
     return options
 
 
 def _reasons(best: _Option, asked: Workload, candidates: Sequence[Candidate]) -> list[str]:
-    usable = asked.request.gpu.usable_bytes
+    usable, facts = asked.request.gpu.usable_bytes, load_facts()[best.candidate.id]
     reasons = [
         f"peak allocated {format_gib(best.peak_bytes)} of {format_gib(usable)} usable"
         f" leaves {format_gib(usable - best.peak_bytes)} free",
         f"{best.candidate.id}: {TIERS[best.tier][0]}",
+        f"evidence: {facts.evidence}",
+        f"limits: {facts.limits}",
     ]
     if best.workload is not asked:
         reasons.append(_checkpointing_reason(best, asked))
@@ -138,6 +144,8 @@ def _why_others_lost(best: _Option, candidates: Sequence[Candidate]) -> list[str
     for candidate in candidates:
         peaks = workload.peaks(candidate)
         if tier_of(candidate.id) < best.tier and peaks is not None:
+            tight = peaks.peak_bytes <= workload.request.gpu.usable_bytes
+            verdict = f"which leaves less than {ROOM * 100:.0f} % free" if tight else "which does not fit"
             needed = f"{format_gib(peaks.peak_bytes)} at the peak in {peaks.peak_phase}"
-            reasons.append(f"{candidate.id} is better established but needs {needed}")
+            reasons.append(f"{candidate.id} is better established but needs {needed}, {verdict}")
     return reasons

@@ -120,15 +120,15 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     options: dict[str, Any]
     bytes: ResidentBytes
     state_tensors: dict[str, int]
-    phases: dict[Phase, PhasePeak] | None
-    peak_allocated_bytes: int | None
-    peak_phase: Phase | None
-    peak_categories: dict[Category, int] | None
-    peak_reserved_bytes: int | None
-    device_bytes: int | None
-    fits: bool | None
-    headroom_bytes: int | None
-    max_batch_size: int | None
+    phases: dict[Phase, PhasePeak] | None = None
+    peak_allocated_bytes: int | None = None
+    peak_phase: Phase | None = None
+    peak_categories: dict[Category, int] | None = None
+    peak_reserved_bytes: int | None = None
+    device_bytes: int | None = None
+    fits: bool | None = None
+    headroom_bytes: int | None = None
+    max_batch_size: int | None = None
     step_seconds: dict[str, float] | None = None
     state_variants: dict[str, int] = {}
     saving_against_adamw: Saving | None = None

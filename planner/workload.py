@@ -22,10 +22,13 @@ from optplan.planner.optimizers.base import OptimizerModel
 from optplan.planner.optimizers.registry import build_optimizer
 from optplan.planner.records import PhasePeak, ResidentBytes, Saving
 from optplan.planner.request import StepRequest
-from optplan.planner.step.profile import PhaseMemory, StepProfile, optimizer_phase, step_profile
-from optplan.planner.step.rules import has_rules
+from optplan.planner.step.profile import PhaseMemory, optimizer_phase
+from optplan.planner.step.rules import StepMemory, StepOptions, has_rules, step_memory
 from optplan.planner.timeline import Category, Phase
 from optplan.planner.units import round_up
+
+ASSUMED_CAPABILITY = (8, 0)
+"""Compute capability whose kernels are taken where the target is no NVIDIA GPU: a budget, or one of AMD's."""
 
 _LARGEST_BATCH = 2**20
 
@@ -49,7 +52,7 @@ class Workload:
     def __init__(self, request: StepRequest) -> None:
         self.request = request
         self.has_rules = has_rules(request.model)
-        self._profiles: dict[int, StepProfile] = {}
+        self._memories: dict[int, StepMemory] = {}
         self._step_phases: dict[OptimizerModel, PhaseMemory] = {}
         self._baseline: Candidate | None = None
         self._parameters = request.model.unique_parameters
@@ -74,9 +77,12 @@ class Workload:
         """Peaks of the step by phase, None for a family without step rules."""
         if not self.has_rules:
             return None
-        profile = self._profile(batch_size or self.request.config.batch_size)
-        step = self._step_phase(candidate).on_top_of(profile.after_backward)
-        memory: dict[Phase, PhaseMemory] = {"forward": profile.forward, "backward": profile.backward, "step": step}
+        step = self._memory(batch_size or self.request.config.batch_size)
+        memory: dict[Phase, PhaseMemory] = {
+            "forward": PhaseMemory(step.forward),
+            "backward": PhaseMemory(step.backward),
+            "step": self._step_phase(candidate).on_top_of(PhaseMemory(step.after_backward)),
+        }
         resident = dict(self._resident)
         resident["optimizer_state"] = candidate.footprint.rounded_device_bytes
         base = sum(resident.values())
@@ -136,10 +142,11 @@ class Workload:
                 return None
         return self._baseline
 
-    def _profile(self, batch_size: int) -> StepProfile:
-        if batch_size not in self._profiles:
-            self._profiles[batch_size] = step_profile(self.request, batch_size=batch_size)
-        return self._profiles[batch_size]
+    def _memory(self, batch_size: int) -> StepMemory:
+        if batch_size not in self._memories:
+            options = step_options(self.request, batch_size=batch_size)
+            self._memories[batch_size] = step_memory(self.request.model, options)
+        return self._memories[batch_size]
 
     def _step_phase(self, candidate: Candidate) -> PhaseMemory:
         key = candidate.optimizer
@@ -148,6 +155,20 @@ class Workload:
                 candidate.optimizer, self._parameters, self._context, master=self.request.policy.master_dtype
             )
         return self._step_phases[key]
+
+
+def step_options(request: StepRequest, *, batch_size: int | None = None) -> StepOptions:
+    """The request as the step rules take it, with another micro-batch if one is given."""
+    config = request.config
+    return StepOptions(
+        batch_size=batch_size or config.batch_size,
+        seq_len=config.seq_len,
+        precision=config.precision,
+        checkpointing=config.checkpointing,
+        attention=config.attention,
+        grad_accum=config.grad_accum,
+        compute_capability=request.gpu.compute_capability or ASSUMED_CAPABILITY,
+    )
 
 
 def _resident_categories(request: StepRequest) -> dict[Category, int]:

@@ -1,4 +1,4 @@
-"""One step's memory by phase, relative to the tensors that are resident whatever the phase."""
+"""What a phase of the step holds on top of the tensors that are resident whatever the phase."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from optplan.planner.allocator import ROUNDING
 from optplan.planner.dtypes import ITEMSIZE_BYTES, Dtype
 from optplan.planner.optimizers.base import OptimizerContext, OptimizerModel
 from optplan.planner.tensors import Parameter
-from optplan.planner.timeline import Category, TimelineBuilder
+from optplan.planner.timeline import Allocation, Category, Timeline, TimelineBuilder
+from optplan.planner.units import round_up
 
 
 class PhaseMemory(msgspec.Struct, frozen=True):
@@ -33,14 +35,6 @@ class PhaseMemory(msgspec.Struct, frozen=True):
         return PhaseMemory(self.merged_with(other.categories))
 
 
-class StepProfile(msgspec.Struct, frozen=True):
-    """Forward and backward of a steady step: their peaks, and what is left alive for the optimizer's step."""
-
-    forward: PhaseMemory
-    backward: PhaseMemory
-    after_backward: PhaseMemory
-
-
 def optimizer_phase(
     optimizer: OptimizerModel,
     parameters: Sequence[Parameter],
@@ -62,4 +56,17 @@ def optimizer_phase(
             size = parameter.numel * ITEMSIZE_BYTES[master]
             timeline.alloc(size, "optimizer_temporaries", f"gradient in {master} of {parameter.name}")
     optimizer.write_step(timeline, parameters, context)
-    return PhaseMemory({"optimizer_temporaries": peak_bytes(timeline.events)})
+    return PhaseMemory({"optimizer_temporaries": _peak_bytes(timeline.events)})
+
+
+def _peak_bytes(events: Timeline) -> int:
+    sizes: dict[int, int] = {}
+    in_use = peak = 0
+    for event in events:
+        if isinstance(event, Allocation):
+            sizes[event.id] = size = round_up(event.bytes, ROUNDING)
+            in_use += size
+            peak = max(peak, in_use)
+        else:
+            in_use -= sizes.pop(event.id)
+    return peak

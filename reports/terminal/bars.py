@@ -57,13 +57,17 @@ def _cells(
     return cells
 
 
-def legend(used: set[Category], *, usable_bytes: int, glyphs: Glyphs) -> Text:
-    """What the glyphs of the bars mean."""
-    text = Text()
-    for index, (category, (label, colour)) in enumerate(LABELS.items()):
-        if category in used:
-            text.append(glyphs.fills[index], colour)
-            text.append(f" {label}  ")
-    text.append(glyphs.limit, "bold red")
-    text.append(f" usable {format_gib(usable_bytes)}")
-    return text
+def legend(used: set[Category], *, usable_bytes: int, width: int, glyphs: Glyphs) -> Text:
+    """What the glyphs of the bars mean, in lines of at most `width` columns that break between entries only."""
+    entries = [
+        Text.assemble((glyphs.fills[index], colour), f" {label}")
+        for index, (category, (label, colour)) in enumerate(LABELS.items())
+        if category in used
+    ]
+    entries.append(Text.assemble((glyphs.limit, "bold red"), f" usable {format_gib(usable_bytes)}"))
+    lines = [Text()]
+    for entry in entries:
+        if lines[-1].cell_len and lines[-1].cell_len + 2 + entry.cell_len > width:
+            lines.append(Text())
+        lines[-1] += Text("  " if lines[-1].cell_len else "") + entry
+    return Text("\n").join(lines)

@@ -125,8 +125,8 @@ _COLUMNS = (
     _Column("Peak\nin", "left", 50, True, lambda row: row.peak_phase or "-"),
     _Column("Headroom\nGiB", "right", 58, True, lambda row: _gib(row.headroom_bytes)),
     _Column("Largest\nmicro-batch", "right", 78, True, lambda row: _count(row.max_batch_size)),
-    _Column("Saved against adamw,\nstate -> peak GiB", "right", 100, True, _saved),
-    _Column("Survives\nat peak", "right", 112, True, _surviving),
+    _Column("Saved against adamw,\nstate -> peak GiB", "right", 106, True, _saved),
+    _Column("Survives\nat peak", "right", 116, True, _surviving),
 )
 
 
@@ -166,7 +166,7 @@ def _print_bars(report: EstimateReport, console: Console, glyphs: Glyphs) -> Non
         bar = stacked_bar(row.peak_categories or {}, usable_bytes=usable, scale_bytes=scale, width=width, glyphs=glyphs)
         console.print(Text(f"{row.optimizer:<{label_width}} ") + bar, no_wrap=True, crop=True)
     used: set[Category] = {category for row in rows for category in row.peak_categories or {}}
-    console.print(legend(used, usable_bytes=usable, glyphs=glyphs))
+    console.print(legend(used, usable_bytes=usable, width=console.width, glyphs=glyphs))
 
 
 def _print_tensors(report: EstimateReport, console: Console, glyphs: Glyphs) -> None:

@@ -96,10 +96,11 @@ def test_every_number_of_a_row() -> None:
     assert cells == ["adam-mini", "4.00", "12.00", "18.00", "backward", "2.00", "3", "4.00", "->", "6.00", "150%"]
 
 
-@pytest.mark.parametrize("width", [40, 60, 78, 100, 200])
+@pytest.mark.parametrize("width", [40, 50, 58, 60, 70, 78, 80, 100, 106, 116, 200])
 def test_fits_the_width(width: int) -> None:
     lines = [line for line in render(TWO, width=width).splitlines() if not line.startswith("optplan estimate")]
     assert max(map(len, lines)) <= width
+    assert "…" not in "".join(lines)
     assert any(line.startswith("adamw") and "24.00" in line for line in lines)
 
 

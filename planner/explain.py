@@ -1,0 +1,213 @@
+"""One configuration taken apart: every number of its estimate with the formula filled in and the source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from optplan.planner.candidates import Candidate, choose_optimizers
+from optplan.planner.catalog import load_model
+from optplan.planner.dtypes import ITEMSIZE_BYTES
+from optplan.planner.errors import ConfigError
+from optplan.planner.explanation import ExplainedLine, ExplainedPart, Explanation, explained_line
+from optplan.planner.footprint import group_parameters
+from optplan.planner.models.spec import ModelSpec
+from optplan.planner.optimizers.facts import load_facts
+from optplan.planner.records import GpuRow, ModelRow
+from optplan.planner.request import StepRequest, check_request
+from optplan.planner.step.alive import explain_peak
+from optplan.planner.units import format_gib
+from optplan.planner.version import VERSION
+from optplan.planner.workload import StepPeaks, Workload
+
+
+def explain(
+    model: str | ModelSpec,
+    *,
+    optimizer: str = "adamw",
+    options: Mapping[str, object] | Sequence[str] | None = None,
+    **step: object,
+) -> Explanation:
+    """The parts of one estimate: what they are, how large, why, and where the rule comes from.
+
+    Args:
+        model: Catalogue id or alias, path to a `config.json`, or a model already read.
+        optimizer: One optimizer id.
+        options: Its options, as a mapping or as `key=value` texts.
+        step: The other arguments of `optplan.estimate`: `gpu` or `memory`, `batch_size`, `seq_len`, `precision` ...
+
+    Raises:
+        ConfigError: Something in the request is unknown, out of range or contradictory.
+    """
+    if not isinstance(optimizer, str):
+        raise ConfigError(f"one optimizer is explained at a time, got {len(optimizer)}")
+    spec = model if isinstance(model, ModelSpec) else load_model(model)
+    request = check_request(spec, **step)  # type: ignore[arg-type]
+    workload = Workload(request)
+    (candidate,), _ = workload.candidates(choose_optimizers(optimizer, options))
+    peaks = workload.peaks(candidate)
+    gpu = request.gpu
+    return Explanation(
+        version=VERSION,
+        engine=request.engine,
+        model=ModelRow(spec.name, spec.num_parameters, spec.source),
+        gpu=GpuRow(gpu.id, gpu.total_bytes, gpu.usable_bytes, gpu.context_bytes),
+        config=request.config,
+        optimizer=candidate.id,
+        implementation=candidate.implementation,
+        options=candidate.options,
+        parts=_parts(workload, candidate, peaks),
+        peak_allocated_bytes=peaks and peaks.peak_bytes,
+        peak_phase=peaks and peaks.peak_phase,
+        fits=workload.fits(candidate),
+        notes=list(request.notes),
+    )
+
+
+def _parts(workload: Workload, candidate: Candidate, peaks: StepPeaks | None) -> list[ExplainedPart]:
+    request = workload.request
+    parts = [_parameters(request), *_buffers(request), _gradients(request), *_master_weights(request)]
+    parts.append(_state(candidate))
+    if peaks is not None:
+        parts += [_peak(workload, candidate, peaks), _phases(peaks)]
+    parts.append(_gpu(request))
+    if peaks is not None:
+        parts.append(_verdict(request, peaks))
+    return parts
+
+
+def _parameters(request: StepRequest) -> ExplainedPart:
+    dtype = request.policy.parameter_dtype
+    return _part(
+        "parameters",
+        f"Parameters in {dtype}",
+        _parameter_lines(request.model, dtype),
+        f"inventory of {request.model.architecture}; configuration: {request.model.source}",
+        f"{request.model.num_parameters:,} elements; tied parameters count once.",
+    )
+
+
+def _parameter_lines(model: ModelSpec, dtype: str) -> list[ExplainedLine]:
+    size = ITEMSIZE_BYTES[dtype]
+    return [
+        explained_line(pattern, members[0].numel * size, f"{_sizes(members[0].shape)} x {size} B", count=len(members))
+        for pattern, members in group_parameters(model.unique_parameters)
+    ]
+
+
+def _sizes(shape: Iterable[int]) -> str:
+    return " x ".join(f"{size}" for size in shape) or "1"
+
+
+def _buffers(request: StepRequest) -> list[ExplainedPart]:
+    lines = []
+    for buffer in request.model.buffers:
+        size = ITEMSIZE_BYTES[buffer.dtype or request.policy.parameter_dtype]
+        lines.append(explained_line(buffer.name, buffer.numel * size, f"{_sizes(buffer.shape)} x {size} B"))
+    source = f"inventory of {request.model.architecture}"
+    return [_part("parameters", "Buffers, counted with the parameters at the peak", lines, source)] if lines else []
+
+
+def _gradients(request: StepRequest) -> ExplainedPart:
+    dtype, count = request.policy.gradient_dtype, request.model.num_parameters
+    size = ITEMSIZE_BYTES[dtype]
+    return _part(
+        "gradients",
+        f"Gradients in {dtype}",
+        [explained_line("one for each parameter", count * size, f"{count} x {size} B")],
+        f"precision {request.config.precision}: {request.policy.summary}",
+        "They live from their backward to the end of the step.",
+    )
+
+
+def _master_weights(request: StepRequest) -> list[ExplainedPart]:
+    dtype, count = request.policy.master_dtype, request.model.num_parameters
+    if dtype is None:
+        return []
+    size = ITEMSIZE_BYTES[dtype]
+    line = explained_line("one for each parameter", count * size, f"{count} x {size} B")
+    source = f"precision {request.config.precision}: {request.policy.summary}"
+    return [_part("master_weights", f"Master weights in {dtype}", [line], source)]
+
+
+def _state(candidate: Candidate) -> ExplainedPart:
+    facts = load_facts()[candidate.id]
+    lines = [
+        explained_line(
+            f"{tensor.name} of {group.pattern}", tensor.num_bytes, tensor.formula, count=len(group.parameters)
+        )
+        for group in candidate.footprint.groups
+        for tensor in group.tensors
+        if tensor.device == "device"
+    ]
+    lines += [
+        explained_line(f"{tensor.name} (once per optimizer)", tensor.num_bytes, tensor.formula)
+        for tensor in candidate.footprint.shared
+        if tensor.device == "device"
+    ]
+    host = candidate.footprint.host_bytes
+    remark = f"{host:,} B more on the host or evictable to it, not counted." if host else ""
+    title = f"Optimizer state of {candidate.id} ({candidate.implementation})"
+    return _part("optimizer_state", title, lines, facts.source, remark)
+
+
+def _peak(workload: Workload, candidate: Candidate, peaks: StepPeaks) -> ExplainedPart:
+    alive = explain_peak(workload.request, candidate.optimizer, peaks.peak_phase)
+    resident = {
+        name: size
+        for name, size in peaks.categories.items()
+        if name in ("parameters", "master_weights", "optimizer_state")
+    }
+    lines = [
+        explained_line(f"{name} (resident)", size, "each tensor rounded up to 512 B") for name, size in resident.items()
+    ]
+    return _part(
+        "peak",
+        f"Alive at the peak, in {peaks.peak_phase}",
+        lines + alive,
+        "rules of the model's step, written from recorded allocation histories; see docs/memory-model.md",
+        "Allocated bytes: every request is rounded up to 512 B.",
+        total=peaks.peak_bytes,
+    )
+
+
+def _phases(peaks: StepPeaks) -> ExplainedPart:
+    lines = [
+        explained_line(phase, peak.peak_allocated_bytes, "largest allocated bytes")
+        for phase, peak in peaks.phases.items()
+    ]
+    return ExplainedPart(
+        "phases", "Peaks by phase of a steady step", peaks.peak_bytes, "replay of the step timeline", lines
+    )
+
+
+def _gpu(request: StepRequest) -> ExplainedPart:
+    gpu = request.gpu
+    lines = [
+        explained_line("total", gpu.total_bytes, f"{gpu.total_basis}: {gpu.total_source}"),
+        explained_line("context and kernels", gpu.context_bytes, f"{gpu.context_basis}: {gpu.context_source}"),
+    ]
+    source = gpu.source or "the budget given with --memory"
+    return ExplainedPart("gpu", f"Usable memory of {gpu.id}: total less context", gpu.usable_bytes, source, lines)
+
+
+def _verdict(request: StepRequest, peaks: StepPeaks) -> ExplainedPart:
+    headroom = request.gpu.usable_bytes - peaks.peak_bytes
+    word = "fits" if headroom >= 0 else "does not fit"
+    formula = f"{request.gpu.usable_bytes:,} B usable - {peaks.peak_bytes:,} B peak"
+    return ExplainedPart(
+        "verdict",
+        f"Headroom: the step {word}",
+        headroom,
+        "usable memory less the peak",
+        [explained_line("headroom", headroom, formula)],
+        f"{format_gib(peaks.peak_bytes)} of {format_gib(request.gpu.usable_bytes)} per GPU.",
+    )
+
+
+def _part(
+    key: str, title: str, lines: list[ExplainedLine], source: str, remark: str = "", *, total: int | None = None
+) -> ExplainedPart:
+    ordered = sorted(lines, key=lambda line: -line.bytes)
+    return ExplainedPart(
+        key, title, sum(line.bytes for line in lines) if total is None else total, source, ordered, remark
+    )
