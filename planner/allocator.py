@@ -1,0 +1,170 @@
+"""torch's CUDA caching allocator in its default mode, on one stream: which bytes a sequence of requests occupies.
+
+Every request is rounded to 512 bytes and served from a cached block of its pool (requests up to 1 MiB have a pool of
+their own), or else from a new segment, a region obtained from the driver. A block larger than its request gives the
+rest back only when that rest is worth keeping; otherwise the whole block counts as allocated. So allocated bytes exceed
+the sum of the rounded requests, by up to 1 MiB for every large block.
+
+Source: pytorch `c10/cuda/CUDACachingAllocator.cpp` (`malloc`, `get_free_block`, `should_split`, `get_allocation_size`,
+`free_block`) and `c10/core/AllocatorConfig.h` (the constants).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from typing import Literal
+
+from optplan.planner.units import MIB, round_up
+
+ROUNDING = 512
+"""Every request is rounded up to a multiple of this many bytes."""
+SMALL_LIMIT = MIB
+"""Largest rounded request served by the small pool; also the largest rest that a large block keeps."""
+SMALL_SEGMENT = 2 * MIB
+LARGE_SEGMENT = 20 * MIB
+OWN_SEGMENT_LIMIT = 10 * MIB
+"""Requests of at least this size get a segment of their own, rounded up to 2 MiB."""
+SEGMENT_ROUNDING = 2 * MIB
+
+_ADDRESS_SPACE = 1 << 47
+
+
+class Block:
+    """A part of a segment, in use or cached.
+
+    Attributes:
+        address: Where it begins; only its order among other blocks matters.
+        size: Bytes it occupies, counted as allocated while in use.
+        requested: Bytes asked for by the request that it serves, 0 while cached.
+        pool: The pool it belongs to for as long as its segment exists.
+        previous: The neighbour below it in the same segment.
+        next: The neighbour above it in the same segment.
+        in_use: Whether it serves a request.
+    """
+
+    __slots__ = ("address", "in_use", "next", "pool", "previous", "requested", "size")
+
+    def __init__(self, address: int, size: int, pool: Pool) -> None:
+        self.address = address
+        self.size = size
+        self.requested = 0
+        self.pool = pool
+        self.previous: Block | None = None
+        self.next: Block | None = None
+        self.in_use = False
+
+
+class Pool:
+    """The cached blocks of one pool, smallest first, blocks of equal size by address."""
+
+    __slots__ = ("_by_address", "_order", "smallest_rest")
+
+    def __init__(self, *, smallest_rest: int) -> None:
+        self.smallest_rest = smallest_rest
+        self._order: list[tuple[int, int]] = []
+        self._by_address: dict[int, Block] = {}
+
+    def add(self, block: Block) -> None:
+        """Put a block into the cache."""
+        insort(self._order, (block.size, block.address))
+        self._by_address[block.address] = block
+
+    def remove(self, block: Block) -> None:
+        """Take a cached block out."""
+        del self._order[bisect_left(self._order, (block.size, block.address))]
+        del self._by_address[block.address]
+
+    def take(self, size: int) -> Block | None:
+        """Take out the smallest cached block of at least `size` bytes, the lowest of equals; None if there is none."""
+        index = bisect_left(self._order, (size, 0))
+        if index == len(self._order):
+            return None
+        return self._by_address.pop(self._order.pop(index)[1])
+
+
+class CachingAllocator:
+    """A simulated device's allocator, empty at first, with memory without end.
+
+    Attributes:
+        allocated_bytes: Sizes of the blocks in use.
+        reserved_bytes: Sizes of the segments.
+        requested_bytes: What the requests behind the blocks in use asked for.
+    """
+
+    def __init__(self, *, segment_addresses: Literal["ascending", "descending"] = "descending") -> None:
+        """Start without segments.
+
+        Args:
+            segment_addresses: Where the driver puts each new segment relative to the last. It decides only between
+                cached blocks of equal size; descending is what drivers mostly do.
+        """
+        self.allocated_bytes = 0
+        self.reserved_bytes = 0
+        self.requested_bytes = 0
+        self._small = Pool(smallest_rest=ROUNDING)
+        self._large = Pool(smallest_rest=SMALL_LIMIT + 1)
+        self._descending = segment_addresses == "descending"
+
+    def alloc(self, num_bytes: int) -> Block | None:
+        """Serve a request of `num_bytes`; None for zero bytes, which occupy nothing."""
+        if num_bytes == 0:
+            return None
+        size = -(-num_bytes // ROUNDING) * ROUNDING
+        pool = self._small if size <= SMALL_LIMIT else self._large
+        block = pool.take(size) or self._new_segment(size, pool)
+        if block.size - size >= pool.smallest_rest:
+            self._split(block, size)
+        block.in_use = True
+        block.requested = num_bytes
+        self.allocated_bytes += block.size
+        self.requested_bytes += num_bytes
+        return block
+
+    def free(self, block: Block | None) -> None:
+        """Return what `alloc` gave; the block joins free neighbours of its segment at once."""
+        if block is None:
+            return
+        self.allocated_bytes -= block.size
+        self.requested_bytes -= block.requested
+        block.in_use = False
+        block.requested = 0
+        if block.previous is not None and not block.previous.in_use:
+            block.pool.remove(block.previous)
+            block = _join(block.previous, block)
+        if block.next is not None and not block.next.in_use:
+            block.pool.remove(block.next)
+            block = _join(block, block.next)
+        block.pool.add(block)
+
+    def _new_segment(self, size: int, pool: Pool) -> Block:
+        segment_size = segment_bytes(size)
+        self.reserved_bytes += segment_size
+        address = _ADDRESS_SPACE - self.reserved_bytes if self._descending else self.reserved_bytes
+        return Block(address, segment_size, pool)
+
+    def _split(self, block: Block, size: int) -> None:
+        """Cut `block` to `size` and put the rest, which lies above it, into the cache."""
+        rest = Block(block.address + size, block.size - size, block.pool)
+        rest.previous, rest.next = block, block.next
+        if block.next is not None:
+            block.next.previous = rest
+        block.next, block.size = rest, size
+        block.pool.add(rest)
+
+
+def segment_bytes(size: int) -> int:
+    """Bytes of the segment that is made for a rounded request of `size` bytes when no cached block fits."""
+    if size <= SMALL_LIMIT:
+        return SMALL_SEGMENT
+    if size < OWN_SEGMENT_LIMIT:
+        return LARGE_SEGMENT
+    return round_up(size, SEGMENT_ROUNDING)
+
+
+def _join(lower: Block, upper: Block) -> Block:
+    """Make one block of two neighbours."""
+    lower.size += upper.size
+    lower.next = upper.next
+    if upper.next is not None:
+        upper.next.previous = lower
+    return lower

@@ -1,0 +1,303 @@
+"""Attention between the projections: which kernel runs, what it allocates and what it keeps.
+
+Source: pytorch `aten/src/ATen/native/transformers/cuda/sdp_utils.cpp` (choice of the backend), `attention.cu`,
+`native/transformers/attention.cpp` (`_scaled_dot_product_attention_math`); transformers
+`integrations/sdpa_attention.py` and the `eager_attention_forward` of the models.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from optplan.planner.dtypes import ITEMSIZE_BYTES, Dtype
+from optplan.planner.step import kernels
+from optplan.planner.step.graph import Tensor
+from optplan.planner.step.operations import add_constant, cast, dropout, pointwise, promote, scale, softmax
+from optplan.planner.step.projections import batched_product, clone, expanded
+from optplan.planner.step.tape import Tape
+from optplan.planner.units import round_up
+
+Backend = Literal["cudnn", "flash", "efficient", "math"]
+WIDEST_FUSED_HEAD = 256
+"""Widest head of the flash and cuDNN kernels, and of grouped heads that transformers leaves to the kernel."""
+
+_PARTS = ("queries", "keys", "values")
+
+
+class AttentionShape(msgspec.Struct, frozen=True):
+    """The sizes of one attention.
+
+    Attributes:
+        batch: Sequences.
+        seq: Tokens a sequence.
+        heads: Query heads.
+        kv_heads: Key and value heads.
+        width: Elements of one head.
+    """
+
+    batch: int
+    seq: int
+    heads: int
+    kv_heads: int
+    width: int
+
+    @property
+    def numel(self) -> int:
+        """Elements of the queries, and of the result."""
+        return self.batch * self.seq * self.heads * self.width
+
+    @property
+    def num_scores(self) -> int:
+        """Elements of the attention weights."""
+        return self.batch * self.heads * self.seq * self.seq
+
+    @property
+    def copies(self) -> int:
+        """Query heads that share a key head."""
+        return self.heads // self.kv_heads
+
+
+def choose_backend(dtype: Dtype, shape: AttentionShape, *, masked: bool, capability: tuple[int, int]) -> Backend:
+    """The kernel that `F.scaled_dot_product_attention` runs in training.
+
+    Args:
+        dtype: Dtype of queries, keys and values.
+        shape: Sizes; with grouped heads only where they reach the kernel as they are.
+        masked: Whether an explicit mask is given.
+        capability: Compute capability of the GPU.
+    """
+    ampere = capability >= (8, 0)
+    half = dtype != "float32" and shape.width <= WIDEST_FUSED_HEAD and shape.width % 8 == 0
+    if half and capability in ((9, 0), (10, 0), (10, 3)):
+        return "cudnn"
+    if half and ampere and not masked:
+        return "flash"
+    if shape.kv_heads != shape.heads or (dtype == "bfloat16" and not ampere):
+        return "math"
+    return "efficient"
+
+
+def sdpa(
+    t: Tape,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    shape: AttentionShape,
+    backend: Backend,
+    *,
+    mask: Tensor | None = None,
+    drops: bool = False,
+) -> Tensor:
+    """`F.scaled_dot_product_attention`: the result with its heads joined, `[batch, seq, heads * width]`.
+
+    Args:
+        t: The tape.
+        qkv: Queries, keys and values.
+        shape: Sizes; keys and values have `kv_heads` heads.
+        backend: The kernel, as `choose_backend` says.
+        mask: Boolean mask, for kernels that take one.
+        drops: Whether attention weights are dropped out.
+    """
+    q, k, v = qkv
+    if t.autocast is not None:
+        v, k, q = (cast(t, x, t.autocast) for x in (v, k, q))
+    del qkv
+    if backend == "math":
+        return _math(t, q, k, v, shape, drops=drops)
+    return _fused(t, q, k, v, shape, backend, mask)
+
+
+def _fused(
+    t: Tape, q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape, backend: Backend, mask: Tensor | None
+) -> Tensor:
+    dtype, inputs = q.dtype, (q, k, v)
+    layouts = [(x.numel, x.permuted) for x in inputs]
+    bias = [] if mask is None else [_bias(t, shape, dtype, padded=backend == "efficient")]
+
+    def backward(_: list[Tensor]) -> list[Tensor]:
+        gradients = [
+            t.new(numel, dtype, f"gradient of the {part}", permuted=permuted)
+            for (numel, permuted), part in zip(layouts, _PARTS, strict=True)
+        ]
+        _backward_scratch(t, shape, backend, ITEMSIZE_BYTES[dtype])
+        return gradients
+
+    node = t.node(inputs, backward, [*bias, k, q, v])
+    seeds = [t.new(1, "int64", "random state", "workspace") for _ in range(2)] if backend == "cudnn" else []
+    out = t.new(shape.numel, dtype, "attention output", permuted=q.permuted and backend != "efficient")
+    rows = round_up(shape.seq, 32) if backend == "efficient" else shape.seq
+    log_sums = t.new(shape.batch * shape.heads * rows, "float32", "attention log-sums")
+    if backend == "cudnn":
+        t.scratch(256, operation="attention workspace")
+    if backend == "flash":
+        seeds = [t.new(count, "int64", "random state", "workspace") for count in (2, 1)]
+    out.node = node
+    t.save(node, [log_sums, out, *reversed(seeds)])
+    del log_sums
+    return out
+
+
+def _bias(t: Tape, shape: AttentionShape, dtype: Dtype, *, padded: bool) -> Tensor:
+    """The boolean mask as numbers added to the scores; the efficient kernel wants rows of a multiple of 8 elements."""
+    constants = [t.new(1, dtype, "mask constant", "workspace") for _ in range(2)]
+    bias = t.new(shape.batch * shape.seq * shape.seq, dtype, "attention mask as numbers")
+    while constants:
+        constants.pop()
+    if not padded or shape.seq % 8 == 0:
+        return bias
+    return t.new(shape.batch * shape.seq * round_up(shape.seq, 8), dtype, "padded attention mask")
+
+
+def _backward_scratch(t: Tape, shape: AttentionShape, backend: Backend, itemsize: int) -> None:
+    sizes = (shape.batch, shape.heads, shape.kv_heads, shape.seq, shape.width)
+    if backend == "cudnn":
+        t.scratch(kernels.cudnn_backward_scratch(*sizes), operation="attention backward")
+    elif backend == "flash":
+        t.scratch(*kernels.flash_backward_scratch(*sizes), operation="attention backward")
+    else:
+        _efficient_backward_scratch(t, shape, itemsize)
+
+
+def _efficient_backward_scratch(t: Tape, shape: AttentionShape, itemsize: int) -> None:
+    num_rows = shape.batch * shape.heads * shape.seq
+    if itemsize == 4:
+        product = t.new(shape.numel, "float32", "gradient times output", "workspace")
+        row_sums = t.new(num_rows, "float32", "row sums", "workspace")
+        delta = t.new(num_rows, "float32", "row sums by head", "workspace")
+        del row_sums, product
+    else:
+        delta = t.new(num_rows, "float32", "row sums by head", "workspace")
+    sizes = (shape.batch, shape.heads, shape.seq, shape.width)
+    num_bytes = kernels.efficient_backward_scratch(*sizes, itemsize=itemsize)
+    workspace = t.storage(num_bytes, "attention backward", "workspace")
+    del delta, workspace
+
+
+def _math(t: Tape, q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape, *, drops: bool) -> Tensor:
+    """The unfused attention, in fp32, that remains where no kernel applies."""
+    dtype = q.dtype
+    q, k, v = (cast(t, x, "float32") for x in (q, k, v))
+    q = scale(t, q, "scaled queries")
+    mask = _triangle(t, shape.seq)
+    grouped = shape.copies > 1
+    all_k = repeat_heads(t, k, shape, "keys") if grouped else k
+    all_v = repeat_heads(t, v, shape, "values") if grouped else v
+    scaled_k = scale(t, all_k, "scaled keys")
+    left = by_head(t, q, shape, "queries")
+    right = scaled_k if grouped else by_head(t, scaled_k, shape, "keys")
+    scores = batched_product(t, left, right, shape.num_scores, "attention scores")
+    del left, right, scaled_k
+    weights = _safe_softmax(t, scores, shape)
+    del scores
+    weights = dropout(t, weights, float(drops))
+    right = all_v if grouped else by_head(t, all_v, shape, "values")
+    out = batched_product(t, weights, right, shape.numel, "attention output by head", joined=shape.heads > 1)
+    del all_k, q, mask, all_v, weights, right
+    return clone(t, cast(t, out, dtype), "attention output")
+
+
+def _triangle(t: Tape, seq: int) -> Tensor:
+    square = t.new(seq * seq, "bool", "causal mask")
+    lower = t.new(seq * seq, "bool", "causal mask")
+    del square
+    constants = [t.new(1, "float32", "mask constant", "workspace") for _ in range(2)]
+    mask = t.new(seq * seq, "float32", "causal mask as numbers")
+    while constants:
+        constants.pop()
+    del lower
+    return mask
+
+
+def _safe_softmax(t: Tape, scores: Tensor, shape: AttentionShape) -> Tensor:
+    """A softmax that also looks for rows without a finite score."""
+    weights = softmax(t, scores, operation="attention weights")
+    rows = shape.num_scores // shape.seq
+    empty = t.new(shape.num_scores, "bool", "search for empty rows", "workspace")
+    empty_rows = t.new(rows, "bool", "search for empty rows", "workspace")
+    zero = t.new(1, "float32", "search for empty rows", "workspace")
+    del zero, empty_rows, empty
+    return weights
+
+
+def repeat_heads(t: Tape, x: Tensor, shape: AttentionShape, what: str) -> Tensor:
+    """Keys or values with each head written out once for every query head that shares it."""
+    return clone(t, x, f"repeated {what}", copies=shape.copies, permuted=shape.kv_heads > 1)
+
+
+def repeat_kv(t: Tape, x: Tensor, shape: AttentionShape, what: str) -> Tensor:
+    """The models' own repetition: like `repeat_heads`, but of a single head it makes a view."""
+    if shape.kv_heads == 1 and shape.copies > 1:
+        return expanded(t, x, shape.copies)
+    return repeat_heads(t, x, shape, what) if shape.copies > 1 else x
+
+
+def by_head(t: Tape, x: Tensor, shape: AttentionShape, what: str) -> Tensor:
+    """A matrix product's operand with each head's elements together: a copy if they are not.
+
+    Keys are copied transposed, and their gradient, transposed back, can be read with its heads joined.
+    """
+    if x.permuted or shape.heads == 1:
+        return x
+    return clone(t, x, f"{what} by head", permuted=what != "keys")
+
+
+def eager(
+    t: Tape,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    shape: AttentionShape,
+    mask: Tensor,
+    *,
+    drop: float = 0.0,
+    capped: bool = False,
+    upcast: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The models' own attention, written out: the result with its heads joined, and the attention weights.
+
+    Args:
+        t: The tape.
+        qkv: Queries, keys and values.
+        shape: Sizes; keys and values have `kv_heads` heads.
+        mask: What is added to the scores.
+        drop: Probability with which an attention weight is dropped.
+        capped: Whether the scores are capped by a tanh first.
+        upcast: Whether the softmax is asked for in fp32.
+    """
+    q, k, v = qkv
+    del qkv
+    keys, values = repeat_kv(t, k, shape, "keys"), repeat_kv(t, v, shape, "values")
+    weights = scale(t, scores(t, q, keys, shape), "scaled attention scores")
+    if capped:
+        weights = scale(t, weights, "scores over cap")
+        weights = pointwise(t, weights, "tanh", saves_output=True)
+        weights = scale(t, weights, "capped scores")
+    weights = add_constant(t, weights, promote(weights.dtype, mask.dtype), "masked attention scores")
+    if upcast:
+        weights = cast(t, softmax(t, cast(t, weights, "float32"), "attention weights in float32"), q.dtype)
+    else:
+        weights = softmax(t, cast(t, weights, "float32") if t.autocast else weights, "attention weights")
+        weights = cast(t, weights, v.dtype)
+    weights = dropout(t, weights, drop)
+    out = weighted_values(t, weights, values, shape)
+    return clone(t, out, "attention output"), weights
+
+
+def scores(t: Tape, q: Tensor, k: Tensor, shape: AttentionShape) -> Tensor:
+    """`torch.matmul(q, k.T)` with keys as `repeat_kv` leaves them."""
+    cast_k = cast(t, k, t.autocast or k.dtype)
+    cast_q = cast(t, q, t.autocast or q.dtype)
+    left = by_head(t, cast_q, shape, "queries")
+    right = cast_k if _lies_by_head(k, cast_k, shape) else by_head(t, cast_k, shape, "keys")
+    return batched_product(t, left, right, shape.num_scores, "attention scores")
+
+
+def weighted_values(t: Tape, weights: Tensor, v: Tensor, shape: AttentionShape) -> Tensor:
+    """`torch.matmul(weights, v)` with values as `repeat_kv` leaves them."""
+    cast_v = cast(t, v, t.autocast or v.dtype)
+    cast_weights = cast(t, weights, t.autocast or weights.dtype)
+    right = cast_v if _lies_by_head(v, cast_v, shape) else by_head(t, cast_v, shape, "values")
+    return batched_product(t, cast_weights, right, shape.numel, "attention output by head", joined=shape.heads > 1)
+
+
+def _lies_by_head(x: Tensor, as_cast: Tensor, shape: AttentionShape) -> bool:
+    """Whether keys or values lie head by head: those written out for each head, and views that a cast wrote out."""
+    return shape.copies > 1 and (shape.kv_heads > 1 or as_cast is not x)

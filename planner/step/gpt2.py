@@ -1,0 +1,163 @@
+"""One training step of GPT-2 with its language-model head, written after the modelling code.
+
+Variables are kept and dropped where the modelling code keeps and drops them; see `tape`.
+
+Source: transformers `models/gpt2/modeling_gpt2.py`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import msgspec
+
+from optplan.planner.models.spec import ModelSpec
+from optplan.planner.step import operations as op
+from optplan.planner.step import projections, vocabulary
+from optplan.planner.step.attention import AttentionShape, choose_backend, eager, sdpa
+from optplan.planner.step.graph import Tensor
+from optplan.planner.step.options import StepOptions
+from optplan.planner.step.positions import causal_mask, find_packed_sequences, position_ids
+from optplan.planner.step.tape import Tape
+
+
+class Gpt2Config(msgspec.Struct, frozen=True, kw_only=True):
+    """GPT-2's sizes and dropout probabilities."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    num_layers: int
+    vocab: int
+    num_positions: int
+    tied: bool
+    activation: str
+    embedding_dropout: float
+    attention_dropout: float
+    residual_dropout: float
+
+
+def gpt2_config(spec: ModelSpec) -> Gpt2Config:
+    """The GPT-2 that `spec` describes."""
+    c = spec.config
+    return Gpt2Config(
+        hidden=c["n_embd"],
+        intermediate=c["n_inner"],
+        heads=c["n_head"],
+        num_layers=c["n_layer"],
+        vocab=c["vocab_size"],
+        num_positions=c["n_positions"],
+        tied=c["tie_word_embeddings"],
+        activation=c["activation_function"],
+        embedding_dropout=c["embd_pdrop"],
+        attention_dropout=c["attn_pdrop"],
+        residual_dropout=c["resid_pdrop"],
+    )
+
+
+class Gpt2:
+    """GPT-2 at work: its configuration, how the step is run, and the tape that records it."""
+
+    def __init__(self, t: Tape, config: Gpt2Config, options: StepOptions) -> None:
+        self.t = t
+        self.c = config
+        self.o = options
+        self.num_tokens = options.batch_size * options.seq_len
+
+    def loss(self) -> Tensor:
+        """The forward pass up to the loss; everything else is let go, as when only `.loss` is read."""
+        loss, logits = self._causal_lm()
+        del logits
+        self.t.casts.clear()
+        return loss
+
+    def _causal_lm(self) -> tuple[Tensor, Tensor]:
+        t, c = self.t, self.c
+        hidden = self._model()
+        t.path = "lm_head"
+        name = "transformer.wte.weight" if c.tied else "lm_head.weight"
+        logits = projections.output_head(t, hidden, c.hidden, c.vocab, name=name)
+        loss = vocabulary.cross_entropy(t, logits, self.o.batch_size, self.o.seq_len)
+        return loss, logits
+
+    def _model(self) -> Tensor:
+        t, c, batch, seq = self.t, self.c, self.o.batch_size, self.o.seq_len
+        t.path = "transformer.wte"
+        embedded = vocabulary.embedding(t, self.num_tokens, c.vocab, c.hidden)
+        positions = position_ids(t, seq)
+        t.path = "transformer.wpe"
+        placed = vocabulary.embedding(t, seq, c.num_positions, c.hidden, [positions])
+        hidden = op.add(t, embedded, placed, "sum of the embeddings")
+        mask = self._mask(embedded)
+        t.path = "transformer.drop"
+        hidden = op.dropout(t, hidden, c.embedding_dropout)
+        for layer in range(c.num_layers):
+            t.enter(layer)
+            run = partial(self._block, mask=mask, positions=positions)
+            hidden = t.checkpoint(run, hidden) if self.o.checkpointing == "full" else run(hidden)
+            del run
+        t.enter(None)
+        t.path = "transformer.ln_f"
+        hidden = op.layer_norm(t, hidden, c.hidden)
+        del embedded, placed, positions, mask, batch
+        return hidden
+
+    def _mask(self, embedded: Tensor) -> Tensor | None:
+        """The mask that eager attention adds; the kernels know that attention is causal."""
+        if self.o.attention == "flash":
+            return None
+        find_packed_sequences(self.t, self.o.batch_size, self.o.seq_len)
+        if self.o.attention == "sdpa":
+            return None
+        return causal_mask(self.t, self.o.batch_size, self.o.seq_len, window=False, numbers=embedded.dtype)
+
+    def _block(self, hidden: Tensor, *, mask: Tensor | None, positions: Tensor) -> Tensor:
+        del positions  # a checkpointed block holds on to them
+        t, c = self.t, self.c
+        residual = hidden
+        t.path = "ln_1"
+        hidden = op.layer_norm(t, hidden, c.hidden)
+        attended, weights = self._attention(hidden, mask)
+        t.path = "residual"
+        hidden = op.add(t, attended, residual)
+        residual = hidden
+        t.path = "ln_2"
+        hidden = op.layer_norm(t, hidden, c.hidden)
+        transformed = self._mlp(hidden)
+        t.path = "residual"
+        hidden = op.add(t, residual, transformed)
+        del residual, attended, weights, transformed
+        return hidden
+
+    def _attention(self, hidden: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        t, c = self.t, self.c
+        t.path = "attn.c_attn"
+        q, k, v = projections.split(
+            t, projections.conv1d(t, hidden, c.hidden, 3 * c.hidden), (self.num_tokens * c.hidden,) * 3
+        )
+        q, k, v = (projections.split_heads(t, x) for x in (q, k, v))
+        t.path = "attn"
+        out, weights = self._attend(q, k, v, mask)
+        t.path = "attn.c_proj"
+        out = projections.conv1d(t, out, c.hidden, c.hidden)
+        return op.dropout(t, out, c.residual_dropout), weights
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        t, c = self.t, self.c
+        shape = AttentionShape(self.o.batch_size, self.o.seq_len, c.heads, c.heads, c.hidden // c.heads)
+        if mask is not None:
+            return eager(t, (q, k, v), shape, mask, drop=c.attention_dropout, upcast=False)
+        backend = choose_backend(t.autocast or q.dtype, shape, masked=False, capability=self.o.compute_capability)
+        if self.o.attention == "flash":
+            backend = "flash"
+        return sdpa(t, (q, k, v), shape, backend, drops=c.attention_dropout > 0), None
+
+    def _mlp(self, hidden: Tensor) -> Tensor:
+        t, c = self.t, self.c
+        t.path = "mlp.c_fc"
+        hidden = projections.conv1d(t, hidden, c.hidden, c.intermediate)
+        t.path = "mlp.act"
+        hidden = op.activation(t, hidden, c.activation)
+        t.path = "mlp.c_proj"
+        hidden = projections.conv1d(t, hidden, c.intermediate, c.hidden)
+        return op.dropout(t, hidden, c.residual_dropout)

@@ -1,0 +1,86 @@
+"""What CUDA kernels allocate while they run, beside their results; bytes unless said otherwise.
+
+Source: pytorch `aten/src/ATen/native/cuda/Reduce.cuh` (`setReduceConfig`), `native/cuda/EmbeddingBackwardKernel.cu`,
+`native/transformers/cuda/mem_eff_attention/kernel_backward.h`, flash-attention's `flash_api.cpp`; cuDNN's workspace was
+read off an H200. All of them are held against recorded allocations in the tests.
+"""
+
+from __future__ import annotations
+
+from optplan.planner.units import round_up
+
+_MAX_THREADS_PER_BLOCK = 512
+_WARP = 32
+SCAN_SCRATCH = 1279
+"""What cub's scan allocates, where a cumulative sum has one row."""
+_EMBEDDING_SORT_LIMIT = 3072
+"""Up to this many tokens the gradient of an embedding is made by a kernel that needs no scratch."""
+
+
+def reduction_scratch(num_outputs: int, num_inputs: int, *, resident_threads: int) -> tuple[int, ...]:
+    """Scratch of a sum over the leading dimensions of a contiguous tensor: staging and semaphores, or nothing.
+
+    Each thread adds up the inputs of some outputs; where that leaves it 256 values or more, the inputs are also split
+    over several blocks, whose partial sums (fp32) meet in global memory.
+
+    Args:
+        num_outputs: Columns that remain.
+        num_inputs: Values summed into each.
+        resident_threads: Threads that the whole GPU holds at once.
+    """
+    vector = next(size for size in (4, 2, 1) if num_outputs % size == 0)
+    max_threads = _MAX_THREADS_PER_BLOCK // vector
+    columns = min(_last_power_of_2(num_outputs // vector), max_threads)
+    rows = min(_last_power_of_2(num_inputs), max_threads)
+    width = min(columns, _WARP)
+    height = min(rows, max_threads // width)
+    width = min(columns, max_threads // height)
+    if num_inputs < min(height * 16, 256):
+        return ()
+    values_per_thread = -(-num_inputs // height)
+    grid = -(-(num_outputs // vector) // width)
+    target_grid = resident_threads // (width * height)
+    if values_per_thread < 256 or grid > target_grid:
+        return ()
+    blocks = max(min(-(-target_grid // grid), -(-values_per_thread // 16)), -(-values_per_thread // 256))
+    if blocks == 1:
+        return ()
+    return 4 * num_outputs * blocks * width * vector, 4 * grid
+
+
+def _last_power_of_2(value: int) -> int:
+    return 1 << (value.bit_length() - 1)
+
+
+def embedding_partial_sums(num_tokens: int, num_rows: int) -> int | None:
+    """Segments whose partial sums a sorting embedding backward keeps, None where the simple kernel is used."""
+    if num_tokens <= _EMBEDDING_SORT_LIMIT:
+        return None
+    return num_tokens // 10 + min(num_tokens, num_rows)
+
+
+def radix_sort_scratch(num_keys: int) -> int:
+    """Scratch of cub's radix sort of 64-bit keys with 64-bit values: two buffers and histograms."""
+    return 2 * round_up(8 * num_keys, 256) + 16_895 + 1024 * -(-num_keys // 5120)
+
+
+def flash_backward_scratch(batch: int, heads: int, kv_heads: int, seq: int, head_dim: int) -> tuple[int, ...]:
+    """Scratch of flash-attention's backward: row sums, fp32 gradient of the queries, per-head dk and dv if grouped."""
+    rows = batch * heads * round_up(seq, 128)
+    width = round_up(head_dim, 32) if head_dim <= 128 else round_up(head_dim, 64)
+    grouped = () if kv_heads == heads else (2 * batch * seq * heads * head_dim,) * 2
+    return (4 * rows, 4 * rows * width, *grouped)
+
+
+def cudnn_backward_scratch(batch: int, heads: int, kv_heads: int, seq: int, head_dim: int) -> int:
+    """Workspace of cuDNN's attention backward: fp32 query gradient, row sums, per-head dk and dv if grouped."""
+    elements = batch * heads * seq * head_dim
+    return 4 * elements + 4 * batch * heads * seq + 256 + (0 if kv_heads == heads else 4 * elements)
+
+
+def efficient_backward_scratch(batch: int, heads: int, seq: int, head_dim: int, *, itemsize: int) -> int:
+    """Workspace of memory-efficient attention's backward: the gradient of the queries in tiles with a lock each."""
+    tile_rows = 64 if head_dim <= 64 else 128
+    tile_columns = 128 if head_dim > 64 and itemsize == 2 else 64
+    tiles = -(-seq // tile_rows) * -(-head_dim // tile_columns)
+    return 4 * batch * heads * tiles * (tile_rows * tile_columns + 4)

@@ -1,0 +1,74 @@
+"""What a step finds in place, but for the optimizer's: parameters, buffers, token ids, libraries' workspaces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from optplan.planner.allocator import ROUNDING
+from optplan.planner.dtypes import ITEMSIZE_BYTES
+from optplan.planner.models.spec import ModelSpec
+from optplan.planner.step.options import HOPPER, StepOptions
+from optplan.planner.step.vocabulary import INDEX_BYTES
+from optplan.planner.timeline import Category, TimelineBuilder
+from optplan.planner.units import KIB, MIB, round_up
+
+_HOPPER_WORKSPACE, _WORKSPACE = 32 * MIB, 2 * 4096 * KIB + 8 * 16 * KIB
+_LT_WORKSPACE = MIB
+
+
+def write_load(timeline: TimelineBuilder, spec: ModelSpec, options: StepOptions) -> None:
+    """Append, in phase load, everything resident but for the optimizer's.
+
+    Parameters and buffers come in the order in which moving the model to the GPU places them.
+    """
+    timeline.phase = "load"
+    for name, num_bytes in model_tensors(spec, options):
+        timeline.alloc(num_bytes, "parameters", name)
+    for name, num_bytes, category in surroundings(spec, options):
+        timeline.alloc(num_bytes, category, name)
+
+
+def model_tensors(spec: ModelSpec, options: StepOptions) -> Iterator[tuple[str, int]]:
+    """Name and bytes of each parameter (tied aliases left out), then of each buffer."""
+    dtype = options.parameter_dtype
+    for parameter in spec.unique_parameters:
+        yield parameter.name, parameter.numel * ITEMSIZE_BYTES[dtype]
+    for buffer in spec.buffers:
+        yield buffer.name, buffer.numel * ITEMSIZE_BYTES[buffer.dtype or dtype]
+
+
+def surroundings(spec: ModelSpec, options: StepOptions) -> Iterator[tuple[str, int, Category]]:
+    """Name, bytes and category of the token ids and of the workspaces that the first step leaves.
+
+    The thread of the forward and that of the backward each make a cuBLAS handle. A product with a bias added in the
+    same kernel takes a cuBLASLt workspace too, in the threads that run such: the backward's when it recomputes layers.
+
+    Source: pytorch `aten/src/ATen/cuda/CublasHandlePool.cpp` (`parseChosenWorkspaceSize`), `CUDABlas.cpp`; sizes as
+    recorded on an H200.
+    """
+    yield "token ids", INDEX_BYTES * options.batch_size * options.seq_len, "activations"
+    size = _HOPPER_WORKSPACE if options.compute_capability == HOPPER else _WORKSPACE
+    for thread in ("forward", "backward"):
+        yield f"cuBLAS workspace of the {thread}", size, "workspace"
+        if _adds_bias(spec) and (thread == "forward" or options.checkpointing == "full"):
+            yield f"cuBLASLt workspace of the {thread}", _LT_WORKSPACE, "workspace"
+
+
+def _adds_bias(spec: ModelSpec) -> bool:
+    return any(p.role == "bias" and p.module in ("linear", "conv1d") for p in spec.parameters)
+
+
+def gradient_tensors(spec: ModelSpec, options: StepOptions) -> Iterator[tuple[str, int]]:
+    """Name and bytes of each parameter's gradient."""
+    itemsize = ITEMSIZE_BYTES[options.parameter_dtype]
+    return ((parameter.name, parameter.numel * itemsize) for parameter in spec.unique_parameters)
+
+
+def surrounding_use(spec: ModelSpec, options: StepOptions) -> dict[Category, int]:
+    """Rounded bytes by category of the surroundings and, with gradient accumulation, of the gradients made before."""
+    use: dict[Category, int] = {}
+    for _, num_bytes, category in surroundings(spec, options):
+        use[category] = use.get(category, 0) + round_up(num_bytes, ROUNDING)
+    if options.grad_accum > 1:
+        use["gradients"] = sum(round_up(num_bytes, ROUNDING) for _, num_bytes in gradient_tensors(spec, options))
+    return use

@@ -1,0 +1,162 @@
+"""Step rules: the timeline of the forward and backward of one training step, for the families that have them.
+
+The rules record the operations that the transformers classes run in a steady step (every one after the first), with
+random tokens, `labels = input_ids`, no cache and no padding, and of the output the loss alone kept.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from optplan.planner.errors import ConfigError, unknown
+from optplan.planner.models.spec import ModelSpec
+from optplan.planner.step.attention import WIDEST_FUSED_HEAD
+from optplan.planner.step.decoder import Decoder
+from optplan.planner.step.decoder_config import DECODERS, decoder_config
+from optplan.planner.step.gpt2 import Gpt2, gpt2_config
+from optplan.planner.step.graph import Tensor
+from optplan.planner.step.operations import ACTIVATIONS
+from optplan.planner.step.options import StepOptions, check_options
+from optplan.planner.step.program import CATEGORIES, LayerPlan, Program, plan_layers
+from optplan.planner.step.resident import gradient_tensors, surrounding_use, write_load
+from optplan.planner.step.tape import Tape
+from optplan.planner.timeline import Category, TimelineBuilder
+
+__all__ = [
+    "RULED_FAMILIES",
+    "StepMemory",
+    "StepOptions",
+    "has_rules",
+    "record_step",
+    "step_memory",
+    "write_forward_backward",
+    "write_load",
+]
+
+RULED_FAMILIES = (*DECODERS, "gpt2")
+"""The `model_type`s whose step is described."""
+
+
+class StepMemory(msgspec.Struct, frozen=True):
+    """Bytes in use by category, rounded as the allocator rounds, on top of parameters, buffers and optimizer state.
+
+    The token ids count as activations, the libraries' workspaces as workspace.
+
+    Attributes:
+        forward: At the forward's peak.
+        backward: At the backward's peak.
+        after_backward: When the optimizer's step begins: the gradients, the token ids, the workspaces.
+    """
+
+    forward: dict[Category, int]
+    backward: dict[Category, int]
+    after_backward: dict[Category, int]
+
+
+def has_rules(spec: ModelSpec) -> bool:
+    """Whether the timeline of a step is described for this model's family."""
+    return spec.model_type in RULED_FAMILIES
+
+
+def check_step(spec: ModelSpec, options: StepOptions) -> None:
+    """Refuse what no rule describes and what the model's class would refuse.
+
+    Raises:
+        ConfigError: The family has no step rules, or the options do not suit it.
+    """
+    if not has_rules(spec):
+        raise unknown("family with step rules", spec.model_type, RULED_FAMILIES)
+    check_options(options)
+    config = spec.config
+    width = config["head_dim"] if "head_dim" in config else config["n_embd"] // config["n_head"]
+    if options.attention == "flash" and width > WIDEST_FUSED_HEAD:
+        raise ConfigError(
+            f"flash attention takes heads of at most {WIDEST_FUSED_HEAD} elements, {spec.name} has {width}"
+        )
+    if options.attention == "sdpa" and config.get("attn_logit_softcapping") is not None:
+        raise ConfigError(f"{spec.name} caps its attention scores, which sdpa cannot; use attention eager or flash")
+    if options.attention == "eager" and config.get("reorder_and_upcast_attn"):
+        raise ConfigError(
+            f"{spec.name} sets reorder_and_upcast_attn, which the step rules do not model; use attention sdpa"
+        )
+    activation = config["activation_function"] if spec.model_type == "gpt2" else config["hidden_act"]
+    if activation not in ACTIVATIONS:
+        raise unknown("activation for the step rules", activation, ACTIVATIONS)
+
+
+def record_step(spec: ModelSpec, options: StepOptions, *, compressed: bool = True) -> Program:
+    """Forward and backward of the last micro-step, recorded.
+
+    Args:
+        spec: The model.
+        options: How the step is run.
+        compressed: Whether layers that are alike are recorded once; otherwise every layer is.
+
+    Raises:
+        ConfigError: The family has no step rules, or the options do not suit it.
+    """
+    check_step(spec, options)
+    tape = Tape(
+        resident_threads=options.resident_threads,
+        parameter_dtype=options.parameter_dtype,
+        autocast=options.autocast_dtype,
+        keeps_gradients=options.grad_accum > 1,
+    )
+    kinds = layer_kinds(spec)
+    plan = plan_layers(kinds) if compressed else LayerPlan(0, 0, 1, len(kinds))
+    tape.backward(_loss(tape, spec, plan.recorded_kinds(kinds), options))
+    return Program(tape, plan, "transformer.h.{}" if spec.model_type == "gpt2" else "model.layers.{}")
+
+
+def layer_kinds(spec: ModelSpec) -> tuple[str, ...]:
+    """A name for each layer; layers of the same name are alike."""
+    if spec.model_type == "gpt2":
+        return ("block",) * int(spec.config["n_layer"])
+    return decoder_config(spec).layer_kinds
+
+
+def _loss(tape: Tape, spec: ModelSpec, kinds: tuple[str, ...], options: StepOptions) -> Tensor:
+    if spec.model_type == "gpt2":
+        return Gpt2(tape, msgspec.structs.replace(gpt2_config(spec), num_layers=len(kinds)), options).loss()
+    return Decoder(tape, msgspec.structs.replace(decoder_config(spec), layer_kinds=kinds), options).loss()
+
+
+def write_forward_backward(timeline: TimelineBuilder, spec: ModelSpec, options: StepOptions) -> dict[str, int]:
+    """Append the forward and backward of the last micro-step.
+
+    With gradient accumulation the gradients, which exist before, are appended first, in the timeline's current phase.
+
+    Returns:
+        The ids of the gradients by parameter name, in the order of the parameters, for whoever frees them.
+
+    Raises:
+        ConfigError: The family has no step rules, or the options do not suit it.
+    """
+    program = record_step(spec, options)
+    kept = {
+        name: timeline.alloc(num_bytes, "gradients", f"{name} gradient")
+        for name, num_bytes in gradient_tensors(spec, options)
+        if options.grad_accum > 1
+    }
+    made = program.write(timeline)
+    return kept or {parameter.name: made[parameter.name] for parameter in spec.unique_parameters}
+
+
+def step_memory(spec: ModelSpec, options: StepOptions) -> StepMemory:
+    """Peaks of forward and backward, quickly: those that the timeline of `write_forward_backward` replays to.
+
+    Raises:
+        ConfigError: The family has no step rules, or the options do not suit it.
+    """
+    use = record_step(spec, options).use()
+    base = surrounding_use(spec, options)
+    return StepMemory(
+        forward=_sum(base, use["forward"].peak),
+        backward=_sum(base, use["backward"].peak),
+        after_backward=_sum(base, use["backward"].end),
+    )
+
+
+def _sum(base: dict[Category, int], use: tuple[int, ...]) -> dict[Category, int]:
+    totals = {name: base.get(name, 0) + size for name, size in zip(CATEGORIES, use, strict=True)}
+    return {name: size for name, size in totals.items() if size}

@@ -1,0 +1,76 @@
+"""What lies at the two ends of a language model: embeddings, and the loss over the vocabulary.
+
+Source: pytorch `aten/src/ATen/native/cuda/Embedding.cu` and `EmbeddingBackwardKernel.cu`; transformers
+`loss/loss_utils.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from optplan.planner.dtypes import Dtype
+from optplan.planner.step import kernels
+from optplan.planner.step.graph import Tensor
+from optplan.planner.step.operations import cast
+from optplan.planner.step.tape import Tape
+
+INDEX_BYTES = 8
+"""Bytes of a token id, a label or a position."""
+
+
+def embedding(t: Tape, num_tokens: int, num_rows: int, width: int, indices: Sequence[Tensor] = ()) -> Tensor:
+    """The current module's rows for `num_tokens` tokens; `indices` are saved if they are not the resident inputs."""
+    name = f"{t.path}.weight"
+    weight = t.parameter(name, num_rows * width)
+    dtype = weight.dtype
+    node = t.node([weight], lambda _: [embedding_gradient(t, num_tokens, num_rows, width, dtype)], indices)
+    out = t.new(num_tokens * width, dtype, "output")
+    out.node = node
+    return out
+
+
+def embedding_gradient(t: Tape, num_tokens: int, num_rows: int, width: int, dtype: Dtype) -> Tensor:
+    """The gradient of an embedding's weight; many tokens are sorted first and summed row by row."""
+    segments = kernels.embedding_partial_sums(num_tokens, num_rows)
+    if segments is None:
+        return t.new(num_rows * width, dtype, "weight gradient", "gradients")
+    index_bytes, row_bytes = INDEX_BYTES * num_tokens, INDEX_BYTES * min(num_tokens, num_rows)
+    order = [t.storage(index_bytes, "sorted tokens", "workspace") for _ in range(2)]
+    t.scratch(index_bytes, kernels.radix_sort_scratch(num_tokens), operation="sort of the tokens")
+    gradient = t.new(num_rows * width, dtype, "weight gradient", "gradients")
+    counts = [t.storage(size, "segments", "workspace") for size in (index_bytes, INDEX_BYTES)]
+    t.scratch(index_bytes, kernels.SCAN_SCRATCH, operation="segments")
+    rows = [t.storage(row_bytes, "segments", "workspace") for _ in range(2)]
+    t.scratch(kernels.SCAN_SCRATCH, operation="segments")
+    t.scratch(INDEX_BYTES, INDEX_BYTES * segments, 4 * segments * width, operation="partial sums")
+    for held in (rows, counts, order):
+        while held:
+            held.pop()
+    return gradient
+
+
+def cross_entropy(t: Tape, logits: Tensor, batch: int, seq: int) -> Tensor:
+    """The loss of next-token prediction as transformers computes it: in fp32, labels shifted by one.
+
+    Source: transformers `loss/loss_utils.py` (`ForCausalLMLoss`).
+    """
+    t.path, t.category = "loss", "logits_and_loss"
+    logits = cast(t, logits, "float32")
+    padded = t.new(batch * (seq + 1), "int64", "padded labels")
+    # Shifting the labels of a single sequence leaves them contiguous: no copy.
+    labels = padded if batch == 1 else t.new(batch * seq, "int64", "shifted labels")
+    numel = logits.numel
+    node = t.node([logits], lambda _: [t.new(numel, "float32", "gradient of the logits")])
+    log_probabilities = t.new(numel, "float32", "log-softmax")
+    log_probabilities.node = node
+    t.save(node, [log_probabilities])
+
+    def backward(_: list[Tensor]) -> list[Tensor]:
+        return [t.new(numel, "float32", "gradient of the log-softmax")]
+
+    node = t.node([log_probabilities], backward, [log_probabilities, labels])
+    loss, weight = t.new(1, "float32", "loss"), t.new(1, "float32", "number of labels")
+    loss.node = node
+    t.save(node, [weight])
+    del logits, padded
+    return loss
