@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from optplan.planner.candidates import Candidate, choose_optimizers
+from optplan.planner.candidates import Candidate, choose_optimizers, optimizer_context
 from optplan.planner.catalog import load_model
 from optplan.planner.dtypes import ITEMSIZE_BYTES
 from optplan.planner.errors import ConfigError
@@ -14,10 +14,11 @@ from optplan.planner.models.spec import ModelSpec
 from optplan.planner.optimizers.facts import load_facts
 from optplan.planner.records import GpuRow, ModelRow
 from optplan.planner.request import StepRequest, check_request
-from optplan.planner.step.alive import explain_peak
+from optplan.planner.step.alive import alive_at_peak
+from optplan.planner.tensors import StateTensor
 from optplan.planner.units import format_gib
 from optplan.planner.version import VERSION
-from optplan.planner.workload import StepPeaks, Workload
+from optplan.planner.workload import StepPeaks, Workload, step_options
 
 
 def explain(
@@ -66,7 +67,7 @@ def explain(
 def _parts(workload: Workload, candidate: Candidate, peaks: StepPeaks | None) -> list[ExplainedPart]:
     request = workload.request
     parts = [_parameters(request), *_buffers(request), _gradients(request), *_master_weights(request)]
-    parts.append(_state(candidate))
+    parts += _state(candidate)
     if peaks is not None:
         parts += [_peak(workload, candidate, peaks), _phases(peaks)]
     parts.append(_gpu(request))
@@ -129,29 +130,34 @@ def _master_weights(request: StepRequest) -> list[ExplainedPart]:
     return [_part("master_weights", f"Master weights in {dtype}", [line], source)]
 
 
-def _state(candidate: Candidate) -> ExplainedPart:
-    facts = load_facts()[candidate.id]
-    lines = [
-        explained_line(
-            f"{tensor.name} of {group.pattern}", tensor.num_bytes, tensor.formula, count=len(group.parameters)
-        )
-        for group in candidate.footprint.groups
-        for tensor in group.tensors
-        if tensor.device == "device"
-    ]
-    lines += [
-        explained_line(f"{tensor.name} (once per optimizer)", tensor.num_bytes, tensor.formula)
-        for tensor in candidate.footprint.shared
-        if tensor.device == "device"
-    ]
-    host = candidate.footprint.host_bytes
-    remark = f"{host:,} B more on the host or evictable to it, not counted." if host else ""
-    title = f"Optimizer state of {candidate.id} ({candidate.implementation})"
-    return _part("optimizer_state", title, lines, facts.source, remark)
+def _state(candidate: Candidate) -> list[ExplainedPart]:
+    """One part a state name, in the order in which the optimizer creates them."""
+    source = load_facts()[candidate.id].source
+    lines: dict[str, list[ExplainedLine]] = {}
+    for group in candidate.footprint.groups:
+        for tensor in group.tensors:
+            line = explained_line(group.pattern, tensor.num_bytes, tensor.formula, count=len(group.parameters))
+            lines.setdefault(_heading(tensor), []).append(line)
+    for tensor in candidate.footprint.shared:
+        line = explained_line("once per optimizer", tensor.num_bytes, tensor.formula)
+        lines.setdefault(_heading(tensor), []).append(line)
+    return [_part("optimizer_state", heading, part, source) for heading, part in lines.items()]
+
+
+def _heading(tensor: StateTensor) -> str:
+    places = {"device": "", "cpu": ", on the host and not counted", "managed": ", evictable and not counted"}
+    return f"Optimizer state {tensor.name} in {tensor.dtype}{places[tensor.device]}"
 
 
 def _peak(workload: Workload, candidate: Candidate, peaks: StepPeaks) -> ExplainedPart:
-    alive = explain_peak(workload.request, candidate.optimizer, peaks.peak_phase)
+    request = workload.request
+    alive = alive_at_peak(
+        request.model,
+        step_options(request),
+        peaks.peak_phase,
+        optimizer=candidate.optimizer,
+        context=optimizer_context(request),
+    )
     resident = {
         name: size
         for name, size in peaks.categories.items()

@@ -18,6 +18,7 @@ import msgspec
 from optplan.planner.candidates import Candidate
 from optplan.planner.optimizers.facts import load_facts
 from optplan.planner.records import Recommendation
+from optplan.planner.request import default_seq_len
 from optplan.planner.units import format_gib
 from optplan.planner.workload import Workload
 
@@ -69,12 +70,14 @@ def tier_of(optimizer_id: str) -> int:
 
 
 def command_of(workload: Workload, candidate: Candidate) -> str:
-    """The command line that prints the estimate of one candidate."""
+    """The command line that prints the estimate of one candidate; what is a default anyway is left out."""
     request, config = workload.request, workload.request.config
     flags: list[str] = ["optplan", "estimate", "--model", request.model.name, *request.gpu.flags]
     flags += ["--optimizer", candidate.id, *_setting_flags(candidate)]
-    flags += ["--precision", config.precision, "--batch-size", str(config.batch_size), "--seq-len", str(config.seq_len)]
     for name, value, default in (
+        ("--precision", config.precision, "bf16"),
+        ("--batch-size", config.batch_size, 1),
+        ("--seq-len", config.seq_len, default_seq_len(request.model)),
         ("--grad-accum", config.grad_accum, 1),
         ("--checkpointing", config.checkpointing, "none"),
         ("--attention", config.attention, "sdpa"),

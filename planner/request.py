@@ -79,7 +79,7 @@ def check_request(
     _one_of("attention", attention, ATTENTION)
     _one_of("sharding", sharding, SHARDING)
     _one_of("engine", engine, ENGINES)
-    seq_len = min(DEFAULT_SEQ_LEN, model.max_seq_len) if seq_len is None else seq_len
+    seq_len = default_seq_len(model) if seq_len is None else seq_len
     counts = {"batch_size": batch_size, "seq_len": seq_len, "grad_accum": grad_accum, "gpus": gpus}
     for name, count in counts.items():
         _in_range(name, count)
@@ -88,6 +88,11 @@ def check_request(
     _no_contradiction(config)
     notes = (*_check_length(model, seq_len), *_check_hardware(config, target))
     return StepRequest(model, target, config, engine, _state_dtype(state_dtype), notes)
+
+
+def default_seq_len(model: ModelSpec) -> int:
+    """Tokens of a sequence when none are asked for: 2048, or the model's maximum if that is smaller."""
+    return min(DEFAULT_SEQ_LEN, model.max_seq_len)
 
 
 def _one_of(flag: str, value: object, allowed: Iterable[str]) -> None:

@@ -50,10 +50,11 @@ def make_console(stream: TextIO) -> Console:
 
 
 def glyphs_of(console: Console) -> Glyphs:
-    """The signs that the console's encoding can show."""
+    """The signs that the console's encoding can show; where there is colour, it tells the parts of a bar apart."""
     try:
         UNICODE.fills.encode(console.encoding)
         (UNICODE.limit + UNICODE.times + UNICODE.dot + UNICODE.bullet + "─").encode(console.encoding)
     except (UnicodeEncodeError, LookupError):
         return PLAIN
-    return UNICODE
+    has_colour = console.color_system is not None and not console.no_color
+    return msgspec.structs.replace(UNICODE, fills="█" * len(UNICODE.fills)) if has_colour else UNICODE

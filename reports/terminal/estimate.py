@@ -201,8 +201,9 @@ def _variants(row: Estimate) -> list[str]:
 
 def _footnotes(report: EstimateReport) -> Sequence[str]:
     notes = [
-        "GiB = 2^30 bytes, per GPU. State and resident bytes are exact. Peak is peak allocated memory of a steady step "
-        "(after the first), requests rounded to 512 bytes; the caching allocator reserves somewhat more.",
+        "GiB = 2^30 bytes, per GPU. State is exact, and so is resident: parameters, gradients, master weights and state. "
+        "Peak is peak allocated memory of a steady step (after the first), requests rounded to 512 bytes; the caching "
+        "allocator reserves somewhat more.",
     ]
     if all(row.peak_allocated_bytes is None for row in report.estimates):
         notes = ["GiB = 2^30 bytes, per GPU. State and resident bytes are exact."]

@@ -1,0 +1,51 @@
+"""What is alive at a phase's peak, on top of the resident tensors: the lines that `optplan explain` prints."""
+
+from __future__ import annotations
+
+from optplan.planner.allocator import ROUNDING
+from optplan.planner.explanation import ExplainedLine, explained_line
+from optplan.planner.footprint import pattern_of
+from optplan.planner.models.spec import ModelSpec
+from optplan.planner.optimizers.base import OptimizerContext, OptimizerModel
+from optplan.planner.step.rules import StepOptions, write_forward_backward, write_load
+from optplan.planner.timeline import Allocation, Phase, Timeline, TimelineBuilder
+from optplan.planner.units import round_up
+
+
+def alive_at_peak(
+    spec: ModelSpec, options: StepOptions, phase: Phase, *, optimizer: OptimizerModel, context: OptimizerContext
+) -> list[ExplainedLine]:
+    """The allocations alive at the peak of `phase`, those alike but for the layer in one line; bytes as allocated."""
+    timeline = TimelineBuilder("load")
+    write_load(timeline, spec, options)
+    write_forward_backward(timeline, spec, options)
+    timeline.phase = "step"
+    optimizer.write_step(timeline, spec.unique_parameters, context)
+    return _lines(_alive(timeline.events, phase))
+
+
+def _alive(events: Timeline, phase: Phase) -> list[Allocation]:
+    """The allocations alive at the first moment of `phase` at which most bytes are allocated."""
+    live: dict[int, Allocation] = {}
+    in_use = 0
+    peak, at_peak = -1, list(live.values())
+    for event in events:
+        if isinstance(event, Allocation):
+            live[event.id] = event
+            in_use += round_up(event.bytes, ROUNDING)
+        else:
+            in_use -= round_up(live.pop(event.id).bytes, ROUNDING)
+        if event.phase == phase and in_use > peak:
+            peak, at_peak = in_use, list(live.values())
+    return [allocation for allocation in at_peak if allocation.category != "parameters"]
+
+
+def _lines(alive: list[Allocation]) -> list[ExplainedLine]:
+    counts: dict[tuple[str, int], int] = {}
+    for allocation in alive:
+        key = (f"{pattern_of(allocation.name)} ({allocation.category})", allocation.bytes)
+        counts[key] = counts.get(key, 0) + 1
+    return [
+        explained_line(name, round_up(size, ROUNDING), f"{size} B, rounded up to {ROUNDING} B", count=count)
+        for (name, size), count in counts.items()
+    ]

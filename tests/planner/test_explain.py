@@ -1,0 +1,71 @@
+"""The explanation adds up to the estimate, and its formulas to its numbers."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+
+import optplan
+from optplan.planner.errors import ConfigError
+from optplan.planner.explain import explain
+from optplan.planner.explanation import ExplainedPart, Explanation
+from optplan.planner.optimizers.registry import optimizer_ids
+
+
+def parts_of(record: Explanation, key: str) -> list[ExplainedPart]:
+    return [part for part in record.parts if part.key == key]
+
+
+def product(formula: str) -> int:
+    """The value of the product that a formula begins with: `32 x 11008 x 2 B (why)`."""
+    matched = re.match(r"((?:[\d,]+ (?:tokens )?x )*[\d,]+) B\b", formula)
+    assert matched, formula
+    return math.prod(int(number.replace(",", "")) for number in re.findall(r"[\d,]+", matched.group(1)))
+
+
+@pytest.mark.parametrize("optimizer", [name for name in optimizer_ids() if name not in ("soap", "galore", "apollo")])
+@pytest.mark.parametrize(("model", "precision"), [("gpt2", "bf16"), ("qwen2.5-0.5b", "mixed")])
+def test_the_parts_add_up_to_the_estimate(model: str, precision: str, optimizer: str) -> None:
+    record = explain(model, gpu="h200", optimizer=optimizer, precision=precision)
+    (row,) = optplan.estimate(model, gpu="h200", optimizer=optimizer, precision=precision).estimates
+    assert parts_of(record, "parameters")[0].bytes == row.bytes.parameters
+    assert parts_of(record, "gradients")[0].bytes == row.bytes.gradients
+    assert sum(part.bytes for part in parts_of(record, "master_weights")) == row.bytes.master_weights
+    on_device = [part for part in parts_of(record, "optimizer_state") if "not counted" not in part.title]
+    assert sum(part.bytes for part in on_device) == row.bytes.optimizer_state
+    (peak,) = parts_of(record, "peak")
+    assert sum(line.bytes for line in peak.lines) == peak.bytes == row.peak_allocated_bytes
+    (verdict,) = parts_of(record, "verdict")
+    assert verdict.bytes == row.headroom_bytes
+
+
+@pytest.mark.parametrize("optimizer", [name for name in optimizer_ids() if name != "soap"])
+def test_every_formula_gives_its_number(optimizer: str) -> None:
+    record = explain("tinyllama-1.1b", gpu="h200", optimizer=optimizer)
+    for key in ("parameters", "gradients", "master_weights", "optimizer_state"):
+        for part in parts_of(record, key):
+            for line in part.lines:
+                assert product(line.formula) == line.bytes_each, line
+                assert line.bytes == line.count * line.bytes_each
+
+
+def test_every_part_names_its_source() -> None:
+    for optimizer in ("adamw", "adam-mini"):
+        for part in explain("llama-7b", gpu="a100-40g", optimizer=optimizer).parts:
+            assert part.source
+
+
+def test_a_family_without_rules_is_explained_as_far_as_it_is_known() -> None:
+    record = explain("bert-base", gpu="h200")
+    assert (record.peak_allocated_bytes, record.peak_phase) == (None, None)
+    assert [part.key for part in record.parts] == [
+        "parameters", "parameters", "gradients", "optimizer_state", "optimizer_state", "optimizer_state", "gpu",
+    ]  # fmt: skip
+
+
+def test_one_optimizer_at_a_time() -> None:
+    with pytest.raises(ConfigError) as caught:
+        explain("gpt2", gpu="h200", optimizer=["adamw", "sgd"])  # type: ignore[arg-type]
+    assert str(caught.value) == "one optimizer is explained at a time, got 2"
