@@ -42,7 +42,10 @@ SeqLen = Annotated[
 ]
 GradAccum = Annotated[int, _count("--grad-accum", help="Micro-batches accumulated before each optimizer step.")]
 Checkpointing = Annotated[str, typer.Option(help="Activation checkpointing: none or full.")]
-Attention = Annotated[str, typer.Option(help="Attention implementation: sdpa, eager or flash.")]
+Attention = Annotated[
+    str | None,
+    typer.Option(help="Attention implementation: sdpa, eager or flash.", show_default="sdpa; eager for Gemma 2"),
+]
 Gpus = Annotated[int, _count("--gpus", help="Number of GPUs.")]
 Sharding = Annotated[str, typer.Option(help="Sharding strategy: none.")]
 Engine = Annotated[str, typer.Option(help="Where the step's timeline comes from: rules.")]

@@ -28,7 +28,7 @@ def estimate(
     seq_len: int | None = None,
     grad_accum: int = 1,
     checkpointing: str = "none",
-    attention: str = "sdpa",
+    attention: str | None = None,
     gpus: int = 1,
     sharding: str = "none",
     engine: str = "rules",
@@ -45,6 +45,7 @@ def estimate(
         options: Options of the optimizers, as a mapping or as `key=value` texts; `micro-adam.window=20` addresses one.
         batch_size: Sequences in one micro-batch.
         seq_len: Tokens in one sequence; 2048 or the model's maximum, if that is smaller, when None.
+        attention: sdpa, eager or flash; what transformers takes by itself when None: sdpa, but eager for Gemma 2.
         per_tensor: Whether each estimate lists the state of every parameter.
 
     Returns:

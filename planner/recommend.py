@@ -18,7 +18,7 @@ import msgspec
 from optplan.planner.candidates import Candidate
 from optplan.planner.optimizers.facts import load_facts
 from optplan.planner.records import Recommendation
-from optplan.planner.request import default_seq_len
+from optplan.planner.request import default_attention, default_seq_len
 from optplan.planner.units import format_gib
 from optplan.planner.workload import Workload
 
@@ -80,7 +80,7 @@ def command_of(workload: Workload, candidate: Candidate) -> str:
         ("--seq-len", config.seq_len, default_seq_len(request.model)),
         ("--grad-accum", config.grad_accum, 1),
         ("--checkpointing", config.checkpointing, "none"),
-        ("--attention", config.attention, "sdpa"),
+        ("--attention", config.attention, default_attention(request.model)),
     ):
         flags += [name, str(value)] if value != default else []
     return shlex.join(flags)

@@ -56,7 +56,7 @@ def check_request(
     seq_len: int | None = None,
     grad_accum: int = 1,
     checkpointing: str = "none",
-    attention: str = "sdpa",
+    attention: str | None = None,
     gpus: int = 1,
     sharding: str = "none",
     engine: str = "rules",
@@ -70,12 +70,15 @@ def check_request(
         memory: What torch may allocate, as bytes or as text such as `38GiB`; or give `gpu`.
         batch_size: Sequences of one micro-batch.
         seq_len: Tokens of one sequence; 2048 or the model's maximum, if that is smaller, when None.
+        attention: As transformers' `attn_implementation`; what transformers takes by itself when None.
 
     Raises:
         ConfigError: A name is unknown, a number out of range, or two flags contradict each other.
     """
     _one_of("precision", precision, PRECISIONS)
     _one_of("checkpointing", checkpointing, CHECKPOINTING)
+    notes = () if attention is not None else _attention_note(model)
+    attention = default_attention(model) if attention is None else attention
     _one_of("attention", attention, ATTENTION)
     _one_of("sharding", sharding, SHARDING)
     _one_of("engine", engine, ENGINES)
@@ -86,13 +89,26 @@ def check_request(
     config = StepConfig(precision, batch_size, seq_len, grad_accum, checkpointing, attention, gpus, sharding)
     target = _target(gpu, memory)
     _no_contradiction(config)
-    notes = (*_check_length(model, seq_len), *_check_hardware(config, target))
+    notes = (*notes, *_check_length(model, seq_len), *_check_hardware(config, target))
     return StepRequest(model, target, config, engine, _state_dtype(state_dtype), notes)
 
 
 def default_seq_len(model: ModelSpec) -> int:
     """Tokens of a sequence when none are asked for: 2048, or the model's maximum if that is smaller."""
     return min(DEFAULT_SEQ_LEN, model.max_seq_len)
+
+
+def default_attention(model: ModelSpec) -> str:
+    """What transformers takes when none is asked for: sdpa, or eager where scores are capped, which sdpa cannot do."""
+    return "sdpa" if model.config.get("attn_logit_softcapping") is None else "eager"
+
+
+def _attention_note(model: ModelSpec) -> tuple[str, ...]:
+    if default_attention(model) == "sdpa":
+        return ()
+    return (
+        f"{model.name} caps its attention scores, which sdpa cannot: eager attention is taken, as transformers does",
+    )
 
 
 def _one_of(flag: str, value: object, allowed: Iterable[str]) -> None:

@@ -21,7 +21,7 @@ def estimate(
     seq_len: options.SeqLen = None,
     grad_accum: options.GradAccum = 1,
     checkpointing: options.Checkpointing = "none",
-    attention: options.Attention = "sdpa",
+    attention: options.Attention = None,
     gpus: options.Gpus = 1,
     sharding: options.Sharding = "none",
     engine: options.Engine = "rules",

@@ -56,6 +56,15 @@ def test_a_gpu_without_bf16_is_remarked() -> None:
     assert check_request(load_model("gpt2"), gpu="t4-16g", precision="fp16-amp").notes == ()
 
 
+def test_attention_is_what_transformers_takes() -> None:
+    assert check_request(load_model("llama-2-7b"), gpu="h200").config.attention == "sdpa"
+    request = check_request(load_model("gemma-2-2b"), gpu="h200")
+    assert request.config.attention == "eager"
+    assert request.notes == (
+        "gemma-2-2b caps its attention scores, which sdpa cannot: eager attention is taken, as transformers does",
+    )
+
+
 def test_a_budget_is_all_usable() -> None:
     gpu = check_request(load_model("gpt2"), memory="38GiB").gpu
     assert (gpu.total_bytes, gpu.usable_bytes, gpu.context_bytes) == (40_802_189_312, 40_802_189_312, 0)
