@@ -110,7 +110,7 @@ def load_model(name_or_path: str) -> ModelSpec:
     if entry is not None:
         return entry_spec(entry)
     path = Path(name_or_path)
-    if _exists(path):
+    if name_or_path.strip() and _exists(path):
         return _load_file(path)
     if is_hub_id(name_or_path):
         return _load_hub(name_or_path)

@@ -106,9 +106,8 @@ def default_attention(model: ModelSpec) -> str:
 def _attention_note(model: ModelSpec) -> tuple[str, ...]:
     if default_attention(model) == "sdpa":
         return ()
-    return (
-        f"{model.name} caps its attention scores, which sdpa cannot: eager attention is taken, as transformers does",
-    )
+    capped = f"{model.name} caps its attention scores, which sdpa cannot"
+    return (f"{capped}: eager attention is taken, as transformers does",)
 
 
 def _one_of(flag: str, value: object, allowed: Iterable[str]) -> None:

@@ -29,6 +29,7 @@ class Allocation(msgspec.Struct, frozen=True, gc=False):
         category: What the memory is for.
         name: What made it: a parameter's name, a module path and operation.
         phase: Phase of the step in which it is made.
+        itemsize: Bytes of one element where it is a tensor, 1 where it is scratch.
     """
 
     id: int
@@ -36,6 +37,7 @@ class Allocation(msgspec.Struct, frozen=True, gc=False):
     category: Category
     name: str
     phase: Phase
+    itemsize: int = 1
 
 
 class Free(msgspec.Struct, frozen=True, gc=False):
@@ -57,10 +59,10 @@ class TimelineBuilder:
         self.phase: Phase = phase
         self._next_id = 0
 
-    def alloc(self, num_bytes: int, category: Category, name: str) -> int:
+    def alloc(self, num_bytes: int, category: Category, name: str, *, itemsize: int = 1) -> int:
         """Append an allocation and return its id; zero bytes are allocated like any other (a rounding of 0)."""
         self._next_id += 1
-        self.events.append(Allocation(self._next_id, num_bytes, category, name, self.phase))
+        self.events.append(Allocation(self._next_id, num_bytes, category, name, self.phase, itemsize))
         return self._next_id
 
     def free(self, *ids: int) -> None:
