@@ -11,6 +11,12 @@ from collections.abc import Sequence
 from optplan.planner.optimizers.base import OptimizerContext, OptimizerModel, itemsize
 from optplan.planner.optimizers.options import Option
 from optplan.planner.optimizers.parts import like_parameter, step_counter, tensor
+from optplan.planner.optimizers.reduction import (
+    row_reduction_bytes,
+    write_column_reduction,
+    write_reduction_buffers,
+    write_whole_reduction,
+)
 from optplan.planner.optimizers.scratch import Scratch
 from optplan.planner.tensors import Parameter, StateTensor
 from optplan.planner.timeline import TimelineBuilder
@@ -27,6 +33,13 @@ def _statistics_bytes(parameter: Parameter, width: int) -> tuple[int, int, int]:
     *batch, rows, columns = parameter.shape
     unit = math.prod(batch) * width
     return unit * rows, unit * columns, unit
+
+
+def _write_mean_of_rows(scratch: Scratch, p: Parameter, num_bytes: int, what: str) -> int:
+    """The mean over the row statistics of each matrix; returns its id."""
+    mean = scratch.alloc(p, (f"mean of {what}", num_bytes))
+    write_reduction_buffers(scratch, p, row_reduction_bytes(math.prod(p.shape[:-2]), p.shape[-2]))
+    return mean
 
 
 def _moved_bytes(model: OptimizerModel, parameter: Parameter, context: OptimizerContext) -> int:
@@ -75,18 +88,18 @@ class TorchAdafactor(OptimizerModel):
 
     def _write_tensor(self, scratch: Scratch, p: Parameter, width: int) -> None:
         size = p.numel * width
-        scratch.passing(p, ("norm", width))
+        scratch.free(write_whole_reduction(scratch, p, ("norm", width)))
         if _is_factored(p):
             rows, columns, mean = _statistics_bytes(p, width)
             scratch.assign("row_mean", p, ("row norms", rows))
-            scratch.assign("col_mean", p, ("column norms", columns))
+            scratch.bind("col_mean", write_column_reduction(scratch, p, ("column norms", columns)))
             update = scratch.alloc(p, ("update", size))
-            scratch.passing(p, ("mean of row_var", mean))
+            scratch.free(_write_mean_of_rows(scratch, p, mean, "row_var"))
         else:
             scratch.assign("grad_squared", p, ("squared gradient", size))
             update = scratch.alloc(p, ("update", size))
         scratch.bind("update", update)
-        scratch.passing(p, ("norm of the update", width))
+        scratch.free(write_whole_reduction(scratch, p, ("norm of the update", width)))
 
     def _write_group(self, scratch: Scratch, group: Sequence[Parameter], width: int) -> None:
         def write_all(what: str, sizes: Sequence[int]) -> list[int]:
@@ -94,19 +107,21 @@ class TorchAdafactor(OptimizerModel):
 
         full = [p.numel * width for p in group]
         for p in group:
-            scratch.passing(p, ("norm", width))
+            scratch.free(write_whole_reduction(scratch, p, ("norm", width)))
         if _is_factored(group[0]):
             rows, columns, means = zip(*(_statistics_bytes(p, width) for p in group), strict=True)
             scratch.free(*write_all("row norms", rows))
-            scratch.free(*write_all("column norms", columns))
+            norms = zip(group, columns, strict=True)
+            scratch.free(*[write_column_reduction(scratch, p, ("column norms", size)) for p, size in norms])
             updates = write_all("update", full)
-            scratch.free(*write_all("mean of row_var", means))
+            each = zip(group, means, strict=True)
+            scratch.free(*[_write_mean_of_rows(scratch, p, size, "row_var") for p, size in each])
         else:
             scratch.free(*write_all("squared gradient", full))
             updates = write_all("update", full)
         scratch.bind("updates", *updates)
         for p in group:
-            scratch.passing(p, ("norm of the update", width))
+            scratch.free(write_whole_reduction(scratch, p, ("norm of the update", width)))
 
 
 class HfAdafactor(OptimizerModel):
@@ -148,15 +163,19 @@ class HfAdafactor(OptimizerModel):
     def _write_tensor(self, scratch: Scratch, p: Parameter, context: OptimizerContext) -> None:
         size, one = p.numel * _FP32_BYTES, _FP32_BYTES
         self._write_copies(scratch, p, context)
-        scratch.passing(p, ("norm", one), ("new RMS", one))  # takes the place of the old RMS, which dies
+        norm = write_whole_reduction(scratch, p, ("norm", one))
+        rms = scratch.alloc(p, ("new RMS", one))
+        scratch.free(norm, rms)  # takes the place of the old RMS, which dies
         scratch.assign("update", p, ("squared gradient", size), ("update", size))
         if _is_factored(p):
             self._write_factored(scratch, p)
         else:
             scratch.assign("update", p, ("update", size))
-        norm = scratch.chain(p, ("norm of the update", one), ("RMS of the update", one))
-        scratch.passing(p, ("clipping factor", one))
+        norm = write_whole_reduction(scratch, p, ("norm of the update", one))
+        rms = scratch.alloc(p, ("RMS of the update", one))
         scratch.free(norm)
+        scratch.passing(p, ("clipping factor", one))
+        scratch.free(rms)
         if self._has_first_moment:
             scratch.drop("update")
         scratch.passing(p, ("negated update", size))
@@ -173,8 +192,10 @@ class HfAdafactor(OptimizerModel):
     def _write_factored(self, scratch: Scratch, p: Parameter) -> None:
         rows, columns, mean = _statistics_bytes(p, _FP32_BYTES)
         scratch.passing(p, ("row means", rows))
-        scratch.passing(p, ("column means", columns))
-        scratch.assign("r_factor", p, ("mean of exp_avg_sq_row", mean), ("row factor", rows))
+        scratch.free(write_column_reduction(scratch, p, ("column means", columns)))
+        row_mean = _write_mean_of_rows(scratch, p, mean, "exp_avg_sq_row")
+        scratch.assign("r_factor", p, ("row factor", rows))
+        scratch.free(row_mean)
         scratch.assign("c_factor", p, ("column factor", columns))
         update = scratch.alloc(p, ("update", p.numel * _FP32_BYTES))
         scratch.drop("r_factor", "c_factor")

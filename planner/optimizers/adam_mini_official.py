@@ -11,6 +11,7 @@ from typing import Literal, Self
 from optplan.planner.optimizers.base import OptimizerContext, OptimizerModel, itemsize
 from optplan.planner.optimizers.options import Option
 from optplan.planner.optimizers.parts import like_parameter, tensor
+from optplan.planner.optimizers.reduction import row_reduction_bytes, write_reduction_buffers
 from optplan.planner.optimizers.scratch import Scratch
 from optplan.planner.tensors import Parameter, StateTensor
 from optplan.planner.timeline import TimelineBuilder
@@ -114,13 +115,17 @@ class AdamMini(OptimizerModel):
         scratch.close()
 
     def _write_tensor(self, scratch: Scratch, p: Parameter, width: int) -> None:
-        rule, size, means = self.rule(p), p.numel * width, self._num_blocks(p) * width
+        rule, size, num_blocks = self.rule(p), p.numel * width, self._num_blocks(p)
+        means = num_blocks * width
         if rule == "element":
             scratch.assign("h", p, ("square root of v", size), ("denominator", size))
             scratch.drop("stepsize")  # a plain number here
             return
-        mean = "mean square" if rule != "tensor" else "sum of squares"
-        scratch.assign("tmp_lr", p, ("squared gradient", size), (mean, means))
+        squares = scratch.alloc(p, ("squared gradient", size))
+        mean = scratch.alloc(p, ("mean square" if rule != "tensor" else "sum of squares", means))
+        write_reduction_buffers(scratch, p, row_reduction_bytes(num_blocks, p.numel // max(1, num_blocks)))
+        scratch.free(squares)
+        scratch.bind("tmp_lr", mean)
         if rule == "tensor":
             scratch.assign("tmp_lr", p, ("mean square", means))
         scratch.assign("h", p, ("square root of vmean", means), ("denominator", means))

@@ -90,8 +90,9 @@ class OptimizerModel(ABC):
     def write_step(self, timeline: TimelineBuilder, parameters: Sequence[Parameter], context: OptimizerContext) -> None:
         """Append what one steady `step()` allocates and frees on the device (state already exists) to `timeline`.
 
-        Every allocation has the category `optimizer_temporaries` and a name that says what it is and for which tensor.
-        Scratch that a kernel takes for itself (cuBLAS, reductions, top-k) is not among them.
+        Every allocation has the category `optimizer_temporaries` and a name that says what it is and for which tensor;
+        scratch that only CUDA kernels take begins with `CUDA` or `cuSOLVER`. The workspace of cuBLAS is not among them:
+        it outlives the step, and forward and backward need it anyway.
         """
 
     def moved_bytes(self, parameter: Parameter, context: OptimizerContext) -> int:

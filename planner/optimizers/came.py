@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from optplan.planner.optimizers.base import OptimizerContext, OptimizerModel, itemsize
 from optplan.planner.optimizers.parts import like_parameter, tensor
-from optplan.planner.optimizers.reduction import column_reduction_bytes, whole_reduction_bytes, write_reduction_buffers
+from optplan.planner.optimizers.reduction import write_column_reduction, write_whole_reduction
 from optplan.planner.optimizers.scratch import Scratch
 from optplan.planner.tensors import Parameter, StateTensor
 from optplan.planner.timeline import TimelineBuilder
@@ -83,8 +83,7 @@ class Came(OptimizerModel):
 
 def _write_rms(scratch: Scratch, p: Parameter, width: int) -> int:
     """A norm over the root of the number of elements; returns the id of the quotient."""
-    norm = scratch.alloc(p, ("norm", width))
-    write_reduction_buffers(scratch, p, whole_reduction_bytes(p.numel))
+    norm = write_whole_reduction(scratch, p, ("norm", width))
     rms = scratch.alloc(p, ("RMS", width))
     scratch.free(norm)
     return rms
@@ -94,10 +93,7 @@ def _write_means(scratch: Scratch, p: Parameter) -> None:
     """Means over the columns and over the rows, each added to its statistic at once."""
     rows, columns = p.shape[-2:]
     scratch.passing(p, ("row means", p.numel // columns * _FP32_BYTES))
-    means = scratch.alloc(p, ("column means", p.numel // rows * _FP32_BYTES))
-    sizes = column_reduction_bytes(rows, columns, matrices=math.prod(p.shape[:-2]))
-    write_reduction_buffers(scratch, p, sizes)
-    scratch.free(means)
+    scratch.free(write_column_reduction(scratch, p, ("column means", p.numel // rows * _FP32_BYTES)))
 
 
 def _write_outer_product(scratch: Scratch, p: Parameter) -> int:

@@ -12,7 +12,14 @@ from optplan.planner.optimizers.base import OptimizerContext, OptimizerModel, it
 from optplan.planner.optimizers.micro_adam import DENSITY, WINDOW, Selection, window_moved_bytes
 from optplan.planner.optimizers.options import Option
 from optplan.planner.optimizers.parts import like_parameter, tensor
+from optplan.planner.optimizers.reduction import (
+    row_reduction_bytes,
+    whole_reduction_bytes,
+    write_reduction_buffers,
+    write_whole_reduction,
+)
 from optplan.planner.optimizers.scratch import Scratch
+from optplan.planner.optimizers.sorting import write_topk_buffers
 from optplan.planner.tensors import Parameter, StateTensor
 from optplan.planner.timeline import TimelineBuilder
 
@@ -25,6 +32,7 @@ MAX_SELECTED = 1024
 """The kernel gives each selected element of a block one thread."""
 
 _BF16_BYTES, _INT16_BYTES, _INT64_BYTES = 2, 2, 8
+_VALUE_AND_INDEX_BYTES = 16
 
 
 def reference_block(gpu: str) -> int:
@@ -103,10 +111,8 @@ class MicroAdam(OptimizerModel):
         scratch = Scratch(timeline)
         for p in parameters:
             s = self.selection(p)
-            self._write_selection(
-                scratch, p, s.num_full_blocks * s.block_numel, s.num_full_blocks * s.num_selected_block
-            )
-            self._write_selection(scratch, p, s.tail_numel, s.num_selected_tail)
+            self._write_selection(scratch, p, s.num_full_blocks, s.block_numel, s.num_selected_block)
+            self._write_selection(scratch, p, 1, s.tail_numel, s.num_selected_tail)
             self._write_ranges(scratch, p)
             if self.options["alpha"] == "-2":
                 self._write_error_statistics(scratch, p, itemsize(context.parameter_dtype))
@@ -114,32 +120,45 @@ class MicroAdam(OptimizerModel):
                 self._write_ranges(scratch, p)
         scratch.close()
 
-    def _write_selection(self, scratch: Scratch, p: Parameter, numel: int, num_selected: int) -> None:
-        if not numel:
+    def _write_selection(self, scratch: Scratch, p: Parameter, num_blocks: int, numel: int, per_block: int) -> None:
+        """The largest `per_block` of each of the blocks of `numel` elements."""
+        if not num_blocks * numel:
             return
-        magnitudes = scratch.alloc(p, ("magnitudes", numel * _BF16_BYTES))
+        num_selected = num_blocks * per_block
+        magnitudes = scratch.alloc(p, ("magnitudes", num_blocks * numel * _BF16_BYTES))
         values = scratch.alloc(p, ("selected magnitudes", num_selected * _BF16_BYTES))
         indices = scratch.alloc(p, ("int64 indices", num_selected * _INT64_BYTES))
+        write_topk_buffers(scratch, p, slices=num_blocks, slice_numel=numel, element_bytes=_BF16_BYTES)
         scratch.free(magnitudes, values)
         narrow = scratch.alloc(p, ("int16 indices", num_selected * _INT16_BYTES))
         scratch.free(indices, narrow)
 
     def _write_ranges(self, scratch: Scratch, p: Parameter) -> None:
         num_full, bucket = self._num_full_buckets(p), self.options["bucket"]
+        width = _BF16_BYTES if num_full == 1 else _VALUE_AND_INDEX_BYTES
+        sizes = row_reduction_bytes(num_full, min(bucket, p.numel), element_bytes=width)
         for what in ("minima", "maxima"):
-            values = scratch.alloc(p, (what, num_full * _BF16_BYTES))
-            if num_full > 1:
-                scratch.passing(p, (f"indices of {what}", num_full * _INT64_BYTES))
-            scratch.free(values)
+            parts = [(what, num_full * _BF16_BYTES), (f"indices of {what}", num_full * _INT64_BYTES)]
+            results = [scratch.alloc(p, part) for part in parts[: 1 if num_full == 1 else 2]]
+            write_reduction_buffers(scratch, p, sizes)
+            scratch.free(*reversed(results))
         if p.numel > bucket and p.numel % bucket:
-            scratch.passing(p, ("minimum of the tail", _BF16_BYTES))
-            scratch.passing(p, ("maximum of the tail", _BF16_BYTES))
+            tail_sizes = whole_reduction_bytes(p.numel % bucket, element_bytes=_BF16_BYTES)
+            for what in ("minimum of the tail", "maximum of the tail"):
+                extreme = scratch.alloc(p, (what, _BF16_BYTES))
+                write_reduction_buffers(scratch, p, tail_sizes)
+                scratch.free(extreme)
 
     def _write_error_statistics(self, scratch: Scratch, p: Parameter, width: int) -> None:
         """The norm and the number of zeros of the quantization error, which the package logs."""
-        scratch.assign("norm_qe", p, ("norm of the quantization error", width), ("its square", width))
-        scratch.assign("sp_qe", p, ("zeros of the quantization error", p.numel), ("their number", _INT64_BYTES))
-        scratch.drop("norm_qe", "sp_qe")
+        norm = write_whole_reduction(scratch, p, ("norm of the quantization error", width))
+        square = scratch.alloc(p, ("its square", width))
+        scratch.free(norm)
+        zeros = scratch.alloc(p, ("zeros of the quantization error", p.numel))
+        number = scratch.alloc(p, ("their number", _INT64_BYTES))
+        copy = scratch.alloc(p, ("CUDA int64 copy of the zeros", p.numel * _INT64_BYTES))
+        write_reduction_buffers(scratch, p, whole_reduction_bytes(p.numel, element_bytes=_INT64_BYTES))
+        scratch.free(copy, zeros, square, number)
 
     def moved_bytes(self, parameter: Parameter, context: OptimizerContext) -> int:
         """The algorithm's floor, see `window_moved_bytes`."""

@@ -15,6 +15,7 @@ from optplan.planner.optimizers.adamw import AMSGRAD, FusedAdamW
 from optplan.planner.optimizers.base import OptimizerContext, OptimizerModel, itemsize
 from optplan.planner.optimizers.options import Option
 from optplan.planner.optimizers.parts import like_parameter
+from optplan.planner.optimizers.reduction import write_whole_reduction
 from optplan.planner.optimizers.scratch import Scratch
 from optplan.planner.tensors import Parameter, StateTensor
 from optplan.planner.timeline import TimelineBuilder
@@ -61,7 +62,7 @@ class Muon(OptimizerModel):
             scratch.drop("update")
         if context.gradient_dtype != "bfloat16":
             scratch.assign("ortho_grad", p, ("bf16 copy of the gradient", p.numel * _BF16_BYTES))
-        norm = scratch.alloc(p, ("norm", _BF16_BYTES))
+        norm = write_whole_reduction(scratch, p, ("norm", _BF16_BYTES))
         scratch.passing(p, ("clamped norm", _BF16_BYTES))
         scratch.free(norm)
         result = self._write_newton_schulz(scratch, p)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 
-from optplan.planner.optimizers.scratch import Scratch
+from optplan.planner.optimizers.scratch import Part, Scratch
 from optplan.planner.tensors import Parameter
 
 MULTIPROCESSORS = 132
@@ -25,14 +25,40 @@ _MIN_VALUES, _MAX_VALUES = 16, 256  # elements that one thread is meant to reduc
 _SEMAPHORE_BYTES = 4
 
 
-def whole_reduction_bytes(numel: int) -> tuple[int, int]:
+def whole_reduction_bytes(numel: int, *, element_bytes: int = 4) -> tuple[int, int]:
     """Bytes of the buffer and of the semaphores of a reduction of `numel` elements to one, (0, 0) if it needs none.
 
-    Norms and sums of any float dtype accumulate in fp32.
+    Args:
+        numel: Elements reduced.
+        element_bytes: Bytes of an accumulator: 4 for norms and sums of any float dtype, the element's own size for a
+            maximum, 8 for a count.
     """
     width = _power_of_two(numel // _VECTOR if numel > 128 else numel, limit=_MAX_THREADS)
     blocks = _blocks_per_output(-(-numel // width), grid=1, threads=width)
-    return (4 * blocks, _SEMAPHORE_BYTES) if blocks > 1 else (0, 0)
+    return (element_bytes * blocks, _SEMAPHORE_BYTES) if blocks > 1 else (0, 0)
+
+
+def row_reduction_bytes(rows: int, columns: int, *, element_bytes: int = 4) -> tuple[int, int]:
+    """Bytes of the buffer and of the semaphores of a reduction over the columns of `[rows, columns]`, one result a row.
+
+    Args:
+        rows: Results.
+        columns: Elements reduced to each of them.
+        element_bytes: Bytes of an accumulator, as for the whole; 16 for a maximum with its index.
+
+    Returns:
+        (0, 0) if no thread block shares its outputs with another, as for all but very long rows.
+    """
+    if rows <= 1:
+        return whole_reduction_bytes(columns, element_bytes=element_bytes) if rows else (0, 0)
+    width = min(_power_of_two(columns, limit=_MAX_THREADS), _WARP)
+    height = min(_power_of_two(rows, limit=_MAX_THREADS), _MAX_THREADS // width)
+    width = _power_of_two(columns, limit=_MAX_THREADS // height)
+    values = -(-columns // width)
+    if values < min(height * _MIN_VALUES, _MAX_VALUES):
+        return (0, 0)
+    blocks = _blocks_per_output(-(-values // height), grid=rows, threads=width * height)
+    return (element_bytes * rows * blocks, _SEMAPHORE_BYTES * rows) if blocks > 1 else (0, 0)
 
 
 def column_reduction_bytes(rows: int, columns: int, *, matrices: int = 1, element_bytes: int = 4) -> tuple[int, int]:
@@ -50,6 +76,8 @@ def column_reduction_bytes(rows: int, columns: int, *, matrices: int = 1, elemen
     vector = math.gcd(columns, _VECTOR)
     max_threads = _MAX_THREADS // vector
     outputs = columns * matrices
+    if not outputs:
+        return (0, 0)
     outputs_power = _power_of_two(outputs // vector, limit=max_threads)
     width = min(outputs_power, _WARP)
     height = min(_power_of_two(rows, limit=max_threads), max_threads // width)
@@ -61,6 +89,22 @@ def column_reduction_bytes(rows: int, columns: int, *, matrices: int = 1, elemen
     if blocks == 1:
         return (0, 0)
     return (element_bytes * outputs * blocks * width * vector, _SEMAPHORE_BYTES * grid)
+
+
+def write_whole_reduction(scratch: Scratch, parameter: Parameter, part: Part) -> int:
+    """Append a reduction of a whole tensor to one element, such as its norm, and return the id of the result."""
+    result = scratch.alloc(parameter, part)
+    write_reduction_buffers(scratch, parameter, whole_reduction_bytes(parameter.numel))
+    return result
+
+
+def write_column_reduction(scratch: Scratch, parameter: Parameter, part: Part) -> int:
+    """Append a reduction over the last dimension but one, such as the means of columns; return the result's id."""
+    result = scratch.alloc(parameter, part)
+    rows, columns = parameter.shape[-2:]
+    sizes = column_reduction_bytes(rows, columns, matrices=math.prod(parameter.shape[:-2]))
+    write_reduction_buffers(scratch, parameter, sizes)
+    return result
 
 
 def write_reduction_buffers(scratch: Scratch, parameter: Parameter, sizes: tuple[int, int]) -> None:

@@ -14,6 +14,7 @@ from optplan.planner.optimizers.linalg import write_qr
 from optplan.planner.optimizers.options import Option
 from optplan.planner.optimizers.parts import like_parameter, tensor
 from optplan.planner.optimizers.scratch import Scratch
+from optplan.planner.optimizers.sorting import write_sort_buffers
 from optplan.planner.tensors import Parameter, StateTensor
 from optplan.planner.timeline import TimelineBuilder
 
@@ -98,7 +99,7 @@ class _Soap(OptimizerModel):
         """The order of the eigenvalues, by sorting, and the second moment in that order."""
         values = scratch.alloc(p, ("sorted eigenvalues", size * width))
         order = scratch.alloc(p, ("order", size * _INDEX_BYTES))
-        scratch.passing(p, ("CUDA sort workspace", size * _INDEX_BYTES))
+        write_sort_buffers(scratch, p, numel=size, element_bytes=width)
         scratch.free(values)
         scratch.bind("sort_idx", order)
         scratch.assign("exp_avg_sq", p, ("second moment in order", p.numel * width))

@@ -68,8 +68,13 @@ class _QuantizedAdamW(OptimizerModel):
         scratch = Scratch(timeline)
         for p in filter(self._is_quantized, parameters):
             scales = ("new scales", p.numel // self.options["block_size"] * 4)
-            parts = [scales, *((what, p.numel * width) for what, width in self.buffers)]
+            parts = [scales, *((what, p.numel * width) for what, width in self._buffers_of(p))]
             scratch.free(*[scratch.alloc(p, part) for part in parts for _ in _MOMENTS])
+
+    def _buffers_of(self, parameter: Parameter) -> tuple[Part, ...]:
+        """Those of `buffers` that the update of a parameter needs."""
+        del parameter
+        return self.buffers
 
 
 class AdamW8bit(_QuantizedAdamW):
@@ -95,3 +100,8 @@ class AdamWFp8(_QuantizedAdamW):
     OPTIONS = (_block_option(256),)
     code_dtype = "float8_e4m3fn"
     buffers = (("fp8 codes", 1),)
+
+    def _buffers_of(self, parameter: Parameter) -> tuple[Part, ...]:
+        """The codes, unless rows and blocks do not fit each other: then the compiler writes them to the state."""
+        row, block = parameter.shape[-1], self.options["block_size"]
+        return () if row % block and block % row else self.buffers

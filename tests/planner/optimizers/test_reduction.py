@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from optplan.planner.optimizers.reduction import column_reduction_bytes, whole_reduction_bytes
+from optplan.planner.optimizers.reduction import column_reduction_bytes, row_reduction_bytes, whole_reduction_bytes
 
 
 @pytest.mark.parametrize(
@@ -46,3 +46,34 @@ def test_norm_of_a_whole_tensor(numel: int, expected: tuple[int, int]) -> None:
 def test_mean_or_maximum_over_rows(shape: tuple[int, int, int], element_bytes: int, expected: tuple[int, int]) -> None:
     matrices, rows, columns = shape
     assert column_reduction_bytes(rows, columns, matrices=matrices, element_bytes=element_bytes) == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "element_bytes", "expected"),
+    [
+        ((16, 65_536), 4, (0, 0)),
+        ((25, 102_400), 4, (0, 0)),
+        ((600, 200_000), 4, (0, 0)),
+        ((1, 200_000), 4, (100, 4)),
+        ((2, 140_000), 4, (144, 8)),
+        ((3, 140_001), 4, (216, 12)),
+        ((4, 1_000_003), 4, (1968, 16)),
+        ((8, 524_288), 4, (2048, 32)),
+        ((32, 131_072), 4, (2048, 128)),
+        ((32, 524_288), 4, (2176, 128)),  # the squared gradient of Llama-2-7B's query weight by heads
+        ((71, 300_000), 4, (2272, 284)),
+        ((100, 300_000), 4, (2400, 400)),
+        ((1, 200_000), 2, (50, 4)),  # a maximum
+        ((1, 16_777_216), 8, (4224, 4)),  # a count
+        ((2, 140_000), 16, (576, 8)),  # a maximum with its index
+        ((100, 300_000), 16, (9600, 400)),
+    ],
+)
+def test_over_the_columns_of_long_rows(shape: tuple[int, int], element_bytes: int, expected: tuple[int, int]) -> None:
+    assert row_reduction_bytes(*shape, element_bytes=element_bytes) == expected
+
+
+def test_empty_matrices_need_no_buffers() -> None:
+    for rows, columns in ((0, 10**6), (10**6, 0)):
+        assert row_reduction_bytes(rows, columns) == (0, 0)
+        assert column_reduction_bytes(rows, columns) == (0, 0)

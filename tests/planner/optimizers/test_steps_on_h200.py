@@ -40,6 +40,10 @@ PEAKS = [
     ("adamw-4bit", {}, BF16, LARGE, 3_153_920_000),
     ("adamw-fp8", {}, FP32, BLOCKS, 1_597_440),
     ("adamw-fp8", {}, BF16, LARGE, 266_240_000),
+    # Rows that blocks of 256 do not fit need no buffer of codes.
+    ("adamw-fp8", {}, BF16, [(300, 768)], 468_000),
+    ("adamw-fp8", {}, BF16, [(128, 32)], 8_320),
+    ("adamw-fp8", {}, BF16, [(1600, 1600)], 80_000),
     ("came", {}, FP32, SMALL, 47_189_016),
     ("came", {}, BF16, SMALL, 56_626_200),
     ("came", {}, FP32, MIXED, 675_282_944),
