@@ -171,7 +171,8 @@ def is_supported(case: Case, model: str, dtype: Any) -> bool:
 def attempt(arguments: tuple[Job, bool]) -> dict[str, Any]:
     """The case with its figures, or with the error that ended it."""
     (number, model, dtype), with_labels = arguments
-    case, labels = CASES[number], [] if with_labels else None
+    case = CASES[number]
+    labels: list[str] | None = [] if with_labels else None
     row = {"optimizer": case.optimizer, "options": case.options, "model": model, "dtype": dtype}
     try:
         row |= {"package": f"{case.package} {importlib.metadata.version(case.package)}", "config": CONFIGS[model]}
@@ -190,9 +191,11 @@ def commit_here() -> str:
 
 def save_rows(jobs: list[Job], options: argparse.Namespace) -> int:
     """Measure every job and append its row as it comes; returns the number of failed cases."""
-    where = environment() | {"triton": importlib.metadata.version("triton"), "commit": options.commit or commit_here()}
-    for path in filter(None, (options.out, options.events)):
-        where["command"] = where["command"].replace(str(path), path.name)
+    where = environment() | {
+        "triton": importlib.metadata.version("triton"),
+        "command": " ".join(["python", "benchmarks/record_optimizers.py", *(Path(word).name for word in sys.argv[1:])]),
+        "commit": options.commit or commit_here(),
+    }
     num_errors, labelled = 0, []
     with multiprocessing.get_context("fork").Pool(options.workers, maxtasksperchild=1) as pool:
         for row in pool.imap_unordered(attempt, [(job, options.events is not None) for job in jobs]):
