@@ -17,6 +17,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from accuracy_page import accuracy_page
+
 if TYPE_CHECKING:
     from optplan.planner.listings import ImplementationItem
 
@@ -86,8 +88,8 @@ def optimizer_table() -> str:
     lines = [
         "# What each optimizer keeps",
         "",
-        "Written by `make docs` from the registry and `planner/data/optimizers.toml`. `optplan explain --optimizer ID` fills"
-        " the formulas in for a model.",
+        "Written by `make docs` from the registry and `planner/data/optimizers.toml`. `optplan explain --optimizer ID`"
+        " fills the formulas in for a model.",
     ]
     for item in list_optimizers().optimizers:
         lines += ["", f"## {item.title} (`{item.id}`)", "", item.facts.evidence, "", f"Source: {item.facts.source}", ""]
@@ -122,6 +124,7 @@ def _help(args: list[str]) -> str:
 
 DOCUMENTS: dict[str, Callable[[], str]] = {
     "docs/estimate.svg": picture,
+    "docs/accuracy.md": accuracy_page,
     "docs/cli.md": command_reference,
     "docs/optimizers.md": optimizer_table,
     **{f"docs/schemas/{name}.json": partial(json_schema, path) for name, path in SCHEMAS.items()},

@@ -57,8 +57,8 @@ def explain(
         implementation=candidate.implementation,
         options=candidate.options,
         parts=_parts(workload, candidate, peaks),
-        peak_allocated_bytes=peaks and peaks.peak_bytes,
-        peak_phase=peaks and peaks.peak_phase,
+        peak_allocated_bytes=None if peaks is None else peaks.peak_bytes,
+        peak_phase=None if peaks is None else peaks.peak_phase,
         fits=workload.fits(candidate),
         notes=list(request.notes),
     )
