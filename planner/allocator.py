@@ -138,8 +138,8 @@ class CachingAllocator:
 
     def _new_segment(self, size: int, pool: Pool) -> Block:
         segment_size = segment_bytes(size)
+        address = _ADDRESS_SPACE - self.reserved_bytes - segment_size if self._descending else self.reserved_bytes
         self.reserved_bytes += segment_size
-        address = _ADDRESS_SPACE - self.reserved_bytes if self._descending else self.reserved_bytes
         return Block(address, segment_size, pool)
 
     def _split(self, block: Block, size: int) -> None:

@@ -35,7 +35,7 @@ class Replay(msgspec.Struct, frozen=True):
         phases: Largest number of allocated bytes within each phase, its first moment included.
         peak_bytes: The largest of them.
         peak_phase: The phase in which it is first reached.
-        peak_index: Index of the event that reaches it.
+        peak_index: Index of the event that reaches it; 0 too if it is there from the start.
         categories: Bytes by category at the peak.
         largest: The largest allocations alive at the peak, largest first.
         end_bytes: Allocated bytes after the last event.
@@ -131,18 +131,18 @@ class _Player:
         if not timeline:
             raise ValueError("a timeline without events has no peak")
         phases: dict[Phase, int] = {}
-        peak_bytes, peak_index, alive = -1, 0, dict(self._live)
+        peak_bytes, num_run, alive = self._memory.allocated_bytes, 0, dict(self._live)
         changes: list[tuple[int, LiveTensor | None]] = []
         for index, event in enumerate(timeline):
             start = self._memory.allocated_bytes
             self.run(event)
             changes.append((event.id, self._live.get(event.id)))
-            highest = max(start, self._memory.allocated_bytes)
-            phases[event.phase] = max(phases.get(event.phase, 0), highest)
-            if highest > peak_bytes:
-                peak_bytes, peak_index = highest, index
-        _apply(alive, changes[: peak_index + 1])
-        return _result(phases, timeline[peak_index].phase, peak_index, alive.values(), self._memory.allocated_bytes)
+            now = self._memory.allocated_bytes
+            phases[event.phase] = max(phases.get(event.phase, start), now)
+            if now > peak_bytes:
+                peak_bytes, num_run = now, index + 1
+        _apply(alive, changes[:num_run])
+        return _result(phases, timeline, max(num_run - 1, 0), alive.values(), end_bytes=now)
 
 
 def _apply(alive: dict[int, LiveTensor], changes: Iterable[tuple[int, LiveTensor | None]]) -> None:
@@ -154,11 +154,12 @@ def _apply(alive: dict[int, LiveTensor], changes: Iterable[tuple[int, LiveTensor
 
 
 def _result(
-    phases: dict[Phase, int], peak_phase: Phase, peak_index: int, alive: Iterable[LiveTensor], end_bytes: int
+    phases: dict[Phase, int], timeline: Sequence[Event], peak_index: int, live: Iterable[LiveTensor], *, end_bytes: int
 ) -> Replay:
-    alive = list(alive)
+    alive = list(live)
     categories: dict[Category, int] = {}
     for tensor in alive:
         categories[tensor.category] = categories.get(tensor.category, 0) + tensor.bytes
     largest = tuple(nlargest(_LARGEST_SHOWN, alive, key=lambda tensor: tensor.bytes))
-    return Replay(phases, phases[peak_phase], peak_phase, peak_index, categories, largest, end_bytes)
+    phase = timeline[peak_index].phase
+    return Replay(phases, max(phases.values()), phase, peak_index, categories, largest, end_bytes)

@@ -87,7 +87,7 @@ def decoder_config(spec: ModelSpec) -> DecoderConfig:
         qkv_bias="model.layers.0.self_attn.q_proj.bias" in names,
         output_bias="model.layers.0.self_attn.o_proj.bias" in names,
         mlp_bias="model.layers.0.mlp.up_proj.bias" in names,
-        rotary_width=c["head_dim"],
+        rotary_width=2 * c["rotary_width"] if family == "phi3" else c["head_dim"],
         rotates_in_float32=family == "olmo2",
         rotary_kinds=tuple(dict.fromkeys(kinds)) if family == "gemma3_text" else ("",),
         layer_kinds=kinds,
