@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 from optplan.planner.candidates import Candidate, OptimizerChoice, choose_optimizers
 from optplan.planner.catalog import load_model
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.recommend import recommend
 from optplan.planner.records import Estimate, EstimateReport, GpuRow, ModelRow, Recommendation, Skipped, TensorRow
-from optplan.planner.request import StepRequest, check_request
+from optplan.planner.request import StepFlags, StepRequest, check_request
 from optplan.planner.units import MIB, format_bytes
 from optplan.planner.version import VERSION
 from optplan.planner.workload import Workload
@@ -19,34 +19,19 @@ from optplan.planner.workload import Workload
 def estimate(
     model: str | ModelSpec,
     *,
-    gpu: str | None = None,
-    memory: str | int | None = None,
     optimizer: str | Sequence[str] | None = None,
     options: Mapping[str, object] | Sequence[str] | None = None,
-    precision: str = "bf16",
-    batch_size: int = 1,
-    seq_len: int | None = None,
-    grad_accum: int = 1,
-    checkpointing: str = "none",
-    attention: str | None = None,
-    gpus: int = 1,
-    sharding: str = "none",
-    engine: str = "rules",
-    state_dtype: str | None = None,
     per_tensor: bool = False,
+    **step: Unpack[StepFlags],
 ) -> EstimateReport:
     """How much GPU memory a training step takes, for one optimizer, several or all of them.
 
     Args:
         model: Catalogue id or alias, path to a `config.json`, or a model already read.
-        gpu: GPU of the catalogue; or give `memory`.
-        memory: Bytes that torch may allocate, or text such as `38GiB`; or give `gpu`.
         optimizer: Optimizer id or ids; every one when None.
         options: Options of the optimizers, as a mapping or as `key=value` texts; `micro-adam.window=20` addresses one.
-        batch_size: Sequences in one micro-batch.
-        seq_len: Tokens in one sequence; 2048 or the model's maximum, if that is smaller, when None.
-        attention: sdpa, eager or flash; what transformers takes by itself when None: sdpa, but eager for Gemma 2.
         per_tensor: Whether each estimate lists the state of every parameter.
+        step: `gpu` or `memory`, and how the step is run: `batch_size`, `seq_len`, `precision` ... as in `StepFlags`.
 
     Returns:
         The record that `optplan estimate --json` prints: bytes per GPU, peaks in allocated bytes of a steady step.
@@ -55,21 +40,7 @@ def estimate(
         ConfigError: Something in the request is unknown, out of range or contradictory.
     """
     spec = model if isinstance(model, ModelSpec) else load_model(model)
-    request = check_request(
-        spec,
-        gpu=gpu,
-        memory=memory,
-        precision=precision,
-        batch_size=batch_size,
-        seq_len=seq_len,
-        grad_accum=grad_accum,
-        checkpointing=checkpointing,
-        attention=attention,
-        gpus=gpus,
-        sharding=sharding,
-        engine=engine,
-        state_dtype=state_dtype,
-    )
+    request = check_request(spec, **step)
     return estimate_request(request, choose_optimizers(optimizer, options), per_tensor=per_tensor)
 
 

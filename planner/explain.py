@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Unpack
 
 from optplan.planner.candidates import Candidate, choose_optimizers, optimizer_context
 from optplan.planner.catalog import load_model
@@ -13,7 +14,7 @@ from optplan.planner.footprint import group_parameters
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.optimizers.facts import load_facts
 from optplan.planner.records import GpuRow, ModelRow
-from optplan.planner.request import StepRequest, check_request
+from optplan.planner.request import StepFlags, StepRequest, check_request
 from optplan.planner.step.alive import alive_at_peak
 from optplan.planner.tensors import StateTensor
 from optplan.planner.units import format_gib
@@ -26,7 +27,7 @@ def explain(
     *,
     optimizer: str = "adamw",
     options: Mapping[str, object] | Sequence[str] | None = None,
-    **step: object,
+    **step: Unpack[StepFlags],
 ) -> Explanation:
     """The parts of one estimate: what they are, how large, why, and where the rule comes from.
 
@@ -34,7 +35,7 @@ def explain(
         model: Catalogue id or alias, path to a `config.json`, or a model already read.
         optimizer: One optimizer id.
         options: Its options, as a mapping or as `key=value` texts.
-        step: The other arguments of `optplan.estimate`: `gpu` or `memory`, `batch_size`, `seq_len`, `precision` ...
+        step: `gpu` or `memory`, and how the step is run, as in `StepFlags`.
 
     Raises:
         ConfigError: Something in the request is unknown, out of range or contradictory.
@@ -42,7 +43,7 @@ def explain(
     if not isinstance(optimizer, str):
         raise ConfigError(f"one optimizer is explained at a time, got {len(optimizer)}")
     spec = model if isinstance(model, ModelSpec) else load_model(model)
-    request = check_request(spec, **step)  # type: ignore[arg-type]
+    request = check_request(spec, **step)
     workload = Workload(request)
     (candidate,), _ = workload.candidates(choose_optimizers(optimizer, options))
     peaks = workload.peaks(candidate)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypedDict
 
 import msgspec
 
@@ -46,6 +46,38 @@ class StepRequest(msgspec.Struct, frozen=True):
         return PRECISIONS[self.config.precision]
 
 
+class StepFlags(TypedDict, total=False):
+    """The step that a user asks for, by the names of the command line; what is left out has a default.
+
+    Attributes:
+        gpu: Name from the GPU catalogue; or give `memory`.
+        memory: What torch may allocate, as bytes or as text such as `38GiB`; or give `gpu`.
+        precision: bf16 (default), fp32, amp, mixed or fp16-amp.
+        batch_size: Sequences of one micro-batch, 1 by default.
+        seq_len: Tokens of one sequence; 2048 or the model's maximum, if that is smaller, when None.
+        grad_accum: Micro-batches accumulated before each optimizer step, 1 by default.
+        checkpointing: none (default) or full.
+        attention: sdpa, eager or flash; what transformers takes by itself when None: sdpa, but eager for Gemma 2.
+        gpus: Number of GPUs, 1.
+        sharding: none.
+        engine: rules.
+        state_dtype: fp32, bf16 or fp16 for optimizers that can keep their moments in another dtype.
+    """
+
+    gpu: str | None
+    memory: str | int | None
+    precision: str
+    batch_size: int
+    seq_len: int | None
+    grad_accum: int
+    checkpointing: str
+    attention: str | None
+    gpus: int
+    sharding: str
+    engine: str
+    state_dtype: str | None
+
+
 def check_request(
     model: ModelSpec,
     *,
@@ -65,12 +97,7 @@ def check_request(
     """The request that these flags make.
 
     Args:
-        model: The model to train.
-        gpu: Name from the GPU catalogue; or give `memory`.
-        memory: What torch may allocate, as bytes or as text such as `38GiB`; or give `gpu`.
-        batch_size: Sequences of one micro-batch.
-        seq_len: Tokens of one sequence; 2048 or the model's maximum, if that is smaller, when None.
-        attention: As transformers' `attn_implementation`; what transformers takes by itself when None.
+        model: The model to train; for the rest see `StepFlags`.
 
     Raises:
         ConfigError: A name is unknown, a number out of range, or two flags contradict each other.

@@ -168,6 +168,7 @@ def step_options(request: StepRequest, *, batch_size: int | None = None) -> Step
         attention=config.attention,
         grad_accum=config.grad_accum,
         compute_capability=request.gpu.compute_capability or ASSUMED_CAPABILITY,
+        sm_count=request.gpu.sm_count,
     )
 
 

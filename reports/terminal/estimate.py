@@ -201,7 +201,7 @@ def _variants(row: Estimate) -> list[str]:
 
 def _footnotes(report: EstimateReport) -> Sequence[str]:
     notes = [
-        "GiB = 2^30 bytes, per GPU. State is exact, and so is resident: parameters, gradients, master weights and state. "
+        "GiB = 2^30 bytes, per GPU. State is exact, and so is resident: parameters, gradients, master weights, state. "
         "Peak is peak allocated memory of a steady step (after the first), requests rounded to 512 bytes; the caching "
         "allocator reserves somewhat more.",
     ]

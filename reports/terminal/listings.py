@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -91,8 +93,8 @@ def _text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _table(console: Console, *columns: tuple[str, str]) -> Table:
+def _table(console: Console, *columns: tuple[str, Literal["left", "right"]]) -> Table:
     table = Table(box=glyphs_of(console).box, pad_edge=False, show_edge=False, header_style="bold")
     for title, justify in columns:
-        table.add_column(title, justify=justify, no_wrap=title in ("Model", "GPU"))  # type: ignore[arg-type]
+        table.add_column(title, justify=justify, no_wrap=title in ("Model", "GPU"))
     return table

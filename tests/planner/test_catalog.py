@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ def _truncated(entry: ModelEntry, num_layers: int) -> dict[str, Any]:
 
 
 def _real_module(architecture: str, config: dict[str, Any]) -> Any:
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    torch = import_module("torch")
+    transformers = import_module("transformers")
     known = transformers.models.auto.configuration_auto.CONFIG_MAPPING
     fields = {key: value for key, value in config.items() if key != "model_type"}
     with torch.device("meta"):

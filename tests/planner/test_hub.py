@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +15,8 @@ from optplan.planner.catalog import load_model
 from optplan.planner.errors import ConfigError
 from optplan.planner.hub import HubError, fetch_config, is_hub_id
 
-hub = pytest.importorskip("huggingface_hub")
-errors = pytest.importorskip("huggingface_hub.errors")
+hub = import_module("huggingface_hub")
+errors = import_module("huggingface_hub.errors")
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama", "vocab_size": 97, "hidden_size": 48, "intermediate_size": 100, "num_hidden_layers": 2,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import runpy
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from optplan.planner.models.fields import Fields
 from optplan.planner.models.registry import family_of
 from optplan.planner.models.spec import ModelSpec
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+torch = import_module("torch")
+transformers = import_module("transformers")
 
 Case = tuple[str, dict[str, Any]]
 HERE = Path(__file__).parent

@@ -1,10 +1,12 @@
+from importlib import import_module
+
 import pytest
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from optplan.planner.errors import ConfigError
 from optplan.planner.models.resnet import resnet_parameters
 
-torch = pytest.importorskip("torch")
+torch = import_module("torch")
 
 DEPTHS = {
     18: {"depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512], "layer_type": "basic"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -37,8 +38,8 @@ def _parameters(tensors: list[tuple[str, tuple[int, ...]]]) -> list[Parameter]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_state_and_step_equal_the_package(dtype: Any, state_bytes: Any, real_events: Any, model_events: Any) -> None:
-    torch = pytest.importorskip("torch")
-    adam_mini = pytest.importorskip("adam_mini")
+    torch = import_module("torch")
+    adam_mini = import_module("adam_mini")
     generator = torch.Generator().manual_seed(1)
     kind = getattr(torch, dtype)
     tensors = [(n, torch.nn.Parameter(torch.randn(s, generator=generator).to(kind))) for n, s in TENSORS]
@@ -74,8 +75,8 @@ def test_state_and_step_equal_the_package(dtype: Any, state_bytes: Any, real_eve
     ],
 )
 def test_what_the_package_fails_on_is_refused(name: str, shape: tuple[int, ...], reason: str) -> None:
-    torch = pytest.importorskip("torch")
-    adam_mini = pytest.importorskip("adam_mini")
+    torch = import_module("torch")
+    adam_mini = import_module("adam_mini")
     parameters, context = _parameters([(name, shape)]), OptimizerContext("float32", "float32")
     model = build_optimizer("adam-mini", {"implementation": "official", "dim": 24, "n_heads": 4})
     assert model.unsupported_reason(parameters, context) == reason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from optplan.planner.optimizers.base import OptimizerContext
 from optplan.planner.optimizers.registry import build_optimizer
 from optplan.planner.tensors import Parameter
 
-torch = pytest.importorskip("torch")
+torch = import_module("torch")
 
 SHAPES: list[tuple[int, ...]] = [(1,), (255,), (4095,), (4096,), (4160,), (37, 100), (100, 37), (64, 64), (64, 257)]
 DEEP: list[tuple[int, ...]] = [(), (3, 7, 5), (2, 3, 5, 7)]
@@ -20,20 +21,20 @@ VECTORS: list[tuple[int, ...]] = [(255,), (4096,), (3,)]
 
 
 def _bitsandbytes(name: str) -> Any:
-    return lambda params: getattr(pytest.importorskip("bitsandbytes").optim, name)(params)
+    return lambda params: getattr(import_module("bitsandbytes").optim, name)(params)
 
 
 def _torchao(name: str, **settings: int) -> Any:
-    return lambda params: getattr(pytest.importorskip("torchao.optim"), name)(params, **settings)
+    return lambda params: getattr(import_module("torchao.optim"), name)(params, **settings)
 
 
 def _ported(name: str, **settings: Any) -> Any:
-    return lambda params: getattr(pytest.importorskip("pytorch_optimizer"), name)(params, **settings)
+    return lambda params: getattr(import_module("pytorch_optimizer"), name)(params, **settings)
 
 
 def _low_rank(package: str, name: str, **settings: Any) -> Any:
     def build(params: Any) -> Any:
-        module = pytest.importorskip(package)
+        module = import_module(package)
         matrices = {"params": [p for p in params if p.dim() == 2], "proj_type": "std", "scale": 1.0} | settings
         groups = [{"params": [p for p in params if p.dim() != 2]}, matrices]
         return getattr(module, name)(groups, no_deprecation_warning=True)
@@ -50,7 +51,7 @@ def _apollo(rank: int, scale_type: str) -> Any:
 
 
 def _came(params: Any) -> Any:
-    return pytest.importorskip("came_pytorch.CAME").CAME(params, lr=1e-3, weight_decay=0.1)
+    return import_module("came_pytorch.CAME").CAME(params, lr=1e-3, weight_decay=0.1)
 
 
 def _parameters(shapes: list[tuple[int, ...]]) -> list[Parameter]:
@@ -171,7 +172,7 @@ def _without_scalars(events: list[tuple[str, int]]) -> list[tuple[str, int]]:
 @pytest.fixture
 def _seeds_without_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """APOLLO draws its next seed as a host tensor, on the GPU too; here it counts."""
-    projector = pytest.importorskip("apollo_torch.random_projector")
+    projector = import_module("apollo_torch.random_projector")
     monkeypatch.setattr(projector, "next_seed", lambda seed: seed + 1)
 
 

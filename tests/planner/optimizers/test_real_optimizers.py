@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from optplan.planner.optimizers.base import OptimizerContext
 from optplan.planner.optimizers.registry import build_optimizer
 from optplan.planner.tensors import Parameter, Role
 
-torch = pytest.importorskip("torch")
+torch = import_module("torch")
 
 ODD_SHAPES: list[tuple[int, ...]] = [
     (1,), (63,), (255,), (4095,), (4096,), (4097,), (), (37, 5), (1, 9), (129, 63), (64, 257), (3, 7, 5), (2, 3, 5, 7),
@@ -33,7 +34,7 @@ def _torch_adafactor(**flags: bool) -> Any:
 
 def _hf_adafactor(beta1: float | None) -> Any:
     def build(params: Any) -> Any:
-        module = pytest.importorskip("transformers.optimization")
+        module = import_module("transformers.optimization")
         settings = {"lr": 1e-3, "scale_parameter": False, "relative_step": False, "weight_decay": 0.1}
         return module.Adafactor(params, beta1=beta1, **settings)
 
@@ -41,7 +42,7 @@ def _hf_adafactor(beta1: float | None) -> Any:
 
 
 def _lion(foreach: bool) -> Any:
-    return lambda params: pytest.importorskip("pytorch_optimizer").Lion(params, foreach=foreach, weight_decay=0.1)
+    return lambda params: import_module("pytorch_optimizer").Lion(params, foreach=foreach, weight_decay=0.1)
 
 
 def _muon(nesterov: bool) -> Any:
