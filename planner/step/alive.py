@@ -21,7 +21,7 @@ def alive_at_peak(
     write_forward_backward(timeline, spec, options)
     timeline.phase = "step"
     optimizer.write_step(timeline, spec.unique_parameters, context)
-    return _lines(_alive(timeline.events, phase))
+    return _lines(_alive(timeline.events, phase), options.batch_size * options.seq_len)
 
 
 def _alive(events: Timeline, phase: Phase) -> list[Allocation]:
@@ -40,12 +40,21 @@ def _alive(events: Timeline, phase: Phase) -> list[Allocation]:
     return [allocation for allocation in at_peak if allocation.category != "parameters"]
 
 
-def _lines(alive: list[Allocation]) -> list[ExplainedLine]:
-    counts: dict[tuple[str, int], int] = {}
+def _lines(alive: list[Allocation], num_tokens: int) -> list[ExplainedLine]:
+    counts: dict[tuple[str, int, int], int] = {}
     for allocation in alive:
-        key = (f"{pattern_of(allocation.name)} ({allocation.category})", allocation.bytes)
+        key = (f"{pattern_of(allocation.name)} ({allocation.category})", allocation.bytes, allocation.itemsize)
         counts[key] = counts.get(key, 0) + 1
     return [
-        explained_line(name, round_up(size, ROUNDING), f"{size} B, rounded up to {ROUNDING} B", count=count)
-        for (name, size), count in counts.items()
+        explained_line(name, round_up(size, ROUNDING), _formula(size, itemsize, num_tokens), count=count)
+        for (name, size, itemsize), count in counts.items()
     ]
+
+
+def _formula(num_bytes: int, itemsize: int, num_tokens: int) -> str:
+    """The bytes requested as tokens x width x itemsize where they are so many, and what the allocator makes of them."""
+    elements = num_bytes // itemsize
+    width, rest = divmod(elements, num_tokens)
+    product = f"{num_tokens} tokens x {width}" if width and not rest else str(elements)
+    rounded = "" if num_bytes % ROUNDING == 0 else f", rounded up to {round_up(num_bytes, ROUNDING)} B"
+    return f"{product} x {itemsize} B{rounded}"

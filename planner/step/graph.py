@@ -19,13 +19,23 @@ LAST = 1 << 60
 
 
 class Record(NamedTuple):
-    """One allocation: bytes requested, category, layer (None outside the layers), module path, operation."""
+    """One allocation.
+
+    Attributes:
+        num_bytes: Bytes requested.
+        category: What the memory is for.
+        layer: Layer it is made in, None outside the layers.
+        path: Module it is made in, within its layer.
+        operation: What makes it.
+        itemsize: Bytes of one element where it is a tensor, 1 where it is scratch.
+    """
 
     num_bytes: int
     category: Category
     layer: int | None
     path: str
     operation: str
+    itemsize: int = 1
 
 
 class Segment(NamedTuple):

@@ -126,7 +126,8 @@ class Program:
             for event in self._events(index):
                 if event > 0:
                     record = self.tape.records[event - 1]
-                    made.append(timeline.alloc(record.num_bytes, record.category, prefix + _name(record)))
+                    name = prefix + _name(record)
+                    made.append(timeline.alloc(record.num_bytes, record.category, name, itemsize=record.itemsize))
                 else:
                     segment, position = owner[-event]
                     for place in self._places_of(segment, index, shift):

@@ -88,9 +88,11 @@ class Tape:
     def _begin_segment(self, layer: int | None) -> None:
         self.segments.append(Segment(self._phase, layer, len(self.events), len(self.records) + 1))
 
-    def storage(self, num_bytes: int, operation: str, category: Category | None = None) -> Storage:
+    def storage(
+        self, num_bytes: int, operation: str, category: Category | None = None, *, itemsize: int = 1
+    ) -> Storage:
         """Allocate memory for an operation of the current module."""
-        self.records.append(Record(num_bytes, category or self.category, self.layer, self.path, operation))
+        self.records.append(Record(num_bytes, category or self.category, self.layer, self.path, operation, itemsize))
         id_ = len(self.records)
         self.events.append(id_)
         return Storage(self.events, id_)
@@ -101,7 +103,8 @@ class Tape:
         """Allocate a tensor; one without elements takes no memory."""
         if numel == 0:
             return Tensor(None, 0, dtype)
-        storage = self.storage(numel * ITEMSIZE_BYTES[dtype], operation, category)
+        itemsize = ITEMSIZE_BYTES[dtype]
+        storage = self.storage(numel * itemsize, operation, category, itemsize=itemsize)
         return Tensor(storage, numel, dtype, None, 0, permuted)
 
     def scratch(self, *sizes: int, operation: str) -> None:

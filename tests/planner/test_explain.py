@@ -51,6 +51,17 @@ def test_every_formula_gives_its_number(optimizer: str) -> None:
                 assert line.bytes == line.count * line.bytes_each
 
 
+def test_what_is_alive_is_so_many_tokens_of_a_width() -> None:
+    (peak,) = parts_of(explain("llama-2-7b", gpu="h200", batch_size=4, seq_len=1024), "peak")
+    lines = {line.name: line for line in peak.lines}
+    # The activation's input and output of a SwiGLU in bf16: 4096 tokens of 11008 in each of 32 layers.
+    gate = lines["model.layers.*.mlp.gate_proj output (activations)"]
+    assert (gate.count, gate.bytes_each, gate.formula) == (32, 90_177_536, "4096 tokens x 11008 x 2 B")
+    for line in peak.lines:
+        if "resident" not in line.name:
+            assert -(-product(line.formula) // 512) * 512 == line.bytes_each, line
+
+
 def test_every_part_names_its_source() -> None:
     for optimizer in ("adamw", "adam-mini"):
         for part in explain("llama-7b", gpu="a100-40g", optimizer=optimizer).parts:
