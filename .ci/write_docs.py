@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -116,6 +117,7 @@ def _help(args: list[str]) -> str:
     from optplan.app import app
     from optplan.boundary import run
 
+    os.environ["COLUMNS"] = "80"
     text = io.StringIO()
     with redirect_stdout(text):
         run(app, [*args, "--help"])

@@ -19,18 +19,30 @@ def _count(*names: str, help: str, show_default: bool | str = True) -> Any:
 
 _MODEL = "Model: an id or alias of `optplan models`, or the path of a Hugging Face config.json."
 
-Model = Annotated[str, typer.Option("--model", "-m", help=_MODEL)]
-GpuName = Annotated[str | None, typer.Option("--gpu", "-g", help="GPU: an id of `optplan gpus`, such as a100-40g.")]
+Model = Annotated[str, typer.Option("--model", "-m", metavar="NAME", help=_MODEL)]
+GpuName = Annotated[
+    str | None, typer.Option("--gpu", "-g", metavar="ID", help="GPU: an id of `optplan gpus`, such as a100-40g.")
+]
 Memory = Annotated[
-    str | None, typer.Option("--memory", help="Instead of --gpu: bytes that torch may allocate, such as 38GiB.")
+    str | None,
+    typer.Option("--memory", metavar="SIZE", help="Instead of --gpu: bytes that torch may allocate, such as 38GiB."),
 ]
 Optimizers = Annotated[
     list[str] | None,
-    typer.Option("--optimizer", "-o", help="Optimizer: an id of `optplan optimizers`; repeatable. All when left out."),
+    typer.Option(
+        "--optimizer",
+        "-o",
+        metavar="ID",
+        help="Optimizer: an id of `optplan optimizers`; repeatable. All when left out.",
+    ),
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Option of an optimizer, such as window=10 or adam-mini.implementation=official."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Option of an optimizer, such as window=10 or adam-mini.implementation=official.",
+    ),
 ]
 Precision = Annotated[str, typer.Option(help="bf16, fp32, amp, mixed or fp16-amp.")]
 StateDtype = Annotated[

@@ -28,7 +28,11 @@ def estimate(
     per_tensor: Annotated[bool, typer.Option("--per-tensor", help="List the state of every parameter.")] = False,
     json: options.Json = False,
 ) -> None:
-    """Estimate the GPU memory of a training step with each optimizer; exit 0 if something fits, 1 if nothing does."""
+    """Estimate a training step's memory by optimizer.
+
+    Prints whether it fits, what to run and why, and for each optimizer its state, its peak and what is left of the GPU.
+    The exit status is 0 if something fits, 1 if nothing does, 2 for bad input.
+    """
     from optplan.planner.estimate import estimate as estimate_report
 
     report = estimate_report(

@@ -29,7 +29,10 @@ def explain(
     engine: options.Engine = "rules",
     json: options.Json = False,
 ) -> None:
-    """Explain one estimate part by part: each number with its formula filled in and its source."""
+    """Take one estimate apart.
+
+    Prints every part of it, each number with its formula filled in and its source.
+    """
     from optplan.planner.explain import explain as explain_estimate
 
     record = explain_estimate(

@@ -6,7 +6,10 @@ from optplan import options, output
 
 
 def gpus(text: options.Filter = None, json: options.Json = False) -> None:
-    """List the GPUs known by name: what the driver reports, what torch can use, bandwidth, arithmetic."""
+    """List the GPUs known by name.
+
+    What the driver reports, what torch can use, bandwidth and arithmetic; sources and dates with --json.
+    """
     from optplan.planner.listings import list_gpus
 
     listing = list_gpus(text)

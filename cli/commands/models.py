@@ -6,7 +6,10 @@ from optplan import options, output
 
 
 def models(text: options.Filter = None, json: options.Json = False) -> None:
-    """List the models known by name, with their exact parameter counts and sources."""
+    """List the models known by name.
+
+    Each with its exact parameter count; sources and dates with --json.
+    """
     from optplan.planner.listings import list_models
 
     listing = list_models(text)

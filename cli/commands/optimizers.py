@@ -6,7 +6,10 @@ from optplan import options, output
 
 
 def optimizers(text: options.Filter = None, json: options.Json = False) -> None:
-    """List the optimizers modelled, with their implementations, options and what is known of them."""
+    """List the optimizers modelled.
+
+    Each with its implementations, its options and what is known of it.
+    """
     from optplan.planner.listings import list_optimizers
 
     listing = list_optimizers(text)

@@ -8,7 +8,10 @@ from optplan import options, output
 
 
 def published(json: options.Json = False) -> None:
-    """Hold each published memory figure against ours; exit 1 if one that should hold does not."""
+    """Hold the papers' memory figures against ours.
+
+    The exit status is 1 if a figure that should hold does not.
+    """
     from optplan.planner.published import published_report
 
     report = published_report()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -71,12 +72,13 @@ def _billions(value: float | None, unit: float) -> str:
 
 
 def render_optimizers(listing: OptimizerListing, console: Console) -> None:
-    """Print each optimizer with its implementations and options."""
+    """Print each optimizer with its evidence, limits, implementations and options."""
     glyphs = glyphs_of(console)
     for item in listing.optimizers:
-        console.print(Text.assemble((item.id, "bold"), f"  {item.title}"))
-        console.print(f"  {item.facts.evidence}")
-        console.print(f"  source: {item.facts.source}", style="dim")
+        console.print(Text.assemble((item.id, "bold"), f"  {item.title}, {item.facts.year}"))
+        for sentence in (item.facts.evidence, item.facts.limits):
+            console.print(Padding(sentence, (0, 0, 0, 2), expand=False))
+        console.print(Padding(f"source: {item.facts.source}", (0, 0, 0, 2), expand=False), style="dim")
         for implementation in item.implementations:
             _print_implementation(implementation, console, glyphs.bullet)
     console.print(f"{len(listing.optimizers)} optimizers. The first implementation is the default.", style="dim")
@@ -86,7 +88,8 @@ def _print_implementation(item: ImplementationItem, console: Console, bullet: st
     console.print(f"  {bullet} implementation={item.name}{' (default)' if item.default else ''}")
     for option in item.options:
         default = "from the model" if option.default is None else _text(option.default)
-        console.print(f"      --set {option.name}={default}  {option.help}; {option.allowed}", style="dim")
+        line = f"--set {option.name}={default}: {option.help}; {option.allowed}"
+        console.print(Padding(line, (0, 0, 0, 6), expand=False), style="dim")
 
 
 def _text(value: object) -> str:
