@@ -11,13 +11,9 @@ from collections.abc import Sequence
 from optplan.planner.optimizers.base import OptimizerContext, OptimizerModel, itemsize
 from optplan.planner.optimizers.options import Option
 from optplan.planner.optimizers.parts import like_parameter, step_counter, tensor
-from optplan.planner.optimizers.reduction import (
-    row_reduction_bytes,
-    write_column_reduction,
-    write_reduction_buffers,
-    write_whole_reduction,
-)
+from optplan.planner.optimizers.reduction import write_column_reduction, write_reduction_buffers, write_whole_reduction
 from optplan.planner.optimizers.scratch import Scratch
+from optplan.planner.reductions import row_reduction_bytes
 from optplan.planner.tensors import Parameter, StateTensor
 from optplan.planner.timeline import TimelineBuilder
 

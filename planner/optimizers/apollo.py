@@ -22,8 +22,9 @@ from optplan.planner.optimizers.low_rank import (
 )
 from optplan.planner.optimizers.options import Option
 from optplan.planner.optimizers.parts import tensor
-from optplan.planner.optimizers.reduction import column_reduction_bytes, whole_reduction_bytes, write_reduction_buffers
+from optplan.planner.optimizers.reduction import write_reduction_buffers
 from optplan.planner.optimizers.scratch import Scratch
+from optplan.planner.reductions import column_reduction_bytes, whole_reduction_bytes
 from optplan.planner.tensors import Parameter, StateTensor
 from optplan.planner.timeline import TimelineBuilder
 

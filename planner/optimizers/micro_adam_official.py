@@ -12,14 +12,10 @@ from optplan.planner.optimizers.base import OptimizerContext, OptimizerModel, it
 from optplan.planner.optimizers.micro_adam import DENSITY, WINDOW, Selection, window_moved_bytes
 from optplan.planner.optimizers.options import Option
 from optplan.planner.optimizers.parts import like_parameter, tensor
-from optplan.planner.optimizers.reduction import (
-    row_reduction_bytes,
-    whole_reduction_bytes,
-    write_reduction_buffers,
-    write_whole_reduction,
-)
+from optplan.planner.optimizers.reduction import write_reduction_buffers, write_whole_reduction
 from optplan.planner.optimizers.scratch import Scratch
 from optplan.planner.optimizers.sorting import write_topk_buffers
+from optplan.planner.reductions import row_reduction_bytes, whole_reduction_bytes
 from optplan.planner.tensors import Parameter, StateTensor
 from optplan.planner.timeline import TimelineBuilder
 

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from optplan.planner.optimizers.base import OptimizerContext, OptimizerModel, itemsize
 from optplan.planner.optimizers.options import Option
 from optplan.planner.optimizers.parts import like_parameter, tensor
-from optplan.planner.optimizers.reduction import column_reduction_bytes, write_reduction_buffers
+from optplan.planner.optimizers.reduction import write_reduction_buffers
 from optplan.planner.optimizers.scratch import Scratch
+from optplan.planner.reductions import column_reduction_bytes
 from optplan.planner.tensors import Parameter, StateTensor
 from optplan.planner.timeline import TimelineBuilder
 

@@ -6,7 +6,6 @@ buffers of torch 2.11 (CUDA 13) on an H200 agree.
 
 from __future__ import annotations
 
-from optplan.planner.optimizers.reduction import MULTIPROCESSORS
 from optplan.planner.optimizers.scratch import Scratch
 from optplan.planner.tensors import Parameter
 from optplan.planner.units import round_up
@@ -16,6 +15,7 @@ _SHARED_FROM = ((20, 20_000), (40, 10_000), (80, 8_000), (199, 5_000), (799, 3_0
 
 _SHARED_BEYOND = 400  # with more slices than in the table
 
+_MULTIPROCESSORS = 132  # those of an H100 or H200; fewer make the buffers smaller
 _THREADS = 256
 _BLOCKS_PER_MULTIPROCESSOR = 6
 _MIN_ITEMS, _MAX_ITEMS = 4, 64  # elements of one thread
@@ -38,7 +38,7 @@ def write_topk_buffers(
     """
     if not _is_shared(slices, slice_numel):
         return
-    items = -(-slices * slice_numel // (MULTIPROCESSORS * _BLOCKS_PER_MULTIPROCESSOR * _THREADS))
+    items = -(-slices * slice_numel // (_MULTIPROCESSORS * _BLOCKS_PER_MULTIPROCESSOR * _THREADS))
     block_numel = max(_MIN_ITEMS, min(items, _MAX_ITEMS)) * _THREADS
     blocks = slices * -(-slice_numel // block_numel)
     buffers = [

@@ -1,6 +1,6 @@
 """What CUDA kernels allocate while they run, beside their results; bytes unless said otherwise.
 
-Source: pytorch `aten/src/ATen/native/cuda/Reduce.cuh` (`setReduceConfig`), `native/cuda/EmbeddingBackwardKernel.cu`,
+Source: pytorch `aten/src/ATen/native/cuda/EmbeddingBackwardKernel.cu`,
 `native/transformers/cuda/mem_eff_attention/kernel_backward.h`, flash-attention's `flash_api.cpp`; cuDNN's workspace was
 read off an H200. All of them are held against recorded allocations in the tests.
 """
@@ -9,47 +9,10 @@ from __future__ import annotations
 
 from optplan.planner.units import round_up
 
-_MAX_THREADS_PER_BLOCK = 512
-_WARP = 32
 SCAN_SCRATCH = 1279
 """What cub's scan allocates, where a cumulative sum has one row."""
 _EMBEDDING_SORT_LIMIT = 3072
 """Up to this many tokens the gradient of an embedding is made by a kernel that needs no scratch."""
-
-
-def reduction_scratch(num_outputs: int, num_inputs: int, *, resident_threads: int) -> tuple[int, ...]:
-    """Scratch of a sum over the leading dimensions of a contiguous tensor: staging and semaphores, or nothing.
-
-    Each thread adds up the inputs of some outputs; where that leaves it 256 values or more, the inputs are also split
-    over several blocks, whose partial sums (fp32) meet in global memory.
-
-    Args:
-        num_outputs: Columns that remain.
-        num_inputs: Values summed into each.
-        resident_threads: Threads that the whole GPU holds at once.
-    """
-    vector = next(size for size in (4, 2, 1) if num_outputs % size == 0)
-    max_threads = _MAX_THREADS_PER_BLOCK // vector
-    columns = min(_last_power_of_2(num_outputs // vector), max_threads)
-    rows = min(_last_power_of_2(num_inputs), max_threads)
-    width = min(columns, _WARP)
-    height = min(rows, max_threads // width)
-    width = min(columns, max_threads // height)
-    if num_inputs < min(height * 16, 256):
-        return ()
-    values_per_thread = -(-num_inputs // height)
-    grid = -(-(num_outputs // vector) // width)
-    target_grid = resident_threads // (width * height)
-    if values_per_thread < 256 or grid > target_grid:
-        return ()
-    blocks = max(min(-(-target_grid // grid), -(-values_per_thread // 16)), -(-values_per_thread // 256))
-    if blocks == 1:
-        return ()
-    return 4 * num_outputs * blocks * width * vector, 4 * grid
-
-
-def _last_power_of_2(value: int) -> int:
-    return 1 << (value.bit_length() - 1)
 
 
 def embedding_partial_sums(num_tokens: int, num_rows: int) -> int | None:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from heapq import heappop, heappush
 
 from optplan.planner.dtypes import ITEMSIZE_BYTES, Dtype
-from optplan.planner.step import kernels
+from optplan.planner.reductions import column_reduction_bytes
 from optplan.planner.step.graph import (
     LAST,
     BackwardRule,
@@ -213,8 +213,9 @@ class Tape:
             return gradient
         total = self.new(size, gradient.dtype, "gradient", node.category_of(index))
         if node.column_sums:
-            scratch = kernels.reduction_scratch(size, gradient.numel // size, resident_threads=self.resident_threads)
-            self.scratch(*scratch, operation="sum of the gradient")
+            rows = gradient.numel // size
+            buffers = column_reduction_bytes(rows, size, resident_threads=self.resident_threads)
+            self.scratch(*filter(None, buffers), operation="sum of the gradient")
         return total
 
     def _cast(self, gradient: Tensor | None, node: Node, index: int) -> Tensor | None:

@@ -4,32 +4,6 @@ import pytest
 
 from optplan.planner.step import kernels
 
-H200_THREADS = 132 * 2048
-
-
-@pytest.mark.parametrize(
-    ("num_outputs", "num_inputs", "scratch"),
-    [
-        (64, 128, ()),
-        (64, 346, ()),
-        (96, 512, ()),
-        (384, 519, ()),
-        (1024, 1024, (8_388_608, 32)),
-        (1600, 1402, (18_022_400, 52)),
-        (768, 2048, (12_582_912, 24)),
-        (2304, 2103, (38_928_384, 72)),
-        (4096, 2048, (67_108_864, 128)),
-        (384, 3505, (10_813_440, 12)),
-        (768, 8192, (50_331_648, 24)),
-        (2048, 16_384, (138_412_032, 64)),
-        (64, 16_384, (2_097_152, 4)),
-        (256, 32_768, (67_108_864, 8)),
-        (128, 262_144, (138_412_032, 4)),
-    ],
-)
-def test_column_sums(num_outputs, num_inputs, scratch):
-    assert kernels.reduction_scratch(num_outputs, num_inputs, resident_threads=H200_THREADS) == scratch
-
 
 @pytest.mark.parametrize(
     ("shape", "num_bytes"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from optplan.planner.optimizers.reduction import column_reduction_bytes, row_reduction_bytes, whole_reduction_bytes
+from optplan.planner.reductions import column_reduction_bytes, row_reduction_bytes, whole_reduction_bytes
 
 
 @pytest.mark.parametrize(
@@ -77,3 +77,27 @@ def test_empty_matrices_need_no_buffers() -> None:
     for rows, columns in ((0, 10**6), (10**6, 0)):
         assert row_reduction_bytes(rows, columns) == (0, 0)
         assert column_reduction_bytes(rows, columns) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("num_outputs", "num_inputs", "scratch"),
+    [
+        (64, 128, (0, 0)),
+        (64, 346, (0, 0)),
+        (96, 512, (0, 0)),
+        (384, 519, (0, 0)),
+        (1024, 1024, (8_388_608, 32)),
+        (1600, 1402, (18_022_400, 52)),
+        (768, 2048, (12_582_912, 24)),
+        (2304, 2103, (38_928_384, 72)),
+        (4096, 2048, (67_108_864, 128)),
+        (384, 3505, (10_813_440, 12)),
+        (768, 8192, (50_331_648, 24)),
+        (2048, 16_384, (138_412_032, 64)),
+        (64, 16_384, (2_097_152, 4)),
+        (256, 32_768, (67_108_864, 8)),
+        (128, 262_144, (138_412_032, 4)),
+    ],
+)
+def test_column_sums_of_a_training_step(num_outputs: int, num_inputs: int, scratch: tuple[int, int]) -> None:
+    assert column_reduction_bytes(num_inputs, num_outputs) == scratch
