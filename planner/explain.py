@@ -68,7 +68,7 @@ def explain(
 def _parts(workload: Workload, candidate: Candidate, peaks: StepPeaks | None) -> list[ExplainedPart]:
     request = workload.request
     parts = [_parameters(request), *_buffers(request), _gradients(request), *_master_weights(request)]
-    parts += _state(candidate)
+    parts += [*_state(candidate), *_temporaries(workload, candidate), _moved(request, candidate)]
     if peaks is not None:
         parts += [_peak(workload, candidate, peaks), _phases(peaks)]
     parts.append(_gpu(request))
@@ -148,6 +148,37 @@ def _state(candidate: Candidate) -> list[ExplainedPart]:
 def _heading(tensor: StateTensor) -> str:
     places = {"device": "", "cpu": ", on the host and not counted", "managed": ", evictable and not counted"}
     return f"Optimizer state {tensor.name} in {tensor.dtype}{places[tensor.device]}"
+
+
+def _temporaries(workload: Workload, candidate: Candidate) -> list[ExplainedPart]:
+    total = workload.step_temporaries(candidate).peak_bytes
+    if not total:
+        return []
+    line = explained_line("alive together at the peak of step()", total, "replay of its allocations")
+    title = "What step() allocates besides, counted in the phase step"
+    return [_part("optimizer_temporaries", title, [line], load_facts()[candidate.id].source)]
+
+
+def _moved(request: StepRequest, candidate: Candidate) -> ExplainedPart:
+    context, groups = optimizer_context(request), candidate.footprint.groups
+    moved = sum(
+        len(group.parameters) * candidate.optimizer.moved_bytes(group.parameters[0], context) for group in groups
+    )
+    each = moved / request.model.num_parameters
+    line = explained_line(
+        "parameters, gradients and state", moved, f"{each:.2f} B for each of the parameters on average"
+    )
+    title = "Memory traffic that step() cannot avoid; nothing is held"
+    source = "each tensor read once, and written once where it changes"
+    return _part("moved", title, [line], source, _fastest(request, moved))
+
+
+def _fastest(request: StepRequest, moved_bytes: int) -> str:
+    bandwidth = request.gpu.achievable_bandwidth_bytes_per_s
+    if bandwidth is None:
+        return ""
+    milliseconds = moved_bytes / bandwidth * 1000
+    return f"At best {milliseconds:.2f} ms, at the copy bandwidth of {bandwidth / 1e9:,.0f} GB/s."
 
 
 def _peak(workload: Workload, candidate: Candidate, peaks: StepPeaks) -> ExplainedPart:

@@ -81,7 +81,7 @@ class Workload:
         memory: dict[Phase, PhaseMemory] = {
             "forward": PhaseMemory(step.forward),
             "backward": PhaseMemory(step.backward),
-            "step": self._step_phase(candidate).on_top_of(PhaseMemory(step.after_backward)),
+            "step": self.step_temporaries(candidate).on_top_of(PhaseMemory(step.after_backward)),
         }
         resident = dict(self._resident)
         resident["optimizer_state"] = candidate.footprint.rounded_device_bytes
@@ -148,7 +148,8 @@ class Workload:
             self._memories[batch_size] = step_memory(self.request.model, options)
         return self._memories[batch_size]
 
-    def _step_phase(self, candidate: Candidate) -> PhaseMemory:
+    def step_temporaries(self, candidate: Candidate) -> PhaseMemory:
+        """What the optimizer's `step()` allocates besides its state, at its peak."""
         key = candidate.optimizer
         if key not in self._step_phases:
             self._step_phases[key] = optimizer_phase(

@@ -62,6 +62,18 @@ def test_what_is_alive_is_so_many_tokens_of_a_width() -> None:
             assert -(-product(line.formula) // 512) * 512 == line.bytes_each, line
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "bytes_an_element"),
+    # Parameter and gradient in bf16 and the moments, read and written; the gradient is only read.
+    [("adamw", 14), ("sgd", 10), ("lion", 10)],
+)
+def test_the_traffic_is_that_of_the_tensors(optimizer: str, bytes_an_element: int) -> None:
+    (moved,) = parts_of(explain("gpt2", gpu="h200", optimizer=optimizer), "moved")
+    counters = 148 * 8 if optimizer == "adamw" else 0
+    assert moved.bytes == bytes_an_element * 124_439_808 + counters
+    assert "4,280 GB/s" in moved.remark
+
+
 def test_every_part_names_its_source() -> None:
     for optimizer in ("adamw", "adam-mini"):
         for part in explain("llama-7b", gpu="a100-40g", optimizer=optimizer).parts:
@@ -72,8 +84,10 @@ def test_a_family_without_rules_is_explained_as_far_as_it_is_known() -> None:
     record = explain("bert-base", gpu="h200")
     assert (record.peak_allocated_bytes, record.peak_phase) == (None, None)
     assert [part.key for part in record.parts] == [
-        "parameters", "parameters", "gradients", "optimizer_state", "optimizer_state", "optimizer_state", "gpu",
-    ]  # fmt: skip
+        *("parameters", "parameters", "gradients"),
+        *("optimizer_state", "optimizer_state", "optimizer_state"),
+        *("moved", "gpu"),
+    ]
 
 
 def test_one_optimizer_at_a_time() -> None:
