@@ -7,10 +7,16 @@ import sys
 
 def main() -> None:
     """Run the command line and exit with its status: 0 done, 1 a negative answer or our fault, 2 bad input."""
-    from optplan.app import app
-    from optplan.boundary import run
+    try:
+        from optplan.app import app
+        from optplan.boundary import run
 
-    sys.exit(run(app))
+        status = run(app)
+    except KeyboardInterrupt:
+        # Interrupted while still loading: the boundary is not there yet.
+        print("optplan: interrupted", file=sys.stderr)
+        status = 130
+    sys.exit(status)
 
 
 if __name__ == "__main__":
