@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -55,12 +56,16 @@ class Candidate(msgspec.Struct, frozen=True):
     @property
     def settings(self) -> dict[str, Any]:
         """What `--set` must say to choose this candidate: the implementation and the options that are not defaults."""
-        entry, optimizer = OPTIMIZERS[self.id], self.optimizer
-        settings: dict[str, Any] = {}
-        if optimizer.implementation != entry.default_implementation:
-            settings["implementation"] = optimizer.implementation
-        defaults = {option.name: option.default for option in optimizer.OPTIONS}
-        return settings | {key: value for key, value in optimizer.options.items() if value != defaults[key]}
+        return settings_of(self.optimizer)
+
+
+def settings_of(optimizer: OptimizerModel) -> dict[str, Any]:
+    """The implementation and the options of an optimizer that are not defaults."""
+    settings: dict[str, Any] = {}
+    if optimizer.implementation != OPTIMIZERS[optimizer.id].default_implementation:
+        settings["implementation"] = optimizer.implementation
+    defaults = {option.name: option.default for option in optimizer.OPTIONS}
+    return settings | {key: value for key, value in optimizer.options.items() if value != defaults[key]}
 
 
 def choose_optimizers(
@@ -143,13 +148,31 @@ def bind_candidates(
     candidates: list[Candidate] = []
     left_out: list[tuple[str, str]] = []
     for choice in choices:
-        try:
+        if choice.explicit:
             candidates.append(bind_candidate(request, choice.optimizer))
+            continue
+        try:
+            candidates.append(bind_runnable(request, choice.optimizer))
         except ConfigError as error:
-            if choice.explicit:
-                raise
             left_out.append((choice.id, str(error)))
     return candidates, left_out
+
+
+def bind_runnable(request: StepRequest, optimizer: OptimizerModel) -> Candidate:
+    """The optimizer bound to the request's model, in another implementation if it has no settings and cannot run.
+
+    Raises:
+        ConfigError: No implementation can run this step; the sentence is that of the one given.
+    """
+    try:
+        return bind_candidate(request, optimizer)
+    except ConfigError:
+        if settings_of(optimizer):
+            raise
+        for implementation in list(OPTIMIZERS[optimizer.id].implementations)[1:]:
+            with suppress(ConfigError):
+                return bind_candidate(request, build_optimizer(optimizer.id, {"implementation": implementation}))
+        raise
 
 
 def bind_candidate(request: StepRequest, optimizer: OptimizerModel) -> Candidate:

@@ -50,6 +50,7 @@ def estimate_request(
     """The report for a checked request and the optimizers chosen for it."""
     workload = Workload(request)
     candidates, skipped = workload.candidates(choices)
+    chosen = {choice.id: choice.optimizer.implementation for choice in choices}
     advice = recommend(workload, candidates)
     ordered = candidates if all(choice.explicit for choice in choices) else _recommended_first(candidates, advice)
     gpu = request.gpu
@@ -59,7 +60,9 @@ def estimate_request(
         model=ModelRow(request.model.name, request.model.num_parameters, request.model.source),
         gpu=GpuRow(gpu.id, gpu.total_bytes, gpu.usable_bytes, gpu.context_bytes),
         config=request.config,
-        estimates=[_estimate(workload, candidate, per_tensor=per_tensor) for candidate in ordered],
+        estimates=[
+            _estimate(workload, candidate, chosen[candidate.id], per_tensor=per_tensor) for candidate in ordered
+        ],
         recommendation=advice,
         skipped=[Skipped(name, reason) for name, reason in skipped],
         notes=[*request.notes, *_family_note(workload)],
@@ -70,7 +73,7 @@ def _recommended_first(candidates: list[Candidate], advice: Recommendation | Non
     return sorted(candidates, key=lambda candidate: advice is None or candidate.id != advice.optimizer)
 
 
-def _estimate(workload: Workload, candidate: Candidate, *, per_tensor: bool) -> Estimate:
+def _estimate(workload: Workload, candidate: Candidate, chosen: str, *, per_tensor: bool) -> Estimate:
     row: dict[str, Any] = {"per_tensor": _tensor_rows(candidate)} if per_tensor else {}
     row |= _peak_fields(workload, candidate)
     return Estimate(
@@ -83,7 +86,7 @@ def _estimate(workload: Workload, candidate: Candidate, *, per_tensor: bool) -> 
         max_batch_size=workload.max_batch_size(candidate),
         state_variants=workload.state_variants(candidate),
         saving_against_adamw=workload.saving(candidate),
-        notes=_notes(candidate),
+        notes=_notes(candidate, chosen),
         **row,
     )
 
@@ -109,8 +112,10 @@ def _family_note(workload: Workload) -> list[str]:
     ]
 
 
-def _notes(candidate: Candidate) -> list[str]:
+def _notes(candidate: Candidate, chosen: str) -> list[str]:
     notes = []
+    if candidate.implementation != chosen:
+        notes.append(f"implementation={candidate.implementation}, because {chosen} cannot run this step")
     if candidate.footprint.host_bytes >= MIB:
         host = format_bytes(candidate.footprint.host_bytes)
         notes.append(f"{host} of its state live on the host or can be evicted to it, and are not counted on the device")

@@ -11,8 +11,8 @@ from optplan.planner.candidates import (
     BASELINE,
     Candidate,
     OptimizerChoice,
-    bind_candidate,
     bind_candidates,
+    bind_runnable,
     optimizer_context,
 )
 from optplan.planner.dtypes import ITEMSIZE_BYTES
@@ -137,7 +137,7 @@ class Workload:
     def _adamw(self) -> Candidate | None:
         if self._baseline is None:
             try:
-                self._baseline = bind_candidate(self.request, build_optimizer(BASELINE))
+                self._baseline = bind_runnable(self.request, build_optimizer(BASELINE))
             except ConfigError:
                 return None
         return self._baseline

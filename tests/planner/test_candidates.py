@@ -44,13 +44,32 @@ def test_a_setting_is_a_key_and_a_value(text: str) -> None:
 
 
 def test_what_cannot_run_is_left_out_with_its_reason_unless_it_was_named() -> None:
+    # GPT-2's layers are Conv1D, which GaLore's and APOLLO's trainers do not match.
+    request = check_request(load_model("gpt2"), gpu="h200")
+    candidates, left_out = bind_candidates(request, choose_optimizers(None))
+    assert [name for name, _ in left_out] == ["galore", "apollo"]
+    assert len(candidates) == len(optimizer_ids()) - 2
+    with pytest.raises(ConfigError) as caught:
+        bind_candidates(request, choose_optimizers("galore"))
+    assert str(caught.value) == dict(left_out)["galore"]
+
+
+def test_another_implementation_steps_in_unless_one_was_named() -> None:
+    # The authors' SOAP fails on bf16 gradients; the port of pytorch_optimizer does not.
     request = check_request(load_model("tinyllama-1.1b"), gpu="h200", precision="bf16")
     candidates, left_out = bind_candidates(request, choose_optimizers(None))
-    assert [name for name, _ in left_out] == ["soap"]
-    assert len(candidates) == len(optimizer_ids()) - 1
-    with pytest.raises(ConfigError) as caught:
-        bind_candidates(request, choose_optimizers("soap"))
-    assert str(caught.value) == dict(left_out)["soap"]
+    assert left_out == []
+    assert {candidate.id: candidate.implementation for candidate in candidates}["soap"] == "pytorch_optimizer"
+    for options in (None, ["implementation=official"]):
+        with pytest.raises(ConfigError, match=r"^soap with implementation=official fails on bfloat16 gradients"):
+            bind_candidates(request, choose_optimizers("soap", options))
+
+
+def test_a_state_dtype_is_served_by_the_implementation_that_can() -> None:
+    request = check_request(load_model("tinyllama-1.1b"), gpu="h200", state_dtype="fp32")
+    candidates, left_out = bind_candidates(request, choose_optimizers(None))
+    assert {candidate.id: candidate.implementation for candidate in candidates}["adamw"] == "optplan"
+    assert "lion" in dict(left_out)
 
 
 def test_settings_rebuild_the_candidate() -> None:

@@ -121,7 +121,11 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not() -> None:
         assert row.max_batch_size > 0
         for batch_size, fits in ((row.max_batch_size, True), (row.max_batch_size + 1, False)):
             (again,) = optplan.estimate(
-                "tinyllama-1.1b", gpu="a100-40g", optimizer=row.optimizer, batch_size=batch_size
+                "tinyllama-1.1b",
+                gpu="a100-40g",
+                optimizer=row.optimizer,
+                options={"implementation": row.implementation},
+                batch_size=batch_size,
             ).estimates
             assert again.fits is fits
 
