@@ -1,7 +1,8 @@
 """The device table that lets one launch of our kernels serve many tensors.
 
 Triton takes no list of pointers by value, so each step puts them in a table: the pointers of every tensor's lists
-(parameter, gradient, state), and for every chunk of elements the tensor it belongs to and its offset.
+(parameter, gradient, state) with its number of elements and its ordinal, and for every chunk of elements the tensor it
+belongs to and its offset. The table lives as long as the step; only its image on the host is kept.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from optplan.planner.timeline import TimelineBuilder
 CHUNK_NUMEL = 65_536
 """Elements of one chunk of the table."""
 
-_POINTER_BYTES = 8
+NUM_EXTRA_COLUMNS = 2
+"""What a tensor's row holds beside its pointers: number of elements, ordinal."""
+
+_POINTER_BYTES = 8  # the other two columns are int64 as well
 _CHUNK_BYTES = 4 + 8  # int32 tensor index, int64 offset
 
 
@@ -27,7 +31,7 @@ def launch_table_bytes(parameters: Sequence[Parameter], *, num_lists: int) -> in
         num_lists: Pointers a tensor needs: parameter, gradient, and each state tensor that is not in a flat buffer.
     """
     num_chunks = sum(-(-p.numel // CHUNK_NUMEL) for p in parameters)
-    return len(parameters) * num_lists * _POINTER_BYTES + num_chunks * _CHUNK_BYTES
+    return len(parameters) * (num_lists + NUM_EXTRA_COLUMNS) * _POINTER_BYTES + num_chunks * _CHUNK_BYTES
 
 
 def write_launch_table(timeline: TimelineBuilder, parameters: Sequence[Parameter], *, num_lists: int) -> int:

@@ -226,13 +226,13 @@ def test_our_kernels_allocate_a_launch_table_and_little_else(step_peak: Any) -> 
         Parameter("norm", (4096,), "norm", "rms_norm"),
     ]
     chunks = 2000 + 256 + 1  # of 65,536 elements
-    table = 3 * 4 * 8 + chunks * 12
+    table = 3 * (4 + 2) * 8 + chunks * 12
     assert launch_table_bytes(tensors, num_lists=4) == table
     assert step_peak(build_optimizer("adamw", {"implementation": "optplan"}), tensors, BF16) == table
     assert step_peak(build_optimizer("adam-mini"), tensors, BF16) == table + 32 * 32 * 4 + 4
-    # Two pointers a tensor; 4096 programs gather 21 candidates each, rounded up to 32.
-    assert step_peak(build_optimizer("micro-adam"), tensors, BF16) == 3 * 2 * 8 + chunks * 12 + 4096 * 32 * 4
+    # Two pointers a tensor and the two other columns; 4096 programs gather 21 candidates each, rounded up to 32.
+    assert step_peak(build_optimizer("micro-adam"), tensors, BF16) == 3 * (2 + 2) * 8 + chunks * 12 + 4096 * 32 * 4
     # Both factors in fp32 and a matrix of rank x rank.
     rank, adapprox = 1024, build_optimizer("adapprox")
-    expected = 3 * 5 * 8 + chunks * 12 + 4 * rank * (32000 + 4096 + rank)
+    expected = 3 * (5 + 2) * 8 + chunks * 12 + 4 * rank * (32000 + 4096 + rank)
     assert step_peak(adapprox, tensors, BF16) == expected

@@ -1,0 +1,268 @@
+"""What our optimizers share as `torch.optim.Optimizer`s: collecting tensors, choosing a backend, counting, loading."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.optim import Optimizer
+
+from optplan.optim_impls.checks import check_choice, check_gradient, check_parameter
+from optplan.optim_impls.exact_state import seal, unseal
+from optplan.optim_impls.launch import is_aligned
+from optplan.optim_impls.step_counters import State, StepCounters
+
+BACKENDS = ("auto", "triton", "torch")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+GradScale = float | torch.Tensor | None
+
+
+class Member(NamedTuple):
+    """One parameter's part in a step; DTensors are given by their local shard.
+
+    Attributes:
+        parameter: Updated in place.
+        gradient: Read only.
+        state: The parameter's entry in `optimizer.state`.
+        ordinal: Its place among all parameters of the optimizer, the same in every run and on every rank.
+    """
+
+    parameter: torch.Tensor
+    gradient: torch.Tensor
+    state: State
+    ordinal: int
+
+
+class Batch:
+    """Members that one launch can serve: same device, dtypes, alignment and step, no memory in common.
+
+    Attributes:
+        members: At least one.
+        step: Steps of each member, this one included; 0 where the counters live on the device.
+        triton: Whether the kernels take them, or the reference.
+        aligned: Whether every tensor begins at 16 bytes.
+        scratch: Free for the optimizer to keep what it derived from the members; lives until a pointer moves.
+    """
+
+    def __init__(self, members: list[Member], *, lead: int, triton: bool, aligned: bool) -> None:
+        self.members = members
+        self.lead = lead
+        self.step = 0
+        self.triton = triton
+        self.aligned = aligned
+        self.scratch: dict[str, Any] = {}
+
+
+class _Plan(NamedTuple):
+    signature: list[Any]
+    batches: list[Batch]
+
+
+class KernelOptimizer(Optimizer):
+    """Base of our optimizers.
+
+    A subclass gives `_check_group`, `_new_state`, `_step_triton` and `_step_torch`; this class gives the rest of the
+    contract: param groups, closures, backend choice, per-tensor step counters (on the host, or on the device with
+    `capturable`), state that loads bit by bit, gradients that are never written.
+
+    Args:
+        params: As torch's optimizers take them.
+        defaults: Hyperparameters of a param group.
+        backend: `triton`, `torch` (the reference), or `auto`: Triton for CUDA tensors and under `TRITON_INTERPRET=1`.
+        capturable: Keep step counters on the device, so that a CUDA graph may record `step()`.
+    """
+
+    def __init__(
+        self, params: Any, defaults: dict[str, Any], *, backend: str = "auto", capturable: bool = False
+    ) -> None:
+        check_choice("backend", backend, BACKENDS)
+        self._reset_caches()
+        super().__init__(params, {**defaults, "backend": backend, "capturable": capturable})
+
+    @abstractmethod
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for a hyperparameter that is out of range."""
+
+    @abstractmethod
+    def _new_state(self, parameter: torch.Tensor, group: dict[str, Any]) -> State:
+        """The state of a parameter that has had no step, without `step`."""
+
+    @abstractmethod
+    def _step_triton(self, batch: Batch, group: dict[str, Any], grad_scale: GradScale) -> None:
+        """Update the members of a batch with kernels."""
+
+    @abstractmethod
+    def _step_torch(self, batch: Batch, group: dict[str, Any], grad_scale: GradScale) -> None:
+        """Update the members of a batch with the reference."""
+
+    def _kernels_take(self, member: Member) -> bool:
+        """Whether the kernels serve this tensor: contiguous, in a dtype they know. Others go to the reference."""
+        parameter, gradient = member.parameter, member.gradient
+        known = parameter.dtype in KERNEL_DTYPES and gradient.dtype in KERNEL_DTYPES
+        return known and parameter.is_contiguous() and gradient.is_contiguous()
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None, *, grad_scale: GradScale = None
+    ) -> float | None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: Computes the loss again, with gradients.
+            grad_scale: Multiplied onto every gradient inside the step, such as a clip factor: a number, or a scalar
+                tensor on the parameters' device, which is not read back.
+
+        Returns:
+            What the closure returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        first = 0
+        for index, group in enumerate(self.param_groups):
+            self._step_group(index, group, self._collect(group, first), grad_scale)
+            first += len(group["params"])
+        return loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with their own hyperparameters.
+
+        Raises:
+            ValueError: A hyperparameter is out of range.
+            TypeError: A parameter is not of real floating-point numbers.
+        """
+        self._check_group({**self.defaults, **param_group})
+        params = param_group["params"]
+        if not isinstance(params, torch.Tensor):
+            params = param_group["params"] = _as_list(params)
+        for parameter in [params] if isinstance(params, torch.Tensor) else params:
+            tensor = parameter[1] if isinstance(parameter, tuple) else parameter
+            if isinstance(tensor, torch.Tensor):
+                check_parameter(type(self).__name__, tensor)
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load state bit by bit: dtypes are kept, tensors are copied to their parameter's device.
+
+        `backend` and `capturable` stay those of this optimizer. State of torch's optimizers loads where names agree.
+        """
+        handle = self.register_load_state_dict_pre_hook(lambda _, loaded: seal(loaded))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        unseal(self.state, capturable=self.defaults["capturable"])
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+            group["backend"], group["capturable"] = self.defaults["backend"], self.defaults["capturable"]
+        self._reset_caches()
+
+    def _reset_caches(self) -> None:
+        self._counters: dict[int, StepCounters] = {}
+        self._plans: dict[int, _Plan] = {}
+
+    def _collect(self, group: dict[str, Any], first: int) -> list[Member]:
+        members = []
+        for ordinal, parameter in enumerate(group["params"], start=first):
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            check_gradient(type(self).__name__, gradient)
+            state = self.state[parameter]
+            if not state:
+                self._fill(state, parameter, group)
+            members.append(Member(local_tensor(parameter), local_tensor(gradient), state, ordinal))
+        return members
+
+    def _fill(self, state: State, parameter: torch.Tensor, group: dict[str, Any]) -> None:
+        device = parameter.device if self.defaults["capturable"] else "cpu"
+        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        state.update(self._new_state(parameter, group))
+
+    def _step_group(self, index: int, group: dict[str, Any], members: list[Member], grad_scale: GradScale) -> None:
+        if not members:
+            return
+        counters = self._counters.setdefault(index, StepCounters())
+        steps = counters.advance([member.state for member in members])
+        for batch in self._batches(index, members, steps, counters.version):
+            batch.step = int(steps[batch.lead]) if steps else 0
+            run = self._step_triton if batch.triton else self._step_torch
+            run(batch, group, as_scale(grad_scale, batch.members[0].parameter.device))
+
+    def _batches(self, index: int, members: list[Member], steps: list[float], version: int) -> list[Batch]:
+        """The batches of a group; those of the last step if no tensor moved."""
+        signature: list[Any] = [version]
+        for parameter, gradient, state, _ in members:
+            signature += [parameter.data_ptr(), gradient.data_ptr(), gradient.dtype, gradient.is_contiguous()]
+            signature += [value.data_ptr() for value in map(local_tensor, state.values())]
+        plan = self._plans.get(index)
+        if plan is None or plan.signature != signature:
+            plan = self._plans[index] = _Plan(signature, self._divide(members, steps))
+        return plan.batches
+
+    def _divide(self, members: Sequence[Member], steps: list[float]) -> list[Batch]:
+        batches: dict[tuple[Any, ...], Batch] = {}
+        seen: dict[tuple[Any, int], int] = {}
+        for place, member in enumerate(members):
+            if member.parameter.numel() == 0:
+                continue
+            tensors = [member.parameter, member.gradient, *tensors_of(member.state)]
+            triton, aligned = self._use_triton(member), is_aligned(*tensors)
+            # Parameters over the same memory must not meet in one launch; they follow each other as in a loop.
+            where = (member.parameter.device, member.parameter.data_ptr())
+            seen[where] = turn = seen.get(where, -1) + 1
+            step = steps[place] if steps else 0
+            key = (turn, triton, aligned, step, member.parameter.device, *(tensor.dtype for tensor in tensors))
+            batch = batches.get(key)
+            if batch is None:
+                batch = batches[key] = Batch([], lead=place, triton=triton, aligned=aligned)
+            batch.members.append(member)
+        return [batches[key] for key in sorted(batches, key=lambda key: key[0])]
+
+    def _use_triton(self, member: Member) -> bool:
+        backend, device = self.defaults["backend"], member.parameter.device.type
+        runs = device == "cuda" or interpreted()
+        if backend == "triton" and not runs:
+            raise ValueError(
+                f"backend='triton' needs parameters on a CUDA device or TRITON_INTERPRET=1, got a {device} tensor"
+            )
+        return backend != "torch" and runs and self._kernels_take(member)
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in the CPU interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A DTensor's shard on this rank, anything else as it is."""
+    to_local = getattr(tensor, "_local_tensor", None)
+    return tensor if to_local is None else to_local
+
+
+def tensors_of(state: State) -> list[torch.Tensor]:
+    """The tensors of a parameter's state but for its step counter, in the order they were made."""
+    return [local_tensor(value) for name, value in state.items() if name != "step" and isinstance(value, torch.Tensor)]
+
+
+def as_scale(grad_scale: GradScale, device: torch.device) -> GradScale:
+    """The scale as a kernel takes it: None, a number, or an fp32 scalar tensor on `device`."""
+    if not isinstance(grad_scale, torch.Tensor):
+        return None if grad_scale is None else float(grad_scale)
+    scale = local_tensor(grad_scale)
+    if scale.numel() != 1:
+        raise ValueError(f"grad_scale must be a scalar, got shape {tuple(scale.shape)}")
+    return scale.to(device=device, dtype=torch.float32, non_blocking=True)
+
+
+def _as_list(params: Any) -> Any:
+    return list(params) if isinstance(params, Iterable) and not isinstance(params, set | str) else params
