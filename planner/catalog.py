@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from optplan.planner.configfile import read_config
-from optplan.planner.errors import ConfigError, DataError, shorten, unknown
+from optplan.planner.errors import ConfigError, DataError, printable, shorten, unknown
 from optplan.planner.hub import HubError, fetch_config, is_hub_id
 from optplan.planner.models.reader import read_model
 from optplan.planner.models.spec import ModelSpec
@@ -131,8 +131,9 @@ def _load_file(path: Path) -> ModelSpec:
     if path.is_dir():
         path = path / "config.json"
     where = shorten(str(path), limit=200)
-    name = path.parent.name if path.name == "config.json" and path.parent.name else path.stem
-    return read_model(read_config(path), name=name, source=str(path), where=where)
+    name = printable(path.parent.name if path.name == "config.json" and path.parent.name else path.stem)
+    spec = read_model(read_config(path), name=name, source=printable(str(path)), where=where)
+    return msgspec.structs.replace(spec, reference=str(path))
 
 
 def _load_hub(repository: str) -> ModelSpec:

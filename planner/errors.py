@@ -24,6 +24,11 @@ def shorten(value: object, *, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 4] + "..." + text[-1]
 
 
+def printable(text: str) -> str:
+    """Text from outside with `?` for whatever could move a terminal's cursor or change its colours."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 def unknown(kind: str, value: str, known: Iterable[str], *, more: str = "") -> ConfigError:
     """Build the error for a name that is in no table, with the nearest names that are.
 

@@ -72,7 +72,13 @@ def tier_of(optimizer_id: str) -> int:
 def command_of(workload: Workload, candidate: Candidate) -> str:
     """The command line that prints the estimate of one candidate; what is a default anyway is left out."""
     request, config = workload.request, workload.request.config
-    flags: list[str] = ["optplan", "estimate", "--model", request.model.name, *request.gpu.flags]
+    flags: list[str] = [
+        "optplan",
+        "estimate",
+        "--model",
+        request.model.reference or request.model.name,
+        *request.gpu.flags,
+    ]
     flags += ["--optimizer", candidate.id, *_setting_flags(candidate)]
     for name, value, default in (
         ("--precision", config.precision, "bf16"),

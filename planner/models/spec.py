@@ -24,6 +24,7 @@ class ModelSpec(msgspec.Struct, frozen=True, dict=True):
         config: The configuration with the family's defaults filled in.
         max_seq_len: Longest sequence the model accepts, in tokens (patches and class token for a vision model).
         source: Where the configuration comes from.
+        reference: What `--model` takes to find it again; the name where it is empty.
     """
 
     name: str
@@ -34,6 +35,7 @@ class ModelSpec(msgspec.Struct, frozen=True, dict=True):
     config: dict[str, Any]
     max_seq_len: int
     source: str
+    reference: str = ""
 
     @cached_property
     def unique_parameters(self) -> tuple[Parameter, ...]:

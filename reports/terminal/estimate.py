@@ -10,6 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from optplan.planner.errors import printable
 from optplan.planner.records import Estimate, EstimateReport
 from optplan.planner.timeline import Category
 from optplan.planner.units import format_gib
@@ -88,7 +89,7 @@ def _print_recommendation(report: EstimateReport, console: Console, glyphs: Glyp
     console.print(Text.assemble(("Recommended: ", "bold"), (advice.optimizer + extra, "bold green")))
     for reason in advice.reasons:
         console.print(_bullet(reason, glyphs))
-    console.print(Text(advice.command, "cyan"), soft_wrap=True)
+    console.print(Text(printable(advice.command), "cyan"), soft_wrap=True)
 
 
 def _bullet(sentence: str, glyphs: Glyphs) -> Table:

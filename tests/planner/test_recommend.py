@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -77,3 +79,16 @@ def test_only_what_was_asked_for_is_recommended() -> None:
 def test_every_optimizer_has_one_tier() -> None:
     assert sorted(name for _, names in TIERS for name in names) == sorted(optimizer_ids())
     assert tier_of("adamw") == 0
+
+
+def test_a_model_from_a_file_is_named_by_its_path(tmp_path: Path) -> None:
+    folder = tmp_path / "my \x1b[31mmodel"
+    folder.mkdir()
+    config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "vocab_size": 100}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    report = optplan.estimate(str(folder), gpu="h200")
+    assert report.model.name == "my ?[31mmodel"
+    assert "\x1b" not in report.model.source
+    assert report.recommendation is not None
+    assert follow(report.recommendation).model == report.model
