@@ -12,7 +12,7 @@ _CLASSES = {
     "MicroAdam": "optplan.optim_impls.micro_adam.optimizer",
 }
 
-__all__ = ["AdamMini", "AdamW", "Adapprox", "MicroAdam"]  # noqa: F822  (found by __getattr__)
+__all__ = ["AdamMini", "AdamW", "Adapprox", "MicroAdam"]
 
 
 def __getattr__(name: str) -> Any:

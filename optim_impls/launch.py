@@ -37,67 +37,59 @@ class LaunchTable(NamedTuple):
 
 
 class TableImage:
-    """The host image of one launch's table.
+    """The host image of one launch's table, good for as long as no tensor moves.
 
     Args:
-        num_lists: Pointers of a tensor: parameter, gradient, state tensors.
-        chunk_numel: Elements of a chunk, one number for all tensors.
+        rows: For each tensor its lists: the parameter, then whatever the kernel reads and writes beside it.
+        ordinals: For each tensor a number that does not depend on which others take part.
+        chunk_numel: Elements of a chunk.
     """
 
-    def __init__(self, *, num_lists: int, chunk_numel: int = CHUNK_NUMEL) -> None:
-        self._num_columns = num_lists + NUM_EXTRA_COLUMNS
-        self._chunk_numel = chunk_numel
-        self._pointers: list[int] = []
-        self._num_chunks = 0
-        self._image: torch.Tensor | None = None
-        self._captured: list[torch.Tensor] = []
-
-    def upload(self, rows: Sequence[Sequence[torch.Tensor]], ordinals: Sequence[int]) -> LaunchTable:
-        """Put the table on the device of the first tensor; the copy does not wait for the GPU.
-
-        Args:
-            rows: For each tensor its lists: parameter, gradient, state tensors, all of the parameter's numel or read by
-                the kernel as it sees fit.
-            ordinals: For each tensor a number that does not depend on which others take part.
-        """
-        pointers = [tensor.data_ptr() for row in rows for tensor in row]
-        device = rows[0][0].device
-        if self._image is None or pointers != self._pointers:
-            self._write(rows, pointers, ordinals, pinned=device.type == "cuda")
-        image = self._image
-        assert image is not None
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            self._captured.append(image)  # the graph reads it at every replay
-        buffer = (
-            image if device.type == "cpu" else torch.empty_like(image, device=device).copy_(image, non_blocking=True)
-        )
-        return self._views(buffer)
-
-    def _write(
-        self, rows: Sequence[Sequence[torch.Tensor]], pointers: list[int], ordinals: Sequence[int], *, pinned: bool
+    def __init__(
+        self, rows: Sequence[Sequence[torch.Tensor]], ordinals: Sequence[int], *, chunk_numel: int = CHUNK_NUMEL
     ) -> None:
-        num_lists = self._num_columns - NUM_EXTRA_COLUMNS
         numels = torch.tensor([row[0].numel() for row in rows], dtype=torch.int64)
-        num_chunks = (numels + self._chunk_numel - 1).div(self._chunk_numel, rounding_mode="floor")
-        self._num_chunks, self._pointers = int(num_chunks.sum()), pointers
-        size = len(rows) * self._num_columns * 8 + self._num_chunks * 12
-        # A new image each time: the old one may still be on its way to the GPU (torch keeps it until then).
-        self._image = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        per_row = (numels + chunk_numel - 1).div(chunk_numel, rounding_mode="floor")
+        self.num_rows, self.num_chunks = len(rows), int(per_row.sum())
+        self.device = rows[0][0].device
+        self._num_columns = len(rows[0]) + NUM_EXTRA_COLUMNS
+        self._captured = False
+        size = self.num_rows * self._num_columns * 8 + self.num_chunks * 12
+        self._image = torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         table = self._views(self._image)
-        table.rows[:, :num_lists] = torch.tensor(pointers, dtype=torch.int64).view(len(rows), num_lists)
-        table.rows[:, num_lists] = numels
-        table.rows[:, num_lists + 1] = torch.tensor(ordinals, dtype=torch.int64)
-        row = torch.repeat_interleave(torch.arange(len(rows)), num_chunks)
-        first = num_chunks.cumsum(0) - num_chunks
+        pointers = [[tensor.data_ptr() for tensor in row] for row in rows]
+        table.rows[:, :-2] = torch.tensor(pointers, dtype=torch.int64)
+        table.rows[:, -2] = numels
+        table.rows[:, -1] = torch.tensor(ordinals, dtype=torch.int64)
+        row = torch.repeat_interleave(torch.arange(self.num_rows), per_row)
+        first = per_row.cumsum(0) - per_row
         table.chunk_row.copy_(row)
-        table.chunk_offset.copy_((torch.arange(self._num_chunks) - first[row]) * self._chunk_numel)
+        table.chunk_offset.copy_((torch.arange(self.num_chunks) - first[row]) * chunk_numel)
+
+    def upload(self) -> LaunchTable:
+        """The table on the tensors' device; the copy does not wait for the GPU."""
+        if self.device.type == "cpu":
+            return self._views(self._image)
+        if torch.cuda.is_current_stream_capturing() and not self._captured:
+            self._captured = True
+            _IMAGES_OF_GRAPHS.append(self._image)
+        buffer = torch.empty_like(self._image, device=self.device)
+        return self._views(buffer.copy_(self._image, non_blocking=True))
 
     def _views(self, buffer: torch.Tensor) -> LaunchTable:
-        chunk_bytes = self._num_chunks * 12
-        rows = buffer[: buffer.numel() - chunk_bytes].view(torch.int64).view(-1, self._num_columns)
-        chunks = buffer[buffer.numel() - chunk_bytes :]
-        offsets, chunk_row = chunks.split([self._num_chunks * 8, self._num_chunks * 4])
-        return LaunchTable(rows, offsets.view(torch.int64), chunk_row.view(torch.int32), self._num_chunks, buffer)
+        end_of_rows = self.num_rows * self._num_columns * 8
+        end_of_offsets = end_of_rows + self.num_chunks * 8
+        return LaunchTable(
+            buffer[:end_of_rows].view(torch.int64).view(-1, self._num_columns),
+            buffer[end_of_rows:end_of_offsets].view(torch.int64),
+            buffer[end_of_offsets:].view(torch.int32),
+            self.num_chunks,
+            buffer,
+        )
+
+
+_IMAGES_OF_GRAPHS: list[torch.Tensor] = []
+"""Images that a CUDA graph reads at every replay; kept, because nothing tells when the graph dies."""
 
 
 def is_aligned(*tensors: torch.Tensor) -> bool:

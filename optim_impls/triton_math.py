@@ -92,3 +92,26 @@ def tl_pointer(rows, row, column: tl.constexpr, columns: tl.constexpr, dtype: tl
     if aligned:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
+
+
+@triton.jit
+def tl_load_scalar(value, is_pointer: tl.constexpr):
+    """The number itself, or what it points to, in fp32."""
+    if is_pointer:
+        return tl.load(value).to(tl.float32)
+    else:
+        return value
+
+
+@triton.jit
+def tl_mix_seed(seed, step, ordinal):
+    """One seed for a tensor's step, the same as `rounding.mix_seed`; all int32 scalars, the result uint32."""
+    x = seed.to(tl.uint32)
+    x = (x ^ (step.to(tl.uint32) * 0x9E3779B9)).to(tl.uint32)
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    x = x ^ (x >> 16)
+    x = (x ^ (ordinal.to(tl.uint32) * 0x9E3779B9)).to(tl.uint32)
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)

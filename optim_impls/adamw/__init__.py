@@ -1,0 +1,1 @@
+"""AdamW: decoupled weight decay, with optional stochastic or Kahan rounding of bf16 parameters."""

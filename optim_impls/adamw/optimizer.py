@@ -1,0 +1,99 @@
+"""AdamW as a `torch.optim.Optimizer`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from optplan.optim_impls.adamw.reference import Hyper, adamw_step
+from optplan.optim_impls.checks import check_at_least_zero, check_betas, check_choice
+from optplan.optim_impls.launch import TableImage
+from optplan.optim_impls.optimizer_base import Batch, GradScale, KernelOptimizer, local_tensor
+from optplan.optim_impls.rounding import ROUNDINGS, mix_seed
+from optplan.optim_impls.step_counters import State
+from optplan.planner.optimizers.launch import CHUNK_NUMEL
+
+STATE_DTYPES = (None, torch.float32, torch.bfloat16)
+
+
+class AdamW(KernelOptimizer):
+    """AdamW in one launch for all tensors of a kind, with bf16 rounding that loses nothing on average.
+
+    Args:
+        params: Parameters or param groups; a group may override every number below.
+        lr: Learning rate, a number; with `capturable` also a scalar tensor on the device.
+        betas: Decays of the two moments.
+        eps: Added to the root of the corrected second moment.
+        weight_decay: Decoupled: `lr * weight_decay` of the parameter is taken off each step.
+        state_dtype: Dtype of both moments: torch.float32, torch.bfloat16, or None for the parameter's.
+        rounding: How results are stored in bf16. `nearest`; `stochastic`: up or down with the probability that keeps
+            the mean (parameters and second moments); `kahan`: what rounding took from a parameter is kept in a third
+            state tensor of its dtype and added the next time.
+        seed: Of stochastic rounding; the stream depends on it, the step and the element, on nothing else.
+        backend: `auto`, `triton` or `torch`; see `KernelOptimizer`.
+        capturable: Keep the step counters on the device, so that a CUDA graph may record `step()`.
+
+    Raises:
+        ValueError: An argument is out of range.
+        TypeError: A parameter is not of real floating-point numbers.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        state_dtype: torch.dtype | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
+        backend: str = "auto",
+        capturable: bool = False,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults |= {"state_dtype": state_dtype, "rounding": rounding, "seed": seed}
+        super().__init__(params, defaults, backend=backend, capturable=capturable)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        for name in ("lr", "eps", "weight_decay"):
+            check_at_least_zero(name, group[name])
+        check_betas(group["betas"])
+        check_choice("state_dtype", group["state_dtype"], STATE_DTYPES)
+        check_choice("rounding", group["rounding"], ROUNDINGS)
+
+    def _new_state(self, parameter: torch.Tensor, group: dict[str, Any]) -> State:
+        dtype = group["state_dtype"] or parameter.dtype
+        state = {name: torch.zeros_like(parameter, dtype=dtype) for name in ("exp_avg", "exp_avg_sq")}
+        if group["rounding"] == "kahan":
+            state["compensation"] = torch.zeros_like(parameter)
+        return state
+
+    def _step_torch(self, batch: Batch, group: dict[str, Any], grad_scale: GradScale) -> None:
+        for parameter, gradient, state, ordinal in batch.members:
+            step = batch.step or int(state["step"])
+            seed = mix_seed(group["seed"], step, ordinal) if group["rounding"] == "stochastic" else None
+            m, v, c = (local_tensor(state[name]) if name in state else None for name in _LISTS)
+            assert m is not None and v is not None
+            hyper = Hyper(float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"], step)
+            compensation = c if group["rounding"] == "kahan" else None
+            adamw_step(parameter, gradient, m, v, hyper, grad_scale=grad_scale, seed=seed, compensation=compensation)
+
+    def _step_triton(self, batch: Batch, group: dict[str, Any], grad_scale: GradScale) -> None:
+        # Triton is not there on every machine that can run the reference.
+        from optplan.optim_impls.adamw.launcher import launch_adamw
+
+        kahan = group["rounding"] == "kahan"
+        if batch.scratch.get("kahan") is not kahan:
+            batch.scratch.update(kahan=kahan, image=self._table(batch, kahan=kahan))
+        launch_adamw(batch, group, grad_scale, capturable=self.defaults["capturable"])
+
+    def _table(self, batch: Batch, *, kahan: bool) -> TableImage:
+        names = _LISTS[: 3 if kahan else 2] + ("step",) * self.defaults["capturable"]
+        rows = [[p, g, *(local_tensor(state[name]) for name in names)] for p, g, state, _ in batch.members]
+        return TableImage(rows, [member.ordinal for member in batch.members], chunk_numel=CHUNK_NUMEL)
+
+
+_LISTS = ("exp_avg", "exp_avg_sq", "compensation")
