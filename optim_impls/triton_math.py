@@ -46,13 +46,25 @@ def tl_cast(x, dtype: tl.constexpr):
 
 @triton.jit
 def tl_hash(index, seed):
-    """32 random bits for each int64 `index` under an int32 `seed`, as uint32.
+    """32 random bits for each int64 `index` under a 32-bit `seed`, as uint32; the bits of `rounding.counter_hash`."""
+    return _mix(index.to(tl.uint32), (index >> 32).to(tl.uint32), seed)
 
-    Two rounds of a multiply-xorshift mix (constants of the finaliser of Wellons' lowbias32) over the low word, keyed by
-    seed and high word; the same bits as `counter_hash` in `rounding.py`.
+
+@triton.jit
+def tl_hash_block(start, lane, seed):
+    """As `tl_hash` for `start + lane`, in 32-bit arithmetic.
+
+    Args:
+        start: int64 scalar, a multiple of a power of two that no lane reaches, so that the low word does not overflow.
+        lane: int32.
+        seed: 32-bit scalar.
     """
-    low = index.to(tl.uint32)
-    high = (index >> 32).to(tl.uint32)
+    return _mix(start.to(tl.uint32) + lane.to(tl.uint32), (start >> 32).to(tl.uint32), seed)
+
+
+@triton.jit
+def _mix(low, high, seed):
+    # A multiply-xorshift mix (constants of the finaliser lowbias32 of C. Wellons), keyed by seed and high word.
     x = low ^ (seed.to(tl.uint32) + high * 0x9E3779B9)
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B

@@ -9,7 +9,7 @@ from optplan.optim_impls.triton_math import (
     tl_bf16_stochastic,
     tl_cast,
     tl_fp32,
-    tl_hash,
+    tl_hash_block,
     tl_load_scalar,
     tl_mix_seed,
     tl_pointer,
@@ -53,7 +53,7 @@ def _update_block(
     update = step_size * m / (tl.sqrt(v) * root_scale + eps)
     _store(m_ptr + start + lane, tl_cast(m, m_ptr.dtype.element_ty), mask, MASKED)
     if ROUNDING == STOCHASTIC:
-        bits = tl_hash(start + lane, seed)
+        bits = tl_hash_block(start, lane, seed)
         new = decay * p - update
         if v_ptr.dtype.element_ty == tl.bfloat16:
             _store(v_ptr + start + lane, tl_bf16_stochastic(v, bits >> 16), mask, MASKED)
@@ -84,7 +84,7 @@ def adamw_kernel(
     P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
     ROUNDING: tl.constexpr, CAPTURABLE: tl.constexpr, ALIGNED: tl.constexpr,
     SCALE_ON_DEVICE: tl.constexpr, LR_ON_DEVICE: tl.constexpr,
-    CHUNK: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Update the elements of a span; CHUNK / SPAN programs share a chunk of the table.
 
@@ -114,22 +114,21 @@ def adamw_kernel(
             step_size = rate / (1.0 - tl.exp(steps.to(tl.float64) * log_beta1)).to(tl.float32)
             root_scale = (1.0 / tl.sqrt(1.0 - tl.exp(steps.to(tl.float64) * log_beta2))).to(tl.float32)
             decay = -rate * weight_decay if ROUNDING == KAHAN else 1.0 - rate * weight_decay
+        key = seed
         if ROUNDING == STOCHASTIC:
-            seed = tl_mix_seed(seed, step, tl.load(rows + row * COLUMNS + COLUMNS - 1).to(tl.int32))
+            key = tl_mix_seed(seed, step, tl.load(rows + row * COLUMNS + COLUMNS - 1).to(tl.int32))
         scale = tl_load_scalar(grad_scale, SCALE_ON_DEVICE)
         start = tl.multiple_of(start, 16)
-        if start + SPAN <= numel:
-            for part in range(0, SPAN, BLOCK):
-                _update_block(
-                    p_ptr, g_ptr, m_ptr, v_ptr, c_ptr, start + part, numel,
-                    scale, step_size, decay, weight1, beta2, weight2, root_scale, eps, seed,
-                    ROUNDING, False, BLOCK,
-                )  # fmt: skip
-        else:
-            for part in range(0, SPAN, BLOCK):
-                if start + part < numel:
-                    _update_block(
-                        p_ptr, g_ptr, m_ptr, v_ptr, c_ptr, start + part, numel,
-                        scale, step_size, decay, weight1, beta2, weight2, root_scale, eps, seed,
-                        ROUNDING, True, BLOCK,
-                    )  # fmt: skip
+        size = tl.minimum(numel - start, SPAN).to(tl.int32)
+        whole = size // BLOCK * BLOCK
+        for part in range(0, whole, BLOCK):
+            _update_block(
+                p_ptr, g_ptr, m_ptr, v_ptr, c_ptr, tl.multiple_of(start + part, 16), numel,
+                scale, step_size, decay, weight1, beta2, weight2, root_scale, eps, key, ROUNDING, False, BLOCK,
+            )  # fmt: skip
+        # A mask makes every access scalar, so only the rest has one.
+        for part in range(whole, size, TAIL):
+            _update_block(
+                p_ptr, g_ptr, m_ptr, v_ptr, c_ptr, start + part, numel,
+                scale, step_size, decay, weight1, beta2, weight2, root_scale, eps, key, ROUNDING, True, TAIL,
+            )  # fmt: skip

@@ -18,6 +18,7 @@ _ROUNDINGS = {"nearest": NEAREST, "stochastic": STOCHASTIC, "kahan": KAHAN}
 
 SPAN = 8192
 BLOCK = 2048
+TAIL = 256
 NUM_WARPS = 8
 
 
@@ -53,6 +54,7 @@ def launch_adamw(batch: Batch, group: dict[str, Any], grad_scale: GradScale, *, 
         CHUNK=CHUNK_NUMEL,
         SPAN=SPAN,
         BLOCK=BLOCK,
+        TAIL=TAIL,
         num_warps=NUM_WARPS,
     )
 
