@@ -203,7 +203,8 @@ class KernelOptimizer(Optimizer):
         signature: list[Any] = [version]
         for parameter, gradient, state, _ in members:
             signature += [parameter.data_ptr(), gradient.data_ptr(), gradient.dtype, gradient.is_contiguous()]
-            signature += [value.data_ptr() for value in map(local_tensor, state.values())]
+            tensors = (value for value in map(local_tensor, state.values()) if isinstance(value, torch.Tensor))
+            signature += [value.data_ptr() for value in tensors]
         plan = self._plans.get(index)
         if plan is None or plan.signature != signature:
             plan = self._plans[index] = _Plan(signature, self._divide(members, steps))

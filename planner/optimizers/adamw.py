@@ -72,10 +72,29 @@ class ForLoopAdamW(_AdamW):
 class OptplanAdamW(_AdamW):
     """Our AdamW: one launch for all tensors, moments in any float dtype, the step counters on the host."""
 
-    OPTIONS = ()
+    OPTIONS = (
+        Option(
+            "rounding", "text", "nearest",
+            "how results are stored in bf16; kahan keeps what rounding took off in one more state tensor",
+            choices=("nearest", "stochastic", "kahan"),
+        ),
+        Option("capturable", "boolean", False, "step counters on the device, for CUDA graphs"),
+    )  # fmt: skip
     STATE_DTYPES: ClassVar[tuple[Dtype, ...]] = ("float32", "bfloat16")
+
+    def state(self, parameter: Parameter, context: OptimizerContext) -> tuple[StateTensor, ...]:
+        """Step counter and moments; what rounding took off, in the parameter's dtype, with `rounding=kahan`."""
+        step, *moments = super().state(parameter, context)
+        step = step_counter("device") if self.options["capturable"] else step
+        kept = [like_parameter("compensation", parameter, context.parameter_dtype)] * self._is_kahan
+        return (step, *moments, *kept)
 
     def write_step(self, timeline: TimelineBuilder, parameters: Sequence[Parameter], context: OptimizerContext) -> None:
         """The launch table."""
         del context
-        Scratch(timeline).free(write_launch_table(timeline, parameters, num_lists=4))
+        num_lists = 4 + self._is_kahan + self.options["capturable"]
+        Scratch(timeline).free(write_launch_table(timeline, parameters, num_lists=num_lists))
+
+    @property
+    def _is_kahan(self) -> bool:
+        return bool(self.options["rounding"] == "kahan")
