@@ -1,0 +1,38 @@
+"""The optimizers that `bench_optimizers.py` times: how to build each, with which options, and how exact it must be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from optplan import optim_impls
+from optplan.planner.tensors import Parameter
+
+Pair = tuple[Parameter, torch.nn.Parameter]
+
+
+class Contender(NamedTuple):
+    """One optimizer.
+
+    Attributes:
+        build: Makes it for parameters with the planner's descriptions, on the backend `triton` or `torch`, with a learning
+            rate.
+        options: The planner's options that describe what `build` makes.
+        check_limits: Largest allowed difference of kernels and reference after three steps, as part of the update.
+    """
+
+    build: Callable[[Sequence[Pair], str, float], torch.optim.Optimizer]
+    options: dict[str, Any]
+    check_limits: dict[torch.dtype, float]
+
+
+def _adamw(pairs: Sequence[Pair], backend: str, lr: float) -> torch.optim.Optimizer:
+    return optim_impls.AdamW([t for _, t in pairs], lr=lr, weight_decay=0.01, backend=backend)
+
+
+CONTENDERS = {
+    # A difference of the last bit before rounding to bf16 flips single results by a whole bf16 unit.
+    "adamw": Contender(_adamw, {"implementation": "optplan"}, {torch.float32: 1e-3, torch.bfloat16: 0.05}),
+}
