@@ -1,0 +1,230 @@
+"""Adapprox as a `torch.optim.Optimizer`, in the paper's mode and in a fast one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from optplan.optim_impls.adapprox.reference import (
+    RankRule,
+    Rates,
+    Sketch,
+    as_rsi,
+    low_rank_second_moment,
+    s_rsi,
+    seeded_sketch,
+    updated,
+)
+from optplan.optim_impls.adapprox.subspace import step_matrix
+from optplan.optim_impls.checks import check_at_least_zero, check_betas, check_choice
+from optplan.optim_impls.optimizer_base import Batch, GradScale, KernelOptimizer, Member, local_tensor
+from optplan.optim_impls.step_counters import State
+from optplan.planner.optimizers.adapprox import max_rank
+from optplan.planner.optimizers.adapprox_layout import MAX_KERNEL_RANK, MatrixLayout
+
+MODES = ("fast", "paper")
+STATE_DTYPES = (None, torch.float32, torch.bfloat16)
+
+
+class Adapprox(KernelOptimizer):
+    """Adam whose second moment is a product of two thin factors (Zhao et al. 2024, arXiv 2403.14958).
+
+    A matrix keeps Q `[rows, rank]` and U `[columns, rank]`; a tensor of more dimensions counts as `[first, rest]`; a
+    vector, or a matrix with one row or column, keeps its second moment whole. Factors and second moments are fp32 (fp64
+    for fp64 parameters): in bf16 a second moment cannot decay at beta2 = 0.999. There is no bias correction.
+
+    Args:
+        params: Parameters or param groups.
+        lr: Learning rate, a number; with `capturable` also a scalar tensor on the device.
+        betas: Decays of both moments; with `beta1` = 0 no first moment is kept.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled: `lr * weight_decay` of the parameter is taken off each step.
+        clip: RMS that a tensor's direction may have at most.
+        rank: Rank of the factors, at most a quarter of the smaller side; `max` for that quarter; `adaptive` (paper mode
+            only) to choose it every `rank_rule.every` steps, with room for the quarter reserved.
+        mode: `fast` starts each range finder from the last step's factor, multiplies once and never forms the second
+            moment of a matrix; `paper` draws a new sketch, multiplies five times and forms it.
+        rank_rule: How an adaptive rank grows.
+        guidance_cap: Most that the cosine guidance may multiply a step by, or None for no guidance (paper mode only).
+        state_dtype: Dtype of the first moment: torch.float32, torch.bfloat16, or None for the parameter's.
+        seed: Of the sketches, which also depend on the step and the parameter's place, on nothing else.
+        backend: `auto`, `triton` or `torch`; the paper mode and ranks above 64 always run in torch.
+        capturable: Keep the step counters on the device, so that a CUDA graph may record `step()` in the fast mode.
+
+    Raises:
+        ValueError: An argument is out of range.
+        TypeError: A parameter is not of real floating-point numbers.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        *,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        clip: float = 1.0,
+        rank: int | str = 32,
+        mode: str = "fast",
+        rank_rule: RankRule | None = None,
+        guidance_cap: float | None = None,
+        state_dtype: torch.dtype | None = None,
+        seed: int = 0,
+        backend: str = "auto",
+        capturable: bool = False,
+    ) -> None:
+        self._rank_rule = rank_rule or RankRule()
+        defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "clip": clip}
+        defaults |= {"rank": rank, "mode": mode, "guidance_cap": guidance_cap, "state_dtype": state_dtype, "seed": seed}
+        super().__init__(params, defaults, backend=backend, capturable=capturable)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        for name in ("lr", "eps", "weight_decay"):
+            check_at_least_zero(name, group[name])
+        check_betas(group["betas"])
+        check_choice("mode", group["mode"], MODES)
+        check_choice("state_dtype", group["state_dtype"], STATE_DTYPES)
+        if not float(group["clip"]) > 0:
+            raise ValueError(f"clip must be > 0, got {float(group['clip'])}")
+        _check_rank(group["rank"])
+        if group["mode"] == "fast" and group["rank"] == "adaptive":
+            raise ValueError("rank='adaptive' needs mode='paper', got mode='fast'; give the fast mode an integer")
+        if group["guidance_cap"] is not None and group["mode"] == "fast":
+            raise ValueError("guidance_cap needs mode='paper', got mode='fast'")
+
+    def _new_state(self, parameter: torch.Tensor, group: dict[str, Any]) -> State:
+        state: State = {}
+        if group["betas"][0]:
+            state["exp_avg"] = torch.zeros_like(parameter, dtype=group["state_dtype"] or parameter.dtype)
+        local = local_tensor(parameter)
+        dtype, shape = _working_dtype(parameter), _matrix_shape(local)
+        if shape is None:
+            return state | {"exp_avg_sq": torch.zeros_like(parameter, dtype=dtype)}
+        rank, largest = group["rank"], max_rank(*shape)
+        width = min(rank, largest) if isinstance(rank, int) else largest
+        state["q_factor"] = local.new_zeros(shape[0], width, dtype=dtype)
+        state["u_factor"] = local.new_zeros(shape[1], width, dtype=dtype)
+        if group["mode"] == "paper":
+            state["rank"] = 0
+        return state
+
+    def _kernels_take(self, member: Member) -> bool:
+        q = member.state.get("q_factor")
+        fits = q is None or (q.shape[1] <= MAX_KERNEL_RANK and "rank" not in member.state)
+        return fits and super()._kernels_take(member)
+
+    def _step_triton(self, batch: Batch, group: dict[str, Any], grad_scale: GradScale) -> None:
+        # Triton is not there on every machine that can run the reference.
+        from optplan.optim_impls.adapprox.launcher import Numbers, step_matrices, step_vectors
+
+        lr = group["lr"] if self.defaults["capturable"] else float(group["lr"])
+        numbers = Numbers(_rates(group), lr, grad_scale)
+        if "q_factor" in batch.members[0].state:
+            step_matrices(batch, _layout, seed=group["seed"], numbers=numbers)
+        else:
+            step_vectors(batch, numbers=numbers)
+
+    def _step_torch(self, batch: Batch, group: dict[str, Any], grad_scale: GradScale) -> None:
+        rates = _rates(group, lr=float(group["lr"]))
+        for member in batch.members:
+            step = batch.step or int(member.state["step"])
+            gradient = member.gradient if grad_scale is None else member.gradient * grad_scale
+            self._step_member(member, gradient, group, rates, step)
+
+    def _step_member(
+        self, member: Member, gradient: torch.Tensor, group: dict[str, Any], rates: Rates, step: int
+    ) -> None:
+        state, w = member.state, member.parameter
+        m = local_tensor(state["exp_avg"]) if "exp_avg" in state else None
+        if "q_factor" not in state:
+            _step_vector(w, gradient, m, local_tensor(state["exp_avg_sq"]), rates, step)
+            return
+        q, u = state["q_factor"], state["u_factor"]
+        sketch = seeded_sketch(group["seed"], step=step, index=member.ordinal, like=q)
+        shape = (q.shape[0], u.shape[0])
+        matrices = (_as_matrix(w, shape), gradient.reshape(shape), None if m is None else _as_matrix(m, shape))
+        if group["mode"] == "paper":
+            rule = self._rank_rule if group["rank"] == "adaptive" else None
+            _step_as_paper(*matrices, state, rates, step, sketch, rule)
+        else:
+            step_matrix(*matrices, q, u, rates, sketch)
+        for target, matrix in zip((w, m), (matrices[0], matrices[2]), strict=True):
+            if target is not None and matrix is not None and matrix.data_ptr() != target.data_ptr():
+                target.copy_(matrix.view(target.shape))
+
+
+def _step_as_paper(
+    w: torch.Tensor,
+    gradient: torch.Tensor,
+    momentum: torch.Tensor | None,
+    state: State,
+    rates: Rates,
+    step: int,
+    sketch: Sketch,
+    rule: RankRule | None,
+) -> None:
+    q_all, u_all, rank = state["q_factor"], state["u_factor"], state["rank"]
+    g, largest = gradient.to(q_all.dtype), q_all.shape[1]
+    v = low_rank_second_moment(q_all[:, :rank], u_all[:, :rank], g, rates.beta2)
+    if rule is None:
+        q, u = s_rsi(v, largest, sketch)
+    else:
+        q, u = as_rsi(v, step, rank or rule.first, largest, sketch, rule)
+    for factor, found in ((q_all, q), (u_all, u)):
+        factor.zero_()[:, : found.shape[1]] = found
+    state["rank"] = q.shape[1]
+    _store_update(w, g, v, momentum, step, rates)
+
+
+def _step_vector(
+    w: torch.Tensor, gradient: torch.Tensor, momentum: torch.Tensor | None, v: torch.Tensor, rates: Rates, step: int
+) -> None:
+    g = gradient.to(v.dtype)
+    v.mul_(rates.beta2).addcmul_(g, g, value=1 - rates.beta2)
+    _store_update(w, g, v, momentum, step, rates)
+
+
+def _store_update(
+    w: torch.Tensor, g: torch.Tensor, v: torch.Tensor, momentum: torch.Tensor | None, step: int, rates: Rates
+) -> None:
+    m = None if momentum is None else momentum.to(v.dtype)
+    new_w, new_m = updated(w.to(v.dtype), g, v, m, step, rates)
+    w.copy_(new_w)
+    if momentum is not None and new_m is not None:
+        momentum.copy_(new_m)
+
+
+def _rates(group: dict[str, Any], *, lr: float = 0.0) -> Rates:
+    beta1, beta2 = group["betas"]
+    return Rates(lr, beta1, beta2, group["eps"], group["weight_decay"], group["clip"], group["guidance_cap"])
+
+
+def _check_rank(rank: Any) -> None:
+    known = rank in ("adaptive", "max") if isinstance(rank, str) else isinstance(rank, int) and rank >= 1
+    if not known:
+        raise ValueError(f"rank must be adaptive, max or an integer >= 1, got {rank!r}")
+
+
+def _working_dtype(parameter: torch.Tensor) -> torch.dtype:
+    return torch.float64 if parameter.dtype is torch.float64 else torch.float32
+
+
+def _matrix_shape(tensor: torch.Tensor) -> tuple[int, int] | None:
+    """Rows and columns in which a tensor is factored; None for vectors and empty tensors. As in the planner."""
+    if tensor.dim() < 2:
+        return None
+    shape = (tensor.shape[0], math.prod(tensor.shape[1:]))
+    return shape if min(shape) >= 2 else None
+
+
+def _as_matrix(tensor: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """The tensor as a matrix over the same memory where its strides allow, else a copy."""
+    return tensor.reshape(shape)
+
+
+def _layout(member: Member) -> MatrixLayout:
+    q, u = member.state["q_factor"], member.state["u_factor"]
+    return MatrixLayout(q.shape[0], u.shape[0], q.shape[1])

@@ -1,0 +1,120 @@
+"""Adapprox's fast mode in plain torch: one warm-started power iteration, chunk of rows by chunk of rows.
+
+The paper draws a new sketch at every step and multiplies by V and Vᵀ five times; the fast mode starts from the last
+step's U, which V has hardly left since, and multiplies once. V = beta2 max(Q Uᵀ, 0) + (1 - beta2) G² is rebuilt twice,
+a chunk at a time, and never exists as a whole:
+
+    pass A   Y = V X, and the sum that the clip needs         X: U, scaled
+    between  Q' = orth(Y)                                     Cholesky-QR, twice
+    pass B   the clipped update of W and M, and U' = Vᵀ Q'
+
+This is what the Triton kernels compute, and what runs where they do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from optplan.optim_impls.adapprox.reference import Rates, Sketch, low_rank_second_moment
+
+CHUNK_NUMEL = 2**20
+"""Elements of V that exist at a time."""
+FIRST_SHIFT = 1e-5
+"""Added to the Gram matrix of the equilibrated sketch (unit diagonal), well above the rounding of its fp32 sums."""
+SECOND_SHIFT = 1e-6
+"""Added to the second Gram matrix, whose eigenvalues are near 1 or negligible."""
+
+
+def orthonormal(y: Tensor) -> Tensor:
+    """Columns `[..., rows, k]` that span what the columns of y span, by shifted Cholesky-QR twice.
+
+    Directions that y does not span come out short instead of arbitrary: Q Qᵀ never exceeds a projector.
+    """
+    peaks = y.abs().amax(-2, keepdim=True)
+    y = torch.where(peaks > 0, y / peaks, 0)
+    y = y / y.norm(dim=-2, keepdim=True).clamp_(min=1)
+    for shift in (FIRST_SHIFT, SECOND_SHIFT):
+        gram = y.mT @ y
+        gram.diagonal(dim1=-2, dim2=-1).add_(shift)
+        factor = torch.linalg.cholesky_ex(gram).L
+        y = torch.linalg.solve_triangular(factor, y.mT, upper=False).mT
+    return y
+
+
+def revive(q: Tensor, u: Tensor, sketch: Sketch) -> None:
+    """Give the columns of U that are zero a new random start, in place; all of them are at the first step.
+
+    The column of Q beside such a column is emptied, so that Q Uᵀ does not change.
+    """
+    dead = u.abs().amax(0) == 0
+    if bool(dead.any()):
+        u.copy_(torch.where(dead, sketch(*u.shape), u))
+        q.masked_fill_(dead, 0)
+
+
+def step_matrix(
+    w: Tensor, grad: Tensor, momentum: Tensor | None, q: Tensor, u: Tensor, rates: Rates, sketch: Sketch
+) -> None:
+    """One step of a matrix in place: weights, first moment and both factors.
+
+    Args:
+        w: Weights `[rows, columns]`.
+        grad: Their gradient.
+        momentum: First moment, or None.
+        q: Factor `[rows, k]`.
+        u: Factor `[columns, k]`.
+        rates: Learning rate and the other numbers; no guidance.
+        sketch: Start of a new column.
+    """
+    revive(q, u, sketch)
+    sketched, square_sum = sketch_product(q, u, grad, rates)
+    new_q = orthonormal(sketched)
+    scale = 1 / (square_sum / max(1, w.numel())).sqrt().div_(rates.clip).clamp_(min=1)
+    new_u = torch.zeros_like(u)
+    for rows in row_chunks(w):
+        v, g = second_moment_rows(q, u, grad, rows, rates.beta2)
+        new_u.addmm_(v.mT, new_q[rows])
+        step_rows(w[rows], None if momentum is None else momentum[rows], direction(g, v, rates).mul_(scale), rates)
+    q.copy_(new_q)
+    u.copy_(new_u)
+
+
+def sketch_product(q: Tensor, u: Tensor, grad: Tensor, rates: Rates) -> tuple[Tensor, Tensor]:
+    """Pass A: Y = V X `[rows, k]` and the sum of squares of the direction G / (sqrt(V) + eps)."""
+    start = u / u.abs().amax().clamp(min=torch.finfo(u.dtype).tiny)
+    y, square_sum = torch.empty_like(q), q.new_zeros(())
+    for rows in row_chunks(grad):
+        v, g = second_moment_rows(q, u, grad, rows, rates.beta2)
+        torch.mm(v, start, out=y[rows])
+        square_sum += direction(g, v, rates).square_().sum()
+    return y, square_sum
+
+
+def row_chunks(matrix: Tensor) -> Iterator[slice]:
+    """Slices of rows of at most `CHUNK_NUMEL` elements, or one row."""
+    rows, columns = matrix.shape
+    height = max(1, CHUNK_NUMEL // max(1, columns))
+    return (slice(first, min(first + height, rows)) for first in range(0, rows, height))
+
+
+def second_moment_rows(q: Tensor, u: Tensor, grad: Tensor, rows: slice, beta2: float) -> tuple[Tensor, Tensor]:
+    """These rows of V and of the gradient in the dtype of the factors."""
+    g = grad[rows].to(q.dtype)
+    return low_rank_second_moment(q[rows], u, g, beta2), g
+
+
+def direction(grad: Tensor, v: Tensor, rates: Rates) -> Tensor:
+    """G / (sqrt(V) + eps), before the clip."""
+    return grad / v.sqrt().add_(rates.eps)
+
+
+def step_rows(w: Tensor, momentum: Tensor | None, move: Tensor, rates: Rates) -> None:
+    """Decay some weights and move them along the clipped direction, through the first moment if there is one."""
+    if momentum is not None:
+        average = momentum.to(move.dtype).mul_(rates.beta1).add_(move, alpha=1 - rates.beta1)
+        momentum.copy_(average)
+        move = average
+    w.copy_(w.to(move.dtype).mul_(1 - rates.lr * rates.weight_decay).sub_(move, alpha=rates.lr))

@@ -1,0 +1,129 @@
+"""How Adapprox's kernels share out a matrix, and the scratch that takes: one rule for the kernels and for the planner.
+
+Pass A walks along bands of rows, pass B down bands of columns. A long band is split, so that a few large matrices keep
+a whole GPU busy; each split leaves its own partial sum in scratch. Everything in scratch is fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+TILE = 64
+"""Rows and columns of one tile of the second moment."""
+BAND_NUMEL = 4096
+"""Columns of a band of rows, or rows of a band of columns, that one program walks."""
+SHARES = 16
+"""Programs that share a matrix's tall factors between the passes."""
+VECTOR_CHUNK_NUMEL = 4096
+"""Elements of a vector that one program updates."""
+MAX_KERNEL_RANK = 64
+"""Factors of a higher rank do not fit the kernels' registers and are left to plain torch."""
+WAVE_NUMEL = 2**31
+"""Elements of the matrices that one round of launches may serve, so that scratch stays small beside the gradients."""
+NUM_FIELDS = 22
+"""64-bit fields of a matrix's row in the launch table."""
+_FP32_BYTES = 4
+
+
+class Split(msgspec.Struct, frozen=True):
+    """One direction of a matrix: how many bands, splits of each, and the length of a split."""
+
+    bands: int
+    splits: int
+    length: int
+
+    @property
+    def programs(self) -> int:
+        """Programs of the pass."""
+        return self.bands * self.splits
+
+
+class MatrixLayout(msgspec.Struct, frozen=True):
+    """One matrix of `rows` by `columns` with factors of `rank`."""
+
+    rows: int
+    columns: int
+    rank: int
+
+    @property
+    def padded_rank(self) -> int:
+        """The rank as tensor cores take it: a power of two, at least 16."""
+        return max(16, 1 << (self.rank - 1).bit_length())
+
+    @property
+    def even(self) -> bool:
+        """Whether rows consist of whole tiles, so that no load needs a mask along them."""
+        return self.columns % TILE == 0
+
+    @property
+    def pass_a(self) -> Split:
+        """Bands of rows, each split along the columns."""
+        return _split(self.rows, self.columns)
+
+    @property
+    def pass_b(self) -> Split:
+        """Bands of columns, each split along the rows."""
+        return _split(self.columns, self.rows)
+
+    def parts(self) -> dict[str, int]:
+        """Elements of each part of the matrix's scratch, in order."""
+        wide = self.padded_rank
+        return {
+            "sums": -(-self.pass_a.programs // 4) * 4,
+            "scales": 4,
+            "peaks": SHARES * wide,
+            "grams": SHARES * wide * wide,
+            "basis": wide * wide,
+            "y": self.pass_a.splits * self.rows * wide,
+            "z": self.pass_b.splits * self.columns * wide,
+        }
+
+    def scratch_bytes(self) -> int:
+        """Bytes of the matrix's scratch."""
+        return sum(self.parts().values()) * _FP32_BYTES
+
+
+def _split(across: int, along: int) -> Split:
+    splits = -(-along // BAND_NUMEL)
+    length = -(-along // (splits * TILE)) * TILE
+    return Split(-(-across // TILE), -(-along // length), length)
+
+
+def vector_chunks(numel: int) -> int:
+    """Programs that update a vector."""
+    return -(-numel // VECTOR_CHUNK_NUMEL)
+
+
+def waves(layouts: Sequence[MatrixLayout]) -> list[list[int]]:
+    """Places of the matrices that each round of launches serves.
+
+    A round's matrices have one rank and one evenness, and together at most `WAVE_NUMEL` elements (or there is one).
+    """
+    kinds: dict[tuple[int, bool], list[list[int]]] = {}
+    room: dict[tuple[int, bool], int] = {}
+    for place, layout in enumerate(layouts):
+        kind, numel = (layout.rank, layout.even), layout.rows * layout.columns
+        if room.get(kind, 0) < numel:
+            kinds.setdefault(kind, []).append([])
+            room[kind] = WAVE_NUMEL
+        kinds[kind][-1].append(place)
+        room[kind] -= numel
+    return [wave for rounds in kinds.values() for wave in rounds]
+
+
+def matrix_table_bytes(layouts: Sequence[MatrixLayout]) -> int:
+    """Bytes of the launch table of one round: a row of fields a matrix, and for each program its matrix (int32)."""
+    programs = sum(x.pass_a.programs + x.pass_b.programs for x in layouts)
+    return len(layouts) * NUM_FIELDS * 8 + programs * 4
+
+
+def vector_table_bytes(numels: Sequence[int]) -> int:
+    """Bytes of the launch table of the vectors."""
+    return len(numels) * NUM_FIELDS * 8 + sum(map(vector_chunks, numels)) * 4
+
+
+def vector_scratch_bytes(numels: Sequence[int]) -> int:
+    """Bytes of the vectors' partial sums."""
+    return sum(map(vector_chunks, numels)) * _FP32_BYTES
