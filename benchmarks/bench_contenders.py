@@ -17,8 +17,8 @@ class Contender(NamedTuple):
     """One optimizer.
 
     Attributes:
-        build: Makes it for parameters with the planner's descriptions, on the backend `triton` or `torch`, with a learning
-            rate.
+        build: Makes it for parameters with the planner's descriptions, on the backend `triton` or `torch`, with a
+            learning rate.
         options: The planner's options that describe what `build` makes.
         check_limits: Largest allowed difference of kernels and reference after three steps, as part of the update.
     """

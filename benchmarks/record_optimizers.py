@@ -202,7 +202,7 @@ def save_rows(jobs: list[Job], options: argparse.Namespace) -> int:
             labelled.append({**row})
             row.pop("labels", None)
             shown = row.get("error") or row["step"]["peak_requested_bytes"]
-            print(row["optimizer"], row["options"], row["model"], row["dtype"], shown, flush=True)  # noqa: T201
+            print(row["optimizer"], row["options"], row["model"], row["dtype"], shown, flush=True)
             num_errors += "error" in row
             if "error" not in row:
                 with options.out.open("a") as out:

@@ -268,7 +268,7 @@ def save_rows(rows: Iterator[dict[str, Any]], path: Path, events: list[dict[str,
             num_errors += "error" in row
             out.write(json.dumps({**row, "environment": where}) + "\n")
             out.flush()
-            print(row["model"], row["precision"], row.get("peak", row.get("error")), row["seconds"], flush=True)  # noqa: T201
+            print(row["model"], row["precision"], row.get("peak", row.get("error")), row["seconds"], flush=True)
     return num_errors
 
 
