@@ -10,28 +10,17 @@ neuron.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
-
-import msgspec
+from typing import ClassVar
 
 from optplan.planner.dtypes import Dtype
+from optplan.planner.optimizers.adam_mini_blocks import BlockKind, blocks_of, partition
+from optplan.planner.optimizers.adam_mini_work import partial_sum_bytes, table_bytes
 from optplan.planner.optimizers.base import OptimizerContext, OptimizerModel
-from optplan.planner.optimizers.launch import write_launch_table
 from optplan.planner.optimizers.parts import like_parameter, step_counter, tensor
 from optplan.planner.optimizers.scratch import Scratch
-from optplan.planner.tensors import HeadLayout, Parameter, StateTensor
+from optplan.planner.tensors import Parameter, StateTensor
 from optplan.planner.timeline import TimelineBuilder
 
-BlockKind = Literal["element", "row", "head", "fused_qkv", "tensor"]
-
-SUM_CHUNK_NUMEL = 16_384
-"""Elements whose squares one program sums when a block is larger than a row."""
-
-_FP32_BYTES = 4
-_BY_ROW = frozenset({
-    "token_embedding", "position_embedding", "output_head", "value", "attention_output", "mlp", "router",
-    "patch_embedding",
-})  # fmt: skip
 _WHY: dict[BlockKind, str] = {
     "element": "one an element",
     "row": "one a row",
@@ -39,37 +28,6 @@ _WHY: dict[BlockKind, str] = {
     "fused_qkv": "one a query or key head, one a value row",
     "tensor": "one for the tensor",
 }
-
-
-class Partition(msgspec.Struct, frozen=True):
-    """How a parameter divides into blocks that share a second moment.
-
-    Attributes:
-        kind: `element`; `row` (an output neuron, a token); `head`; `fused_qkv` (heads of the query and key part, rows
-            of the value part); `tensor`.
-        num_blocks: How many second moments it keeps.
-    """
-
-    kind: BlockKind
-    num_blocks: int
-
-
-def partition(parameter: Parameter) -> Partition:
-    """The blocks of a parameter, from its role, heads and output axes."""
-    heads = parameter.heads
-    if parameter.role == "bias":
-        return Partition("element", parameter.numel)
-    if parameter.role in ("query", "key") and heads is not None:
-        return Partition("head", heads.num_query_heads + heads.num_key_heads)
-    if parameter.role == "fused_qkv" and heads is not None:
-        return Partition("fused_qkv", _num_summed_heads(heads) + heads.num_value_heads * heads.head_dim)
-    if parameter.role in _BY_ROW:
-        return Partition("row", parameter.num_output_neurons)
-    return Partition("tensor", 1)
-
-
-def _num_summed_heads(heads: HeadLayout) -> int:
-    return heads.num_query_heads + heads.num_key_heads
 
 
 class AdamMini(OptimizerModel):
@@ -88,22 +46,9 @@ class AdamMini(OptimizerModel):
         )
 
     def write_step(self, timeline: TimelineBuilder, parameters: Sequence[Parameter], context: OptimizerContext) -> None:
-        """The launch table, and the partial sums of squares of blocks larger than a row."""
+        """The launch table, and the partial sums of squares of blocks that several programs sum together."""
         del context
-        table = write_launch_table(timeline, parameters, num_lists=4)
-        scratch, size = Scratch(timeline), sum(map(partial_sum_bytes, parameters))
-        sums = scratch.alloc("all tensors", ("partial sums of squares", size))
+        scratch, blocks = Scratch(timeline), [blocks_of(parameter) for parameter in parameters if parameter.numel]
+        table = scratch.alloc("all tensors", ("launch table", sum(map(table_bytes, blocks))))
+        sums = scratch.alloc("all tensors", ("partial sums of squares", sum(map(partial_sum_bytes, blocks))))
         scratch.free(sums, table)
-
-
-def partial_sum_bytes(parameter: Parameter) -> int:
-    """Bytes of the fp32 partial sums `[blocks, chunks]` for blocks that several programs sum together."""
-    blocks = partition(parameter)
-    if blocks.kind in ("element", "row"):
-        return 0
-    if blocks.kind == "fused_qkv" and parameter.heads is not None:
-        num_blocks = _num_summed_heads(parameter.heads)
-        block_numel = parameter.numel // parameter.num_output_neurons * parameter.heads.head_dim
-    else:
-        num_blocks, block_numel = blocks.num_blocks, parameter.numel // blocks.num_blocks
-    return num_blocks * -(-block_numel // SUM_CHUNK_NUMEL) * _FP32_BYTES

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optplan.planner.optimizers.adam_mini import Partition, partial_sum_bytes, partition
+from optplan.planner.optimizers.adam_mini_blocks import Partition, blocks_of, partition
+from optplan.planner.optimizers.adam_mini_work import partial_sum_bytes
 from optplan.planner.optimizers.adapprox import matrix_shape, max_rank
 from optplan.planner.optimizers.base import OptimizerContext
 from optplan.planner.optimizers.launch import launch_table_bytes
@@ -60,16 +61,22 @@ def test_adam_mini_partitions_by_structure(parameter: Parameter, expected: Parti
     [
         (_parameter("mlp", (11008, 4096)), 0),
         (_parameter("bias", (4096,)), 0),
-        (_parameter("norm", (4096,)), 4),
+        # A block of up to 16,384 elements is one program's, so nothing is left to sum.
+        (_parameter("norm", (4096,)), 0),
+        (_parameter("mlp", (8192, 28672)), 8192 * 2 * 4),
         # 32 heads of 524,288 elements, summed in 32 chunks each.
         (_parameter("query", (4096, 4096), heads=HeadLayout(128, num_query_heads=32)), 32 * 32 * 4),
+        # Neurons that are columns: a sum for each column of each tile of 128 rows.
+        (_parameter("fused_qkv", (768, 2304), output_axes=(1,), heads=FUSED), 2304 * 6 * 4),
+        (_parameter("mlp", (3000, 768), output_axes=(1,)), 768 * 24 * 4),
         # 24 heads of 64 x 768 elements, summed in 3 chunks each; the value rows need none.
-        (_parameter("fused_qkv", (768, 2304), output_axes=(1,), heads=FUSED), 24 * 3 * 4),
-        (_parameter("other", (100, 37)), 4),
+        (_parameter("fused_qkv", (2304, 768), heads=FUSED), 24 * 3 * 4),
+        (_parameter("other", (100, 37)), 0),
+        (_parameter("other", (1000, 37)), 3 * 4),
     ],
 )
 def test_adam_mini_sums_large_blocks_in_chunks(parameter: Parameter, num_bytes: int) -> None:
-    assert partial_sum_bytes(parameter) == num_bytes
+    assert partial_sum_bytes(blocks_of(parameter)) == num_bytes
 
 
 @pytest.mark.parametrize(
@@ -229,9 +236,11 @@ def test_our_kernels_allocate_a_launch_table_and_little_else(step_peak: Any) -> 
     table = 3 * (4 + 2) * 8 + chunks * 12
     assert launch_table_bytes(tensors, num_lists=4) == table
     assert step_peak(build_optimizer("adamw", {"implementation": "optplan"}), tensors, BF16) == table
-    assert step_peak(build_optimizer("adam-mini"), tensors, BF16) == table + 32 * 32 * 4 + 4
-    # Two pointers a tensor and the two other columns; 4096 programs gather 21 candidates each, rounded up to 32.
-    assert step_peak(build_optimizer("micro-adam"), tensors, BF16) == 3 * (2 + 2) * 8 + chunks * 12 + 4096 * 32 * 4
+    # Eleven words a tensor; chunks of 16 embedding rows, 32 of each head, and the norm; each head.
+    words = 3 * 11 + (2000 + 32 * 32 + 1) * 2 + 32 * 4
+    assert step_peak(build_optimizer("adam-mini"), tensors, BF16) == words * 8 + 32 * 32 * 4
+    # Seven pointers a tensor and the two other columns; candidates are gathered in the window.
+    assert step_peak(build_optimizer("micro-adam"), tensors, BF16) == 3 * (7 + 2) * 8 + chunks * 12
     # Both factors in fp32 and a matrix of rank x rank.
     rank, adapprox = 1024, build_optimizer("adapprox")
     expected = 3 * (5 + 2) * 8 + chunks * 12 + 4 * rank * (32000 + 4096 + rank)

@@ -1,0 +1,1 @@
+"""Adam-mini: one second moment a block of parameters, the blocks taken from the model's structure."""

@@ -1,0 +1,120 @@
+"""Triton kernels of Adam-mini for neurons that are columns of a row-major matrix, as in GPT-2's `Conv1D` `[in, out]`.
+
+Three launches: sums of squares of each column over tiles of rows, their sum for each block in a fixed order, the
+update. A matrix is `[num_rows, num_columns]`; its columns fall into periods of grouped and single heads, see
+`optplan.planner.optimizers.adam_mini_blocks`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from optplan.optim_impls.adam_mini.kernels import (
+    SIZE_A,
+    SIZE_B,
+    coefficients,
+    decayed,
+    pointers,
+    second_moment,
+    step_over,
+    word,
+)
+from optplan.optim_impls.adam_mini.segment_kernels import update_tile
+from optplan.optim_impls.triton_math import tl_fp32
+
+PARTIAL_BASE: tl.constexpr = tl.constexpr(6)
+HEAD_DIM: tl.constexpr = tl.constexpr(7)
+NUM_GROUPED: tl.constexpr = tl.constexpr(8)
+NUM_SINGLE: tl.constexpr = tl.constexpr(9)
+
+
+@triton.jit
+def tile_of(pieces, chunks, chunk, TILE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Piece of a chunk, the rows and columns of its tile, and the sizes of the matrix."""
+    piece = tl.load(chunks + chunk * 2)
+    tile = tl.load(chunks + chunk * 2 + 1)
+    num_rows, num_columns = word(pieces, piece, SIZE_A), word(pieces, piece, SIZE_B)
+    if ALIGNED:
+        num_columns = tl.multiple_of(num_columns, 16)
+    across = (num_columns + TILE - 1) // TILE
+    rows = (tile // across) * TILE + tl.arange(0, TILE)
+    columns = (tile % across) * TILE + tl.arange(0, TILE)
+    return piece, tile // across, rows, columns, num_rows, num_columns
+
+
+@triton.jit
+def column_sums_kernel(
+    pieces, chunks, device_values, partials, scale,
+    P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ON_DEVICE: tl.constexpr, ALIGNED: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Sums of squares over the rows of each tile, to `partials` [tiles down, columns] of the piece."""
+    piece, down, rows, columns, num_rows, num_columns = tile_of(pieces, chunks, tl.program_id(0), TILE, ALIGNED)
+    _, g_base, _ = pointers(pieces, piece, P, G, M, ALIGNED)
+    _, _, _, scale = coefficients(pieces, piece, device_values, 0.0, 0.0, 0.0, scale, ON_DEVICE)
+    mask = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
+    offsets = rows[:, None] * num_columns + columns[None, :]
+    g = tl_fp32(tl.load(g_base + offsets, mask=mask, other=0.0)) * scale
+    at = partials + word(pieces, piece, PARTIAL_BASE) + down * num_columns + columns
+    tl.store(at, tl.sum(g * g, axis=0), mask=columns < num_columns)
+
+
+@triton.jit
+def column_moments_kernel(pieces, sums, partials, beta2, beta2_rest, TILE: tl.constexpr, LANES: tl.constexpr):
+    """Second moments of the columns of one head; `sums` int64 [heads, 2]: piece, head."""
+    row = sums + tl.program_id(0) * 2
+    piece, head = tl.load(row), tl.load(row + 1)
+    num_rows, num_columns = word(pieces, piece, SIZE_A), word(pieces, piece, SIZE_B)
+    head_dim, num_grouped = word(pieces, piece, HEAD_DIM), word(pieces, piece, NUM_GROUPED)
+    num_single = word(pieces, piece, NUM_SINGLE)
+    lane = tl.arange(0, LANES)
+    mask = (lane < head_dim) & (head * head_dim + lane < num_columns)
+    at = partials + word(pieces, piece, PARTIAL_BASE) + head * head_dim + lane
+    column_sums = tl.zeros([LANES], tl.float32)
+    down = num_rows * 0
+    while down * TILE < num_rows:
+        column_sums += tl.load(at + down * num_columns, mask=mask, other=0.0)
+        down += 1
+    period, place = head // (num_grouped + num_single), head % (num_grouped + num_single)
+    v_at = second_moment(pieces, piece) + period * (num_grouped + num_single * head_dim)
+    rows = num_rows.to(tl.float32)
+    if place < num_grouped:
+        mean_square = tl.sum(column_sums, axis=0) / (rows * head_dim.to(tl.float32))
+        tl.store(v_at + place, decayed(tl.load(v_at + place), mean_square, beta2, beta2_rest))
+    else:
+        v_at = v_at + num_grouped + (place - num_grouped) * head_dim + lane
+        v = decayed(tl.load(v_at, mask=mask, other=0.0), column_sums / rows, beta2, beta2_rest)
+        tl.store(v_at, v, mask=mask)
+
+
+@triton.jit
+def block_of(columns, head_dim, num_grouped, num_single):
+    """Block of each column."""
+    width = (num_grouped + num_single) * head_dim
+    place = columns % width
+    single = num_grouped + place - num_grouped * head_dim
+    within = tl.where(place < num_grouped * head_dim, place // head_dim, single)
+    return columns // width * (num_grouped + num_single * head_dim) + within
+
+
+@triton.jit
+def column_update_kernel(
+    pieces, chunks, device_values, decay, step_size, inverse_root, scale, beta1_rest, eps,
+    P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ON_DEVICE: tl.constexpr, ALIGNED: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """First moment and parameter of each tile."""
+    piece, _, rows, columns, num_rows, num_columns = tile_of(pieces, chunks, tl.program_id(0), TILE, ALIGNED)
+    p_base, g_base, m_base = pointers(pieces, piece, P, G, M, ALIGNED)
+    decay, step_size, inverse_root, scale = coefficients(
+        pieces, piece, device_values, decay, step_size, inverse_root, scale, ON_DEVICE
+    )
+    block = block_of(
+        columns, word(pieces, piece, HEAD_DIM), word(pieces, piece, NUM_GROUPED), word(pieces, piece, NUM_SINGLE)
+    )
+    v = tl.load(second_moment(pieces, piece) + block, mask=columns < num_columns, other=0.0)
+    factor = step_over(v, step_size, inverse_root, eps)[None, :]
+    mask = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
+    at = rows[:, None] * num_columns + columns[None, :]
+    update_tile(p_base + at, g_base + at, m_base + at, mask, factor, decay, scale, beta1_rest, True)

@@ -1,0 +1,138 @@
+"""Triton kernels of Adam-mini for blocks that one program holds, and for biases; and what all its kernels share.
+
+A launch serves many tensors through a table (see `optplan.planner.optimizers.adam_mini_work`): `pieces` int64
+[pieces, PIECE_WORDS], of which the first four words are the pointers of parameter, gradient, first and second moment,
+and `chunks` int64 [chunks, 2], the piece of each chunk and where in it the chunk begins.
+
+The arithmetic is that of `reference.py` in fp32. Sums are taken in an order that depends on shapes alone, so two runs
+give the same bits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from optplan.optim_impls.triton_math import tl_cast, tl_fp32, tl_pointer
+
+PIECE_WORDS: tl.constexpr = tl.constexpr(11)
+SIZE_A: tl.constexpr = tl.constexpr(4)
+SIZE_B: tl.constexpr = tl.constexpr(5)
+MEMBER: tl.constexpr = tl.constexpr(10)
+
+
+@triton.jit
+def word(pieces, piece, column: tl.constexpr):
+    """One number of a piece."""
+    return tl.load(pieces + piece * PIECE_WORDS + column)
+
+
+@triton.jit
+def coefficients(pieces, piece, device_values, decay, step_size, inverse_root, scale, ON_DEVICE: tl.constexpr):
+    """What changes from step to step, from arguments or, where the host must not know, from fp32 [tensors, 4].
+
+    Returns:
+        1 - lr weight_decay; lr / (1 - beta1^t); 1 / sqrt(1 - beta2^t); the factor on the gradient.
+    """
+    if ON_DEVICE:
+        row = device_values + word(pieces, piece, MEMBER) * 4
+        decay, step_size = tl.load(row), tl.load(row + 1)
+        inverse_root, scale = tl.load(row + 2), tl.load(row + 3)
+    return decay, step_size, inverse_root, scale
+
+
+@triton.jit
+def pointers(pieces, piece, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ALIGNED: tl.constexpr):
+    """Parameter, gradient and first moment of a piece."""
+    p = tl_pointer(pieces, piece, 0, PIECE_WORDS, P, ALIGNED)
+    g = tl_pointer(pieces, piece, 1, PIECE_WORDS, G, ALIGNED)
+    m = tl_pointer(pieces, piece, 2, PIECE_WORDS, M, ALIGNED)
+    return p, g, m
+
+
+@triton.jit
+def second_moment(pieces, piece):
+    """Second moments of a piece, fp32."""
+    return tl_pointer(pieces, piece, 3, PIECE_WORDS, tl.float32, False)
+
+
+@triton.jit
+def decayed(v, mean_square, beta2, beta2_rest):
+    """The second moment after this step."""
+    return v * beta2 + mean_square * beta2_rest
+
+
+@triton.jit
+def step_over(v, step_size, inverse_root, eps):
+    """Learning rate, bias corrections and denominator in one factor on the first moment."""
+    return step_size / (tl.sqrt_rn(v) * inverse_root + eps)
+
+
+@triton.jit
+def rows_kernel(
+    pieces, chunks, device_values, decay, step_size, inverse_root, scale, beta1_rest, beta2, beta2_rest, eps,
+    P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ON_DEVICE: tl.constexpr, ALIGNED: tl.constexpr,
+    NUMEL: tl.constexpr, WIDTH: tl.constexpr, TILE_ROWS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Blocks of `NUMEL` elements that lie one after another: mean square, both moments and the update in one pass.
+
+    Args:
+        NUMEL: Elements of a block; a constant, so that the mask of its last elements leaves loads whole.
+        WIDTH: The next power of two.
+        TILE_ROWS: Blocks of one program.
+        TILES: Programs of one chunk.
+    """
+    program = tl.program_id(0)
+    chunk, tile = program // TILES, program % TILES
+    piece = tl.load(chunks + chunk * 2)
+    first = tl.load(chunks + chunk * 2 + 1) + tile * TILE_ROWS
+    num_rows = word(pieces, piece, SIZE_A)
+    if first < num_rows:
+        p_base, g_base, m_base = pointers(pieces, piece, P, G, M, ALIGNED)
+        rows = first + tl.arange(0, TILE_ROWS)
+        columns = tl.arange(0, WIDTH)
+        offsets = rows[:, None] * NUMEL + columns[None, :]
+        mask = columns[None, :] < NUMEL
+        if TILE_ROWS > 1:
+            mask = mask & (rows < num_rows)[:, None]
+        g = tl_fp32(tl.load(g_base + offsets, mask=mask, other=0.0))
+        m = tl_fp32(tl.load(m_base + offsets, mask=mask, other=0.0))
+        p = tl_fp32(tl.load(p_base + offsets, mask=mask, other=0.0))
+        v_at = second_moment(pieces, piece) + rows
+        v = tl.load(v_at, mask=rows < num_rows, other=0.0)
+        decay, step_size, inverse_root, scale = coefficients(
+            pieces, piece, device_values, decay, step_size, inverse_root, scale, ON_DEVICE
+        )
+        g = g * scale
+        v = decayed(v, tl.sum(g * g, axis=1) * (1.0 / NUMEL), beta2, beta2_rest)
+        tl.store(v_at, v, mask=rows < num_rows)
+        m = m + (g - m) * beta1_rest
+        tl.store(m_base + offsets, tl_cast(m, M), mask=mask)
+        p = p * decay - m * step_over(v, step_size, inverse_root, eps)[:, None]
+        tl.store(p_base + offsets, tl_cast(p, P), mask=mask)
+
+
+@triton.jit
+def elements_kernel(
+    pieces, chunks, device_values, decay, step_size, inverse_root, scale, beta1_rest, beta2, beta2_rest, eps,
+    P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ON_DEVICE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Biases: Adam with a second moment for every element."""
+    chunk = tl.program_id(0)
+    piece = tl.load(chunks + chunk * 2)
+    offsets = tl.load(chunks + chunk * 2 + 1) + tl.arange(0, CHUNK)
+    mask = offsets < word(pieces, piece, SIZE_A)
+    p_base, g_base, m_base = pointers(pieces, piece, P, G, M, False)
+    v_at = second_moment(pieces, piece) + offsets
+    decay, step_size, inverse_root, scale = coefficients(
+        pieces, piece, device_values, decay, step_size, inverse_root, scale, ON_DEVICE
+    )
+    g = tl_fp32(tl.load(g_base + offsets, mask=mask, other=0.0)) * scale
+    m = tl_fp32(tl.load(m_base + offsets, mask=mask, other=0.0))
+    p = tl_fp32(tl.load(p_base + offsets, mask=mask, other=0.0))
+    v = decayed(tl.load(v_at, mask=mask, other=0.0), g * g, beta2, beta2_rest)
+    tl.store(v_at, v, mask=mask)
+    m = m + (g - m) * beta1_rest
+    tl.store(m_base + offsets, tl_cast(m, M), mask=mask)
+    p = p * decay - m * step_over(v, step_size, inverse_root, eps)
+    tl.store(p_base + offsets, tl_cast(p, P), mask=mask)
