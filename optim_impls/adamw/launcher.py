@@ -16,10 +16,10 @@ from optplan.planner.optimizers.launch import CHUNK_NUMEL
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _ROUNDINGS = {"nearest": NEAREST, "stochastic": STOCHASTIC, "kahan": KAHAN}
 
-SPAN = 8192
-BLOCK = 2048
+SPAN = 1024
+BLOCK = 1024
 TAIL = 256
-NUM_WARPS = 8
+NUM_WARPS = 4
 
 
 def launch_adamw(batch: Batch, group: dict[str, Any], grad_scale: GradScale, *, capturable: bool) -> None:
