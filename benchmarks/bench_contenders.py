@@ -21,18 +21,33 @@ class Contender(NamedTuple):
             learning rate.
         options: The planner's options that describe what `build` makes.
         check_limits: Largest allowed difference of kernels and reference after three steps, as part of the update.
+        optimizer_id: The planner's name, where it is not the contender's.
     """
 
     build: Callable[[Sequence[Pair], str, float], torch.optim.Optimizer]
     options: dict[str, Any]
     check_limits: dict[torch.dtype, float]
+    optimizer_id: str = ""
 
 
 def _adamw(pairs: Sequence[Pair], backend: str, lr: float) -> torch.optim.Optimizer:
     return optim_impls.AdamW([t for _, t in pairs], lr=lr, weight_decay=0.01, backend=backend)
 
 
+def _adapprox(pairs: Sequence[Pair], backend: str, lr: float) -> torch.optim.Optimizer:
+    return optim_impls.Adapprox([t for _, t in pairs], lr=lr, rank=32, backend=backend)
+
+
+def _adapprox_without_momentum(pairs: Sequence[Pair], backend: str, lr: float) -> torch.optim.Optimizer:
+    return optim_impls.Adapprox([t for _, t in pairs], lr=lr, betas=(0.0, 0.999), rank=32, backend=backend)
+
+
 CONTENDERS = {
     # A difference of the last bit before rounding to bf16 flips single results by a whole bf16 unit.
     "adamw": Contender(_adamw, {"implementation": "optplan"}, {torch.float32: 1e-3, torch.bfloat16: 0.05}),
+    # Tensor cores round what they multiply to 11 bits.
+    "adapprox": Contender(_adapprox, {"rank": 32}, {torch.float32: 1e-2, torch.bfloat16: 0.05}),
+    "adapprox-no-momentum": Contender(
+        _adapprox_without_momentum, {"rank": 32, "beta1": 0}, {torch.float32: 1e-2, torch.bfloat16: 0.05}, "adapprox"
+    ),
 }

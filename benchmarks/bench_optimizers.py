@@ -183,7 +183,7 @@ def tensors_of(name: str, model: str, dtype_name: str) -> tuple[list[Parameter],
     spec = load_model(model)
     all_tensors = list(spec.unique_parameters)
     context = OptimizerContext(dtype_name, dtype_name)  # type: ignore[arg-type]
-    planner = build_optimizer(name, CONTENDERS[name].options).bind(all_tensors)
+    planner = build_optimizer(CONTENDERS[name].optimizer_id or name, CONTENDERS[name].options).bind(all_tensors)
     width = torch.finfo(getattr(torch, dtype_name)).bits // 8
     size = {p.name: 4 * width * p.numel + sum(s.num_bytes for s in planner.state(p, context)) for p in all_tensors}
     layers = sorted({number for p in all_tensors if (number := layer_of(p.name)) is not None})
@@ -202,7 +202,7 @@ def layer_of(name: str) -> int | None:
 def moved_bytes(name: str, described: Sequence[Parameter], dtype_name: str) -> int:
     """The planner's floor for a step."""
     context = OptimizerContext(dtype_name, dtype_name)  # type: ignore[arg-type]
-    planner = build_optimizer(name, CONTENDERS[name].options).bind(described)
+    planner = build_optimizer(CONTENDERS[name].optimizer_id or name, CONTENDERS[name].options).bind(described)
     return sum(planner.moved_bytes(p, context) for p in described)
 
 

@@ -26,11 +26,14 @@ from optplan.optim_impls.adapprox.kernels import (
 )
 from optplan.optim_impls.adapprox.layout import SHARES as _SHARES
 from optplan.optim_impls.adapprox.layout import Field
+from optplan.optim_impls.adapprox.subspace import START_STRIDE
+from optplan.optim_impls.triton_math import tl_hash
 
 SHARES = tl.constexpr(_SHARES)
 PEAKS, GRAMS, BASIS = (tl.constexpr(int(f)) for f in (Field.PEAKS, Field.GRAMS, Field.BASIS))
 SEED, NUM_SUMS = tl.constexpr(int(Field.SEED)), tl.constexpr(int(Field.NUM_SUMS))
 BLOCK = tl.constexpr(64)
+STRIDE = tl.constexpr(START_STRIDE)
 
 
 @triton.jit
@@ -68,7 +71,8 @@ def empty_or_draw(pointer, size, share, seed, dead, height, RANK: tl.constexpr, 
     k = tl.arange(0, R)
     for start in range(first, last, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        drawn = (2.0 * tl.rand(seed, i[:, None] * R + k[None, :]) - 1.0) * height
+        bits = tl_hash(i.to(tl.int64)[:, None] * STRIDE + k[None, :], seed)
+        drawn = ((bits >> 8).to(tl.float32) * (2.0**-23) - 1.0) * height
         offsets = i.to(tl.int64)[:, None] * RANK + k[None, :]
         tl.store(pointer + offsets, drawn, mask=(i < last)[:, None] & (dead & (k < RANK))[None, :])
 

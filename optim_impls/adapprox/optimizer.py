@@ -17,9 +17,10 @@ from optplan.optim_impls.adapprox.reference import (
     seeded_sketch,
     updated,
 )
-from optplan.optim_impls.adapprox.subspace import step_matrix
+from optplan.optim_impls.adapprox.subspace import step_matrix, uniform_start
 from optplan.optim_impls.checks import check_at_least_zero, check_betas, check_choice
 from optplan.optim_impls.optimizer_base import Batch, GradScale, KernelOptimizer, Member, local_tensor
+from optplan.optim_impls.rounding import mix_seed
 from optplan.optim_impls.step_counters import State
 from optplan.planner.optimizers.adapprox import max_rank
 from optplan.planner.optimizers.adapprox_layout import MAX_KERNEL_RANK, MatrixLayout
@@ -143,14 +144,14 @@ class Adapprox(KernelOptimizer):
             _step_vector(w, gradient, m, local_tensor(state["exp_avg_sq"]), rates, step)
             return
         q, u = state["q_factor"], state["u_factor"]
-        sketch = seeded_sketch(group["seed"], step=step, index=member.ordinal, like=q)
         shape = (q.shape[0], u.shape[0])
         matrices = (_as_matrix(w, shape), gradient.reshape(shape), None if m is None else _as_matrix(m, shape))
         if group["mode"] == "paper":
+            sketch = seeded_sketch(group["seed"], step=step, index=member.ordinal, like=q)
             rule = self._rank_rule if group["rank"] == "adaptive" else None
             _step_as_paper(*matrices, state, rates, step, sketch, rule)
         else:
-            step_matrix(*matrices, q, u, rates, sketch)
+            step_matrix(*matrices, q, u, rates, uniform_start(mix_seed(group["seed"], 0, member.ordinal), like=q))
         for target, matrix in zip((w, m), (matrices[0], matrices[2]), strict=True):
             if target is not None and matrix is not None and matrix.data_ptr() != target.data_ptr():
                 target.copy_(matrix.view(target.shape))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from optplan.optim_impls.adapprox.reference import Rates, Sketch, low_rank_second_moment
+from optplan.optim_impls.rounding import counter_hash
 
 CHUNK_NUMEL = 2**20
 """Elements of V that exist at a time."""
@@ -26,6 +27,19 @@ FIRST_SHIFT = 1e-5
 """Added to the Gram matrix of the equilibrated sketch (unit diagonal), well above the rounding of its fp32 sums."""
 SECOND_SHIFT = 1e-6
 """Added to the second Gram matrix, whose eigenvalues are near 1 or negligible."""
+START_STRIDE = 2**16
+"""Distance of two rows in the counter that a new column's numbers are drawn from; more than any rank."""
+
+
+def uniform_start(seed: int, *, like: Tensor) -> Sketch:
+    """Starts between -1 and 1 that depend on the seed, the row and the column alone; those of the kernels."""
+
+    def draw(columns: int, width: int) -> Tensor:
+        index = torch.arange(columns, device=like.device)[:, None] * START_STRIDE
+        bits = counter_hash(index + torch.arange(width, device=like.device), seed)
+        return ((bits >> 8).to(like.dtype) * 2.0**-23).sub_(1)
+
+    return draw
 
 
 def orthonormal(y: Tensor) -> Tensor:
@@ -49,9 +63,11 @@ def revive(q: Tensor, u: Tensor, sketch: Sketch) -> None:
 
     The column of Q beside such a column is emptied, so that Q Uᵀ does not change.
     """
-    dead = u.abs().amax(0) == 0
+    peaks = u.abs().amax(0)
+    dead = peaks == 0
     if bool(dead.any()):
-        u.copy_(torch.where(dead, sketch(*u.shape), u))
+        height = torch.where(peaks.max() > 0, peaks.max(), 1)
+        u.copy_(torch.where(dead, sketch(*u.shape) * height, u))
         q.masked_fill_(dead, 0)
 
 
