@@ -37,28 +37,57 @@ class Member(NamedTuple):
     ordinal: int
 
 
+class Part(NamedTuple):
+    """What of a member outlives a step: the parameter (a DTensor as it is), its state, its ordinal."""
+
+    parameter: torch.Tensor
+    state: State
+    ordinal: int
+
+
 class Batch:
     """Members that one launch can serve: same device, dtypes, alignment and step, no memory in common.
 
     Attributes:
-        members: At least one.
         step: Steps of each member, this one included; 0 where the counters live on the device.
         triton: Whether the kernels take them, or the reference.
         aligned: Whether every tensor begins at 16 bytes.
-        scratch: Free for the optimizer to keep what it derived from the members; lives until a pointer moves.
+        lead: Place of the first member among the parts of its group.
+        scratch: Free for the optimizer to keep what it derived from the members; lives until a pointer moves. It must
+            not hold gradients, whose memory `zero_grad` is to free.
     """
 
-    def __init__(self, members: list[Member], *, lead: int, triton: bool, aligned: bool) -> None:
-        self.members = members
+    def __init__(self, *, lead: int, triton: bool, aligned: bool) -> None:
+        self.parts: list[Part] = []
         self.lead = lead
         self.step = 0
         self.triton = triton
         self.aligned = aligned
         self.scratch: dict[str, Any] = {}
+        self._members: list[Member] | None = None
+
+    @property
+    def members(self) -> list[Member]:
+        """The members with their gradients, at least one; good until the step ends."""
+        if self._members is None:
+            self._members = [member_of(part) for part in self.parts]
+        return self._members
+
+    @property
+    def device(self) -> torch.device:
+        """Where the members are."""
+        return self.parts[0].parameter.device
+
+    def release(self) -> None:
+        """Let go of the gradients."""
+        self._members = None
 
 
 class _Plan(NamedTuple):
     signature: list[Any]
+    parts: list[Part]
+    counters: StepCounters
+    lags: list[int]
     batches: list[Batch]
 
 
@@ -125,7 +154,7 @@ class KernelOptimizer(Optimizer):
                 loss = closure()
         first = 0
         for index, group in enumerate(self.param_groups):
-            self._step_group(index, group, self._collect(group, first), grad_scale)
+            self._step_group(index, group, first, grad_scale)
             first += len(group["params"])
         return loss
 
@@ -167,53 +196,78 @@ class KernelOptimizer(Optimizer):
         self._reset_caches()
 
     def _reset_caches(self) -> None:
-        self._counters: dict[int, StepCounters] = {}
-        self._plans: dict[int, _Plan] = {}
+        self._plans: dict[int, _Plan | None] = {}
 
-    def _collect(self, group: dict[str, Any], first: int) -> list[Member]:
-        members = []
-        for ordinal, parameter in enumerate(group["params"], start=first):
+    def _step_group(self, index: int, group: dict[str, Any], first: int, grad_scale: GradScale) -> None:
+        plan = self._plans.get(index)
+        if plan is None or plan.signature != self._signature(group):
+            plan = self._plans[index] = self._new_plan(group, first)
+        if plan is None:
+            return
+        steps = plan.counters.advance()
+        if plan.lags != lags_of(steps):  # somebody wrote to a counter
+            plan = self._plans[index] = plan._replace(lags=lags_of(steps), batches=self._divide(plan.parts, steps))
+        for batch in plan.batches:
+            batch.step = steps[batch.lead] if steps else 0
+            run = self._step_triton if batch.triton else self._step_torch
+            try:
+                run(batch, group, as_scale(grad_scale, batch.device))
+            finally:
+                batch.release()
+
+    def _signature(self, group: dict[str, Any]) -> list[Any]:
+        """All that a plan rests on: where each tensor lies, and what may change of a gradient in the same place.
+
+        It is made at every step for every parameter, so it is written for speed.
+        """
+        signature: list[Any] = []
+        add, state, plain, strided = signature.append, self.state, torch.Tensor, torch.strided
+        for parameter in group["params"]:
             gradient = parameter.grad
             if gradient is None:
+                add(None)
                 continue
-            check_gradient(type(self).__name__, gradient)
+            values = state[parameter].values()
+            if gradient.layout is not strided:
+                check_gradient(type(self).__name__, gradient)
+            add(gradient.dtype)
+            if type(gradient) is plain:
+                add(parameter.data_ptr())
+                add(gradient.data_ptr())
+                add(gradient.is_contiguous())
+            else:
+                local = local_tensor(gradient)
+                signature += (_address(parameter), local.data_ptr(), local.is_contiguous())
+            for value in values:
+                add(value.data_ptr() if type(value) is plain else _address(value))
+        return signature
+
+    def _new_plan(self, group: dict[str, Any], first: int) -> _Plan | None:
+        parts = []
+        for ordinal, parameter in enumerate(group["params"], start=first):
+            if parameter.grad is None:
+                continue
+            check_gradient(type(self).__name__, parameter.grad)
             state = self.state[parameter]
             if not state:
                 self._fill(state, parameter, group)
-            members.append(Member(local_tensor(parameter), local_tensor(gradient), state, ordinal))
-        return members
+            parts.append(Part(parameter, state, ordinal))
+        if not parts:
+            return None
+        counters = StepCounters([part.state for part in parts])
+        steps = [] if self.defaults["capturable"] else [int(part.state["step"]) for part in parts]
+        return _Plan(self._signature(group), parts, counters, lags_of(steps), self._divide(parts, steps))
 
     def _fill(self, state: State, parameter: torch.Tensor, group: dict[str, Any]) -> None:
         device = parameter.device if self.defaults["capturable"] else "cpu"
         state["step"] = torch.zeros((), dtype=torch.float32, device=device)
         state.update(self._new_state(parameter, group))
 
-    def _step_group(self, index: int, group: dict[str, Any], members: list[Member], grad_scale: GradScale) -> None:
-        if not members:
-            return
-        counters = self._counters.setdefault(index, StepCounters())
-        steps = counters.advance([member.state for member in members])
-        for batch in self._batches(index, members, steps, counters.version):
-            batch.step = int(steps[batch.lead]) if steps else 0
-            run = self._step_triton if batch.triton else self._step_torch
-            run(batch, group, as_scale(grad_scale, batch.members[0].parameter.device))
-
-    def _batches(self, index: int, members: list[Member], steps: list[float], version: int) -> list[Batch]:
-        """The batches of a group; those of the last step if no tensor moved."""
-        signature: list[Any] = [version]
-        for parameter, gradient, state, _ in members:
-            signature += [parameter.data_ptr(), gradient.data_ptr(), gradient.dtype, gradient.is_contiguous()]
-            tensors = (value for value in map(local_tensor, state.values()) if isinstance(value, torch.Tensor))
-            signature += [value.data_ptr() for value in tensors]
-        plan = self._plans.get(index)
-        if plan is None or plan.signature != signature:
-            plan = self._plans[index] = _Plan(signature, self._divide(members, steps))
-        return plan.batches
-
-    def _divide(self, members: Sequence[Member], steps: list[float]) -> list[Batch]:
+    def _divide(self, parts: Sequence[Part], steps: list[int]) -> list[Batch]:
         batches: dict[tuple[Any, ...], Batch] = {}
         seen: dict[tuple[Any, int], int] = {}
-        for place, member in enumerate(members):
+        for place, part in enumerate(parts):
+            member = member_of(part)
             if member.parameter.numel() == 0:
                 continue
             tensors = [member.parameter, member.gradient, *tensors_of(member.state)]
@@ -223,10 +277,8 @@ class KernelOptimizer(Optimizer):
             seen[where] = turn = seen.get(where, -1) + 1
             step = steps[place] if steps else 0
             key = (turn, triton, aligned, step, member.parameter.device, *(tensor.dtype for tensor in tensors))
-            batch = batches.get(key)
-            if batch is None:
-                batch = batches[key] = Batch([], lead=place, triton=triton, aligned=aligned)
-            batch.members.append(member)
+            batch = batches.setdefault(key, Batch(lead=place, triton=triton, aligned=aligned))
+            batch.parts.append(part)
         return [batches[key] for key in sorted(batches, key=lambda key: key[0])]
 
     def _use_triton(self, member: Member) -> bool:
@@ -237,6 +289,18 @@ class KernelOptimizer(Optimizer):
                 f"backend='triton' needs parameters on a CUDA device or TRITON_INTERPRET=1, got a {device} tensor"
             )
         return backend != "torch" and runs and self._kernels_take(member)
+
+
+def member_of(part: Part) -> Member:
+    """A part of a plan with its gradient of this step."""
+    gradient = part.parameter.grad
+    assert gradient is not None
+    return Member(local_tensor(part.parameter), local_tensor(gradient), part.state, part.ordinal)
+
+
+def lags_of(steps: list[int]) -> list[int]:
+    """How far each counter is ahead of the first."""
+    return [step - steps[0] for step in steps]
 
 
 def interpreted() -> bool:
@@ -263,6 +327,12 @@ def as_scale(grad_scale: GradScale, device: torch.device) -> GradScale:
     if scale.numel() != 1:
         raise ValueError(f"grad_scale must be a scalar, got shape {tuple(scale.shape)}")
     return scale.to(device=device, dtype=torch.float32, non_blocking=True)
+
+
+def _address(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return local_tensor(value).data_ptr()
 
 
 def _as_list(params: Any) -> Any:

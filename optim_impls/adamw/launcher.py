@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import triton.language as tl
 
 from optplan.optim_impls.adamw.kernels import KAHAN, NEAREST, STOCHASTIC, adamw_kernel
 from optplan.optim_impls.launch import TableImage
-from optplan.optim_impls.optimizer_base import Batch, GradScale
+from optplan.optim_impls.optimizer_base import GradScale
 from optplan.planner.optimizers.launch import CHUNK_NUMEL
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -20,43 +21,59 @@ SPAN = 1024
 BLOCK = 1024
 TAIL = 256
 NUM_WARPS = 4
+_SHAPE = {"CHUNK": CHUNK_NUMEL, "SPAN": SPAN, "BLOCK": BLOCK, "TAIL": TAIL, "num_warps": NUM_WARPS}
 
 
-def launch_adamw(batch: Batch, group: dict[str, Any], grad_scale: GradScale, *, capturable: bool) -> None:
-    """Update all members of a batch in one launch.
+class AdamWLaunch:
+    """One launch over tensors of the same dtypes, good for as long as none of them moves.
 
     Args:
-        batch: `scratch["image"]` holds its table.
-        group: The param group's numbers.
-        grad_scale: None, a number or a scalar on the device.
+        rows: For each tensor: parameter, gradient, first and second moment, the compensation if `kahan`, the step
+            counter if `capturable`.
+        ordinals: For each tensor its place among the optimizer's parameters.
+        kahan: Whether rounding errors are carried.
         capturable: Whether the kernel reads the step counters on the device.
+        aligned: Whether every tensor begins at 16 bytes.
     """
-    image: TableImage = batch.scratch["image"]
-    parameter, gradient, state, _ = batch.members[0]
-    table = image.upload()
-    adamw_kernel[(image.num_chunks * (CHUNK_NUMEL // SPAN),)](
-        table.rows,
-        table.chunk_offset,
-        table.chunk_row,
-        1.0 if grad_scale is None else grad_scale,
-        *_numbers(group, batch.step, capturable=capturable),
-        group["seed"] & 0x7FFFFFFF,
-        batch.step,
-        P=TRITON_DTYPES[parameter.dtype],
-        G=TRITON_DTYPES[gradient.dtype],
-        M=TRITON_DTYPES[state["exp_avg"].dtype],
-        V=TRITON_DTYPES[state["exp_avg_sq"].dtype],
-        ROUNDING=_ROUNDINGS[group["rounding"]],
-        CAPTURABLE=capturable,
-        ALIGNED=batch.aligned,
-        SCALE_ON_DEVICE=isinstance(grad_scale, torch.Tensor),
-        LR_ON_DEVICE=capturable and isinstance(group["lr"], torch.Tensor),
-        CHUNK=CHUNK_NUMEL,
-        SPAN=SPAN,
-        BLOCK=BLOCK,
-        TAIL=TAIL,
-        num_warps=NUM_WARPS,
-    )
+
+    def __init__(
+        self,
+        rows: Sequence[Sequence[torch.Tensor]],
+        ordinals: Sequence[int],
+        *,
+        kahan: bool,
+        capturable: bool,
+        aligned: bool,
+    ) -> None:
+        self.kahan = kahan
+        self._capturable = capturable
+        self._image = TableImage(rows, ordinals, chunk_numel=CHUNK_NUMEL)
+        self._run = adamw_kernel[(self._image.num_chunks * (CHUNK_NUMEL // SPAN),)]
+        kinds = dict(zip(("P", "G", "M", "V"), (TRITON_DTYPES[tensor.dtype] for tensor in rows[0]), strict=False))
+        self._constants = kinds | {"CAPTURABLE": capturable, "ALIGNED": aligned, **_SHAPE}
+
+    def __call__(self, group: dict[str, Any], step: int, grad_scale: GradScale) -> None:
+        """Update all tensors.
+
+        Args:
+            group: The param group's numbers.
+            step: Steps, this one included; unused if capturable.
+            grad_scale: None, a number or a scalar on the device.
+        """
+        table = self._image.upload()
+        self._run(
+            table.rows,
+            table.chunk_offset,
+            table.chunk_row,
+            1.0 if grad_scale is None else grad_scale,
+            *_numbers(group, step, capturable=self._capturable),
+            group["seed"] & 0x7FFFFFFF,
+            step,
+            ROUNDING=_ROUNDINGS[group["rounding"]],
+            SCALE_ON_DEVICE=isinstance(grad_scale, torch.Tensor),
+            LR_ON_DEVICE=self._capturable and isinstance(group["lr"], torch.Tensor),
+            **self._constants,
+        )
 
 
 def _numbers(group: dict[str, Any], step: int, *, capturable: bool) -> tuple[Any, ...]:

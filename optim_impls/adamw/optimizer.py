@@ -8,11 +8,9 @@ import torch
 
 from optplan.optim_impls.adamw.reference import Hyper, adamw_step
 from optplan.optim_impls.checks import check_at_least_zero, check_betas, check_choice
-from optplan.optim_impls.launch import TableImage
-from optplan.optim_impls.optimizer_base import Batch, GradScale, KernelOptimizer, local_tensor
+from optplan.optim_impls.optimizer_base import Batch, GradScale, KernelOptimizer, Member, local_tensor
 from optplan.optim_impls.rounding import ROUNDINGS, mix_seed
 from optplan.optim_impls.step_counters import State
-from optplan.planner.optimizers.launch import CHUNK_NUMEL
 
 STATE_DTYPES = (None, torch.float32, torch.bfloat16)
 
@@ -75,25 +73,36 @@ class AdamW(KernelOptimizer):
         for parameter, gradient, state, ordinal in batch.members:
             step = batch.step or int(state["step"])
             seed = mix_seed(group["seed"], step, ordinal) if group["rounding"] == "stochastic" else None
-            m, v, c = (local_tensor(state[name]) if name in state else None for name in _LISTS)
-            assert m is not None and v is not None
             hyper = Hyper(float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"], step)
-            compensation = c if group["rounding"] == "kahan" else None
-            adamw_step(parameter, gradient, m, v, hyper, grad_scale=grad_scale, seed=seed, compensation=compensation)
+            m, v = local_tensor(state["exp_avg"]), local_tensor(state["exp_avg_sq"])
+            c = _compensation(parameter, state) if group["rounding"] == "kahan" else None
+            adamw_step(parameter, gradient, m, v, hyper, grad_scale=grad_scale, seed=seed, compensation=c)
 
     def _step_triton(self, batch: Batch, group: dict[str, Any], grad_scale: GradScale) -> None:
         # Triton is not there on every machine that can run the reference.
-        from optplan.optim_impls.adamw.launcher import launch_adamw
+        from optplan.optim_impls.adamw.launcher import AdamWLaunch
 
         kahan = group["rounding"] == "kahan"
-        if batch.scratch.get("kahan") is not kahan:
-            batch.scratch.update(kahan=kahan, image=self._table(batch, kahan=kahan))
-        launch_adamw(batch, group, grad_scale, capturable=self.defaults["capturable"])
+        launch = batch.scratch.get("launch")
+        if launch is None or launch.kahan is not kahan:
+            capturable = self.defaults["capturable"]
+            rows = [_row(member, kahan=kahan, capturable=capturable) for member in batch.members]
+            ordinals = [part.ordinal for part in batch.parts]
+            launch = AdamWLaunch(rows, ordinals, kahan=kahan, capturable=capturable, aligned=batch.aligned)
+            batch.scratch["launch"] = launch
+        launch(group, batch.step, grad_scale)
 
-    def _table(self, batch: Batch, *, kahan: bool) -> TableImage:
-        names = _LISTS[: 3 if kahan else 2] + ("step",) * self.defaults["capturable"]
-        rows = [[p, g, *(local_tensor(state[name]) for name in names)] for p, g, state, _ in batch.members]
-        return TableImage(rows, [member.ordinal for member in batch.members], chunk_numel=CHUNK_NUMEL)
+
+def _row(member: Member, *, kahan: bool, capturable: bool) -> list[torch.Tensor]:
+    parameter, gradient, state, _ = member
+    row = [parameter, gradient, local_tensor(state["exp_avg"]), local_tensor(state["exp_avg_sq"])]
+    if kahan:
+        row.append(_compensation(parameter, state))
+    return [*row, state["step"]] if capturable else row
 
 
-_LISTS = ("exp_avg", "exp_avg_sq", "compensation")
+def _compensation(parameter: torch.Tensor, state: State) -> torch.Tensor:
+    """What rounding took from the parameter; a checkpoint of another rounding has none."""
+    if "compensation" not in state:
+        state["compensation"] = torch.zeros_like(parameter)
+    return local_tensor(state["compensation"])
