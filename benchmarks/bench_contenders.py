@@ -42,6 +42,26 @@ def _adapprox_without_momentum(pairs: Sequence[Pair], backend: str, lr: float) -
     return optim_impls.Adapprox([t for _, t in pairs], lr=lr, betas=(0.0, 0.999), rank=32, backend=backend)
 
 
+def _micro_adam(pairs: Sequence[Pair], backend: str, lr: float) -> torch.optim.Optimizer:
+    return optim_impls.MicroAdam([t for _, t in pairs], lr=lr, backend=backend)
+
+
+def _adam_mini(pairs: Sequence[Pair], backend: str, lr: float) -> torch.optim.Optimizer:
+    roles = {tensor: parameter for parameter, tensor in pairs}
+    return optim_impls.AdamMini([t for _, t in pairs], roles=roles, lr=lr, weight_decay=0.01, backend=backend)
+
+
+def _adam_mini_official(pairs: Sequence[Pair], backend: str, lr: float) -> torch.optim.Optimizer:
+    """The authors' package adam-mini 1.1.1, told the width and heads of the model's first queries, if any."""
+    del backend
+    from adam_mini import Adam_mini
+
+    named = [(parameter.name, tensor) for parameter, tensor in pairs]
+    queries = [p for p, _ in pairs if p.heads is not None and p.heads.num_query_heads and len(p.shape) == 2]
+    sizes = {"dim": queries[0].shape[1], "n_heads": queries[0].heads.num_query_heads} if queries else {}  # type: ignore[union-attr]
+    return Adam_mini(named, lr=lr, weight_decay=0.01, verbose=False, **sizes)
+
+
 CONTENDERS = {
     # A difference of the last bit before rounding to bf16 flips single results by a whole bf16 unit.
     "adamw": Contender(_adamw, {"implementation": "optplan"}, {torch.float32: 1e-3, torch.bfloat16: 0.05}),
@@ -49,5 +69,11 @@ CONTENDERS = {
     "adapprox": Contender(_adapprox, {"rank": 32}, {torch.float32: 1e-2, torch.bfloat16: 0.05}),
     "adapprox-no-momentum": Contender(
         _adapprox_without_momentum, {"rank": 32, "beta1": 0}, {torch.float32: 1e-2, torch.bfloat16: 0.05}, "adapprox"
+    ),
+    # A code on the edge of rounding may fall either way, and now and then decides which element is selected.
+    "micro-adam": Contender(_micro_adam, {}, {torch.float32: 0.05, torch.bfloat16: 0.05}),
+    "adam-mini": Contender(_adam_mini, {"implementation": "optplan"}, {torch.float32: 1e-3, torch.bfloat16: 0.05}),
+    "adam-mini-official": Contender(
+        _adam_mini_official, {"implementation": "official"}, {torch.float32: 0, torch.bfloat16: 0}, "adam-mini"
     ),
 }

@@ -31,33 +31,37 @@ NUM_SINGLE: tl.constexpr = tl.constexpr(9)
 
 @triton.jit
 def tile_of(pieces, chunks, chunk, TILE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Piece of a chunk, the rows and columns of its tile, and the sizes of the matrix."""
+    """Piece of a chunk, its tile down, first row and columns of the tile, and the sizes of the matrix."""
     piece = tl.load(chunks + chunk * 2)
     tile = tl.load(chunks + chunk * 2 + 1)
     num_rows, num_columns = word(pieces, piece, SIZE_A), word(pieces, piece, SIZE_B)
     if ALIGNED:
-        num_columns = tl.multiple_of(num_columns, 16)
+        # The same number, but the compiler sees that it is a multiple of 16 and keeps loads whole.
+        num_columns = num_columns // 16 * 16
     across = (num_columns + TILE - 1) // TILE
-    rows = (tile // across) * TILE + tl.arange(0, TILE)
     columns = (tile % across) * TILE + tl.arange(0, TILE)
-    return piece, tile // across, rows, columns, num_rows, num_columns
+    return piece, tile // across, tile // across * TILE, columns, num_rows, num_columns
 
 
 @triton.jit
 def column_sums_kernel(
     pieces, chunks, device_values, partials, scale,
     P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ON_DEVICE: tl.constexpr, ALIGNED: tl.constexpr,
-    TILE: tl.constexpr,
+    TILE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Sums of squares over the rows of each tile, to `partials` [tiles down, columns] of the piece."""
-    piece, down, rows, columns, num_rows, num_columns = tile_of(pieces, chunks, tl.program_id(0), TILE, ALIGNED)
+    piece, down, first, columns, num_rows, num_columns = tile_of(pieces, chunks, tl.program_id(0), TILE, ALIGNED)
     _, g_base, _ = pointers(pieces, piece, P, G, M, ALIGNED)
     _, _, _, scale = coefficients(pieces, piece, device_values, 0.0, 0.0, 0.0, scale, ON_DEVICE)
-    mask = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
-    offsets = rows[:, None] * num_columns + columns[None, :]
-    g = tl_fp32(tl.load(g_base + offsets, mask=mask, other=0.0)) * scale
+    squares = tl.zeros([ROWS, TILE], tl.float32)
+    for step in range(0, TILE, ROWS):
+        rows = first + step + tl.arange(0, ROWS)
+        mask = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
+        offsets = rows[:, None] * num_columns + columns[None, :]
+        g = tl_fp32(tl.load(g_base + offsets, mask=mask, other=0.0)) * scale
+        squares += g * g
     at = partials + word(pieces, piece, PARTIAL_BASE) + down * num_columns + columns
-    tl.store(at, tl.sum(g * g, axis=0), mask=columns < num_columns)
+    tl.store(at, tl.sum(squares, axis=0), mask=columns < num_columns)
 
 
 @triton.jit
@@ -102,10 +106,10 @@ def block_of(columns, head_dim, num_grouped, num_single):
 def column_update_kernel(
     pieces, chunks, device_values, decay, step_size, inverse_root, scale, beta1_rest, eps,
     P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ON_DEVICE: tl.constexpr, ALIGNED: tl.constexpr,
-    TILE: tl.constexpr,
+    TILE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """First moment and parameter of each tile."""
-    piece, _, rows, columns, num_rows, num_columns = tile_of(pieces, chunks, tl.program_id(0), TILE, ALIGNED)
+    piece, _, first, columns, num_rows, num_columns = tile_of(pieces, chunks, tl.program_id(0), TILE, ALIGNED)
     p_base, g_base, m_base = pointers(pieces, piece, P, G, M, ALIGNED)
     decay, step_size, inverse_root, scale = coefficients(
         pieces, piece, device_values, decay, step_size, inverse_root, scale, ON_DEVICE
@@ -115,6 +119,8 @@ def column_update_kernel(
     )
     v = tl.load(second_moment(pieces, piece) + block, mask=columns < num_columns, other=0.0)
     factor = step_over(v, step_size, inverse_root, eps)[None, :]
-    mask = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
-    at = rows[:, None] * num_columns + columns[None, :]
-    update_tile(p_base + at, g_base + at, m_base + at, mask, factor, decay, scale, beta1_rest, True)
+    for step in range(0, TILE, ROWS):
+        rows = first + step + tl.arange(0, ROWS)
+        mask = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
+        at = rows[:, None] * num_columns + columns[None, :]
+        update_tile(p_base + at, g_base + at, m_base + at, mask, factor, decay, scale, beta1_rest, True)

@@ -21,7 +21,7 @@ from optplan.optim_impls.adam_mini.segment_kernels import (
     segment_sums_kernel,
     segment_update_kernel,
 )
-from optplan.optim_impls.optimizer_base import Batch, GradScale
+from optplan.optim_impls.optimizer_base import GradScale
 from optplan.planner.optimizers.adam_mini_work import (
     COLUMN_TILE,
     ELEMENT_CHUNK_NUMEL,
@@ -37,7 +37,8 @@ _ELEMENTS_PER_WARP = 512
 _MAX_WARPS = 16
 _SEGMENT_TILE = 2048
 _SEGMENT_WARPS = 8
-_COLUMN_WARPS = 8
+_COLUMN_ROWS = 16
+_COLUMN_WARPS = 4
 _SUM_LANES = 128
 
 
@@ -71,51 +72,44 @@ class _Call(NamedTuple):
     constants: dict[str, Any]
 
 
-def launch_adam_mini(batch: Batch, plan: Plan, group: dict[str, Any], grad_scale: GradScale) -> None:
+def launch_adam_mini(plan: Plan, group: dict[str, Any], *, step: int, grad_scale: GradScale) -> None:
     """Update all members of a batch.
 
     Args:
-        batch: Members of the same dtypes.
         plan: Made for these members.
         group: The param group.
+        step: Number of this step, from 1; with `capturable` the states know it.
         grad_scale: None, a number, or an fp32 scalar on the device.
     """
-    device = batch.members[0].parameter.device
     beta1, beta2 = group["betas"]
-    table = plan.upload(device)
-    partials = torch.empty(plan.num_partials, dtype=torch.float32, device=device)
-    numbers = _numbers(batch, group, grad_scale, table)
+    table = plan.upload()
+    partials = torch.empty(plan.num_partials, dtype=torch.float32, device=plan.device)
+    numbers = _numbers(plan, group, step, grad_scale, table)
     hyperparameters = Hyperparameters(0.0, beta1, beta2, group["eps"], group["weight_decay"])
-    call = _Call(table, partials, numbers, hyperparameters, _dtypes(batch, on_device=numbers.on_device))
+    p, g, m = (TRITON_DTYPES[dtype] for dtype in plan.dtypes)
+    constants = {"P": p, "G": g, "M": m, "ON_DEVICE": numbers.on_device}
+    call = _Call(table, partials, numbers, hyperparameters, constants)
     for launch in plan.launches:
         _LAUNCHERS[launch.key.kind](call, launch)
 
 
-def _dtypes(batch: Batch, *, on_device: bool) -> dict[str, Any]:
-    parameter, gradient, state, _ = batch.members[0]
-    dtypes = (parameter.dtype, gradient.dtype, state["exp_avg"].dtype)
-    p, g, m = (TRITON_DTYPES[dtype] for dtype in dtypes)
-    return {"P": p, "G": g, "M": m, "ON_DEVICE": on_device}
-
-
-def _numbers(batch: Batch, group: dict[str, Any], grad_scale: GradScale, unused: torch.Tensor) -> StepNumbers:
+def _numbers(plan: Plan, group: dict[str, Any], step: int, grad_scale: GradScale, unused: torch.Tensor) -> StepNumbers:
     """The step's numbers as arguments, or on the device where the host cannot know one of them without waiting."""
     if not group["capturable"] and not isinstance(grad_scale, torch.Tensor):
         scale = 1.0 if grad_scale is None else grad_scale
-        lr, (beta1, beta2), step = float(group["lr"]), group["betas"], batch.step
+        lr, (beta1, beta2) = float(group["lr"]), group["betas"]
         decay = 1 - lr * group["weight_decay"]
         return StepNumbers(unused, decay, lr / (1 - beta1**step), (1 - beta2**step) ** -0.5, scale, False)
-    return StepNumbers(_device_values(batch, group, grad_scale), 1.0, 0.0, 1.0, 1.0, True)
+    return StepNumbers(_device_values(plan, group, step, grad_scale), 1.0, 0.0, 1.0, 1.0, True)
 
 
-def _device_values(batch: Batch, group: dict[str, Any], grad_scale: GradScale) -> torch.Tensor:
+def _device_values(plan: Plan, group: dict[str, Any], step: int, grad_scale: GradScale) -> torch.Tensor:
     """fp32 [tensors, 4], computed in fp64: near 1, fp32 loses the digits of 1 - beta2^t."""
-    device = batch.members[0].parameter.device
     if group["capturable"]:
-        steps = torch.stack([member.state["step"] for member in batch.members]).double()
+        steps = torch.stack([state["step"] for state in plan.states]).double()
     else:
-        steps = torch.full((len(batch.members),), float(batch.step), dtype=torch.float64, device=device)
-    lr = group["lr"].to(device).double() if isinstance(group["lr"], torch.Tensor) else group["lr"]
+        steps = torch.full((len(plan.states),), float(step), dtype=torch.float64, device=plan.device)
+    lr = group["lr"].to(plan.device).double() if isinstance(group["lr"], torch.Tensor) else group["lr"]
     beta1, beta2 = group["betas"]
     ones = torch.ones_like(steps)
     scale = ones if grad_scale is None else ones * grad_scale
@@ -163,7 +157,7 @@ def _segments(call: _Call, launch: Launch) -> None:
 def _columns(call: _Call, launch: Launch) -> None:
     pieces, chunks = _table(call, launch)
     h, n = call.hyperparameters, call.numbers
-    constants = {**call.constants, "ALIGNED": launch.key.aligned, "TILE": COLUMN_TILE}
+    constants = {**call.constants, "ALIGNED": launch.key.aligned, "TILE": COLUMN_TILE, "ROWS": _COLUMN_ROWS}
     column_sums_kernel[(launch.num_chunks,)](
         pieces, chunks, n.device_values, call.partials, n.scale, **constants, num_warps=_COLUMN_WARPS
     )

@@ -182,7 +182,7 @@ class AdamMini(KernelOptimizer):
 
         if "plan" not in batch.scratch:
             batch.scratch["plan"] = Plan(batch.members, self._blocks_of(batch), aligned=batch.aligned)
-        launch_adam_mini(batch, batch.scratch["plan"], group, grad_scale)
+        launch_adam_mini(batch.scratch["plan"], group, step=batch.step, grad_scale=grad_scale)
 
     def _kernels_take(self, member: Member) -> bool:
         return super()._kernels_take(member) and member.state["exp_avg"].is_contiguous()

@@ -68,14 +68,21 @@ class Launch(NamedTuple):
 
 
 class Plan:
-    """Launches and table of a batch.
+    """Launches and table of a batch. It holds no gradient, so `zero_grad` frees their memory.
 
     Attributes:
+        device: Where the members are.
+        dtypes: Of parameter, gradient and first moment.
+        states: The members' states.
         launches: In the order they run; they are independent of each other.
         num_partials: fp32 partial sums that all launches need together.
     """
 
     def __init__(self, members: Sequence[Member], blocks: Sequence[Blocks], *, aligned: bool) -> None:
+        first = members[0]
+        self.device = first.parameter.device
+        self.dtypes = (first.parameter.dtype, first.gradient.dtype, local_tensor(first.state["exp_avg"]).dtype)
+        self.states = [member.state for member in members]
         self._words: list[torch.Tensor] = []
         self._num_words = self.num_partials = 0
         gathered: dict[LaunchKey, list[Placed]] = {}
@@ -84,18 +91,17 @@ class Plan:
                 placed = Placed(piece, place, _pointers(member, piece))
                 gathered.setdefault(_key(piece, aligned=aligned), []).append(placed)
         self.launches = [self._launch(key, gathered[key]) for key in sorted(gathered)]
-        pinned = members[0].parameter.is_cuda
-        self._image = torch.empty(self._num_words, dtype=torch.int64, pin_memory=pinned)
+        self._image = torch.empty(self._num_words, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         torch.cat(self._words, out=self._image)
         self._words = []
 
-    def upload(self, device: torch.device) -> torch.Tensor:
+    def upload(self) -> torch.Tensor:
         """The table on the device, int64; the copy does not wait for the GPU."""
-        if device.type == "cpu":
+        if self.device.type == "cpu":
             return self._image
         if torch.cuda.is_current_stream_capturing():
             _IMAGES_OF_GRAPHS.append(self._image)  # the graph reads it at every replay
-        return torch.empty_like(self._image, device=device).copy_(self._image, non_blocking=True)
+        return torch.empty_like(self._image, device=self.device).copy_(self._image, non_blocking=True)
 
     def _launch(self, key: LaunchKey, placed: list[Placed]) -> Launch:
         first_partial = self.num_partials

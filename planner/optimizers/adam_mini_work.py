@@ -26,7 +26,7 @@ ONE_PROGRAM_NUMEL = 16_384
 """Elements that one program holds at once: a block up to here needs one pass."""
 ROW_CHUNK_NUMEL = 65_536
 """Elements that one entry of the table stands for where blocks need one pass."""
-ELEMENT_CHUNK_NUMEL = 2_048
+ELEMENT_CHUNK_NUMEL = 1_024
 COLUMN_TILE = 128
 """Rows and columns of the tile that one program sums in the column launch."""
 PIECE_WORDS = 11
