@@ -18,8 +18,8 @@ from optplan.optim_impls.optimizer_base import Batch, GradScale, Member
 from optplan.planner.optimizers.adapprox_layout import TILE, VECTOR_CHUNK_NUMEL, MatrixLayout, waves
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-PASS_A = {"num_warps": 4, "num_stages": 3}
-PASS_B = {"num_warps": 4, "num_stages": 2}
+PASS_A = {"num_warps": 4, "num_stages": 1}
+PASS_B = {"num_warps": 4, "num_stages": 3}
 _SUMS_AT_ONCE = 1024
 
 

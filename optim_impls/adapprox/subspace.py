@@ -13,6 +13,7 @@ This is what the Triton kernels compute, and what runs where they do not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -20,9 +21,8 @@ from torch import Tensor
 
 from optplan.optim_impls.adapprox.reference import Rates, Sketch, low_rank_second_moment
 from optplan.optim_impls.rounding import counter_hash
+from optplan.planner.optimizers.adapprox_chunks import chunk_rows
 
-CHUNK_NUMEL = 2**20
-"""Elements of V that exist at a time."""
 FIRST_SHIFT = 1e-5
 """Added to the Gram matrix of the equilibrated sketch (unit diagonal), well above the rounding of its fp32 sums."""
 SECOND_SHIFT = 1e-6
@@ -47,14 +47,15 @@ def orthonormal(y: Tensor) -> Tensor:
 
     Directions that y does not span come out short instead of arbitrary: Q Qᵀ never exceeds a projector.
     """
-    peaks = y.abs().amax(-2, keepdim=True)
-    y = torch.where(peaks > 0, y / peaks, 0)
-    y = y / y.norm(dim=-2, keepdim=True).clamp_(min=1)
+    # By the largest magnitude first: squares of small gradients' second moments would vanish in fp32.
+    peaks = torch.linalg.vector_norm(y, ord=math.inf, dim=-2, keepdim=True)
+    y = y * torch.where(peaks > 0, 1 / peaks, 0)
+    y.div_(torch.linalg.vector_norm(y, dim=-2, keepdim=True).clamp_(min=1))
     for shift in (FIRST_SHIFT, SECOND_SHIFT):
         gram = y.mT @ y
         gram.diagonal(dim1=-2, dim2=-1).add_(shift)
-        factor = torch.linalg.cholesky_ex(gram).L
-        y = torch.linalg.solve_triangular(factor, y.mT, upper=False).mT
+        factor = torch.linalg.cholesky_ex(gram, upper=True).L
+        y = torch.linalg.solve_triangular(factor, y, upper=True, left=False)
     return y
 
 
@@ -63,7 +64,7 @@ def revive(q: Tensor, u: Tensor, sketch: Sketch) -> None:
 
     The column of Q beside such a column is emptied, so that Q Uᵀ does not change.
     """
-    peaks = u.abs().amax(0)
+    peaks = torch.linalg.vector_norm(u, ord=math.inf, dim=0)
     dead = peaks == 0
     if bool(dead.any()):
         height = torch.where(peaks.max() > 0, peaks.max(), 1)
@@ -88,6 +89,7 @@ def step_matrix(
     revive(q, u, sketch)
     sketched, square_sum = sketch_product(q, u, grad, rates)
     new_q = orthonormal(sketched)
+    del sketched
     scale = 1 / (square_sum / max(1, w.numel())).sqrt().div_(rates.clip).clamp_(min=1)
     new_u = torch.zeros_like(u)
     for rows in row_chunks(w):
@@ -100,7 +102,7 @@ def step_matrix(
 
 def sketch_product(q: Tensor, u: Tensor, grad: Tensor, rates: Rates) -> tuple[Tensor, Tensor]:
     """Pass A: Y = V X `[rows, k]` and the sum of squares of the direction G / (sqrt(V) + eps)."""
-    start = u / u.abs().amax().clamp(min=torch.finfo(u.dtype).tiny)
+    start = u / torch.linalg.vector_norm(u, ord=math.inf).clamp_(min=torch.finfo(u.dtype).tiny)
     y, square_sum = torch.empty_like(q), q.new_zeros(())
     for rows in row_chunks(grad):
         v, g = second_moment_rows(q, u, grad, rows, rates.beta2)
@@ -110,9 +112,9 @@ def sketch_product(q: Tensor, u: Tensor, grad: Tensor, rates: Rates) -> tuple[Te
 
 
 def row_chunks(matrix: Tensor) -> Iterator[slice]:
-    """Slices of rows of at most `CHUNK_NUMEL` elements, or one row."""
+    """Slices of as many rows as may exist at a time."""
     rows, columns = matrix.shape
-    height = max(1, CHUNK_NUMEL // max(1, columns))
+    height = chunk_rows(rows, columns)
     return (slice(first, min(first + height, rows)) for first in range(0, rows, height))
 
 

@@ -14,8 +14,16 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from optplan.planner.dtypes import Dtype
+from optplan.planner.optimizers.adapprox_chunks import write_chunked_step
+from optplan.planner.optimizers.adapprox_layout import (
+    MAX_KERNEL_RANK,
+    MatrixLayout,
+    matrix_table_bytes,
+    vector_scratch_bytes,
+    vector_table_bytes,
+    waves,
+)
 from optplan.planner.optimizers.base import OptimizerContext, OptimizerModel, itemsize
-from optplan.planner.optimizers.launch import write_launch_table
 from optplan.planner.optimizers.options import Option
 from optplan.planner.optimizers.parts import like_parameter, step_counter, tensor
 from optplan.planner.optimizers.scratch import Scratch
@@ -24,7 +32,6 @@ from optplan.planner.timeline import TimelineBuilder
 
 MIN_RANK = 1
 MAX_RANK_DIVISOR = 4
-_FP32_BYTES = 4
 
 
 def matrix_shape(parameter: Parameter) -> tuple[int, int] | None:
@@ -41,7 +48,7 @@ def max_rank(rows: int, columns: int) -> int:
 
 
 class Adapprox(OptimizerModel):
-    """Our Adapprox: factors in the state dtype, worked on in fp32."""
+    """Our Adapprox: the first moment in the state dtype, the second always in fp32, where 0.999 of it is not itself."""
 
     OPTIONS = (
         Option(
@@ -69,39 +76,51 @@ class Adapprox(OptimizerModel):
         return {"min": MIN_RANK, "max": largest}.get(rank) or min(rank, largest)
 
     def state(self, parameter: Parameter, context: OptimizerContext) -> tuple[StateTensor, ...]:
-        """Step counter, first moment if any, and the second moment: two factors or whole."""
+        """Step counter, first moment if any, and the second moment in fp32: two factors or whole."""
         dtype, shape, rank = self.state_dtype(context), matrix_shape(parameter), self.rank(parameter)
         first = [like_parameter("exp_avg", parameter, dtype)] * bool(self.options["beta1"])
         if shape is None:
-            return (step_counter("cpu"), *first, like_parameter("exp_avg_sq", parameter, dtype))
+            return (step_counter("cpu"), *first, like_parameter("exp_avg_sq", parameter, "float32"))
         why = f"rank {rank} of at most {max_rank(*shape)}"
-        q_factor = tensor("q_factor", (shape[0], rank), dtype, why=why)
-        return (step_counter("cpu"), *first, q_factor, tensor("u_factor", (shape[1], rank), dtype, why=why))
+        q_factor = tensor("q_factor", (shape[0], rank), "float32", why=why)
+        return (step_counter("cpu"), *first, q_factor, tensor("u_factor", (shape[1], rank), "float32", why=why))
 
     def write_step(self, timeline: TimelineBuilder, parameters: Sequence[Parameter], context: OptimizerContext) -> None:
-        """The launch table, and matrix by matrix the new factors in fp32 with their Gram matrices."""
-        del context
-        table, scratch = write_launch_table(timeline, parameters, num_lists=5), Scratch(timeline)
-        for p in parameters:
-            self._write_matrix(scratch, p)
-        scratch.close()
-        scratch.free(table)
+        """A launch table and the scratch of the two passes for each round of matrices, and one pair for all vectors.
 
-    def _write_matrix(self, scratch: Scratch, p: Parameter) -> None:
-        shape, rank = matrix_shape(p), self.rank(p)
-        if shape is None:
-            return
-        rows, columns = shape
-        core = scratch.alloc(p, ("product of U and the sketch", rank * rank * _FP32_BYTES))
-        sketch = scratch.alloc(p, ("new Q", rows * rank * _FP32_BYTES))
-        scratch.free(core)
-        for _ in range(2):  # Cholesky-QR twice
-            gram = scratch.alloc(p, ("Gram matrix of Q", rank * rank * _FP32_BYTES))
-            scratch.passing(p, ("Cholesky factor", rank * rank * _FP32_BYTES))
-            scratch.free(gram)
-        core = scratch.alloc(p, ("product of the old and the new Q", rank * rank * _FP32_BYTES))
-        projection = scratch.alloc(p, ("new U", columns * rank * _FP32_BYTES))
-        scratch.free(core, sketch, projection)
+        Factors of more than `MAX_KERNEL_RANK` columns are worked on in plain torch, a chunk of rows at a time. This is
+        the fast mode; the paper's mode forms the second moment and is not modelled.
+        """
+        scratch = Scratch(timeline)
+        kinds: dict[str, list[Parameter]] = {}
+        for p in parameters:
+            kinds.setdefault(self._kind(p), []).append(p)
+        for kind, members in kinds.items():
+            if kind == "matrices":
+                self._write_matrices(scratch, [self._layout(p) for p in members])
+            elif kind == "vectors":
+                numels = [p.numel for p in members if p.numel]
+                if numels:
+                    _write_round(scratch, "vectors", vector_table_bytes(numels), vector_scratch_bytes(numels))
+            else:
+                for p in members:
+                    write_chunked_step(scratch, p, self._layout(p), context)
+
+    def _kind(self, p: Parameter) -> str:
+        if matrix_shape(p) is None:
+            return "vectors"
+        return "matrices" if self.rank(p) <= MAX_KERNEL_RANK else "chunks"
+
+    def _layout(self, p: Parameter) -> MatrixLayout:
+        shape = matrix_shape(p)
+        assert shape is not None
+        return MatrixLayout(*shape, self.rank(p))
+
+    def _write_matrices(self, scratch: Scratch, layouts: list[MatrixLayout]) -> None:
+        for number, places in enumerate(waves(layouts), start=1):
+            wave = [layouts[place] for place in places]
+            size = sum(layout.scratch_bytes() for layout in wave)
+            _write_round(scratch, f"round {number} of matrices", matrix_table_bytes(wave), size)
 
     def moved_bytes(self, parameter: Parameter, context: OptimizerContext) -> int:
         """The default, and for a matrix a second reading of the gradient and of the factors."""
@@ -110,3 +129,9 @@ class Adapprox(OptimizerModel):
             factors = [t for t in self.state(parameter, context) if t.name in ("q_factor", "u_factor")]
             moved += parameter.numel * itemsize(context.gradient_dtype) + sum(t.num_bytes for t in factors)
         return moved
+
+
+def _write_round(scratch: Scratch, owner: str, table_bytes: int, scratch_bytes: int) -> None:
+    table = scratch.alloc(owner, ("launch table", table_bytes))
+    partial_sums = scratch.alloc(owner, ("sketches, partial sums and Gram matrices", scratch_bytes))
+    scratch.free(table, partial_sums)
