@@ -37,7 +37,7 @@ def picture() -> str:
 
     console = Console(
         record=True,
-        width=118,
+        width=128,
         file=io.StringIO(),
         force_terminal=True,
         color_system="truecolor",

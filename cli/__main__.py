@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 
 
 def main() -> None:
     """Run the command line and exit with its status: 0 done, 1 a negative answer or our fault, 2 bad input."""
+    gc.disable()  # the process is short-lived, and looking for garbage would take a tenth of its time
     try:
         from optplan.app import app
         from optplan.boundary import run

@@ -12,6 +12,7 @@ Source: pytorch `c10/cuda/CUDACachingAllocator.cpp` (`malloc`, `get_free_block`,
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Iterable
 from typing import Literal
 
 from optplan.planner.units import MIB, round_up
@@ -57,29 +58,33 @@ class Block:
 class Pool:
     """The cached blocks of one pool, smallest first, blocks of equal size by address."""
 
-    __slots__ = ("_by_address", "_order", "smallest_rest")
+    __slots__ = ("_cached", "smallest_rest")
 
     def __init__(self, *, smallest_rest: int) -> None:
         self.smallest_rest = smallest_rest
-        self._order: list[tuple[int, int]] = []
-        self._by_address: dict[int, Block] = {}
+        # No two blocks have one address, so that the blocks themselves are never compared.
+        self._cached: list[tuple[int, int, Block]] = []
 
     def add(self, block: Block) -> None:
         """Put a block into the cache."""
-        insort(self._order, (block.size, block.address))
-        self._by_address[block.address] = block
+        insort(self._cached, (block.size, block.address, block))
 
     def remove(self, block: Block) -> None:
         """Take a cached block out."""
-        del self._order[bisect_left(self._order, (block.size, block.address))]
-        del self._by_address[block.address]
+        del self._cached[bisect_left(self._cached, (block.size, block.address))]  # type: ignore[arg-type]
+
+    def blocks(self) -> Iterable[Block]:
+        """The cached blocks."""
+        return (block for _, _, block in self._cached)
+
+    def copy_into(self, other: Pool, twins: dict[Block, Block]) -> None:
+        """Fill an empty pool with the twins of the cached blocks."""
+        other._cached = [(size, address, twins[block]) for size, address, block in self._cached]
 
     def take(self, size: int) -> Block | None:
         """Take out the smallest cached block of at least `size` bytes, the lowest of equals; None if there is none."""
-        index = bisect_left(self._order, (size, 0))
-        if index == len(self._order):
-            return None
-        return self._by_address.pop(self._order.pop(index)[1])
+        index = bisect_left(self._cached, (size,))  # type: ignore[arg-type]
+        return None if index == len(self._cached) else self._cached.pop(index)[2]
 
 
 class CachingAllocator:
@@ -90,6 +95,8 @@ class CachingAllocator:
         reserved_bytes: Sizes of the segments.
         requested_bytes: What the requests behind the blocks in use asked for.
     """
+
+    __slots__ = ("_descending", "_large", "_small", "allocated_bytes", "requested_bytes", "reserved_bytes")
 
     def __init__(self, *, segment_addresses: Literal["ascending", "descending"] = "descending") -> None:
         """Start without segments.
@@ -136,6 +143,25 @@ class CachingAllocator:
             block = _join(block, block.next)
         block.pool.add(block)
 
+    def copy(self, live: Iterable[Block]) -> tuple[CachingAllocator, dict[Block, Block]]:
+        """An allocator in the same state, and the twins in it of the blocks that may still be freed.
+
+        Args:
+            live: The blocks in use that the copy may free; others stay in use for good.
+        """
+        other = CachingAllocator(segment_addresses="descending" if self._descending else "ascending")
+        other.allocated_bytes = self.allocated_bytes
+        other.reserved_bytes = self.reserved_bytes
+        other.requested_bytes = self.requested_bytes
+        pools = {self._small: other._small, self._large: other._large}
+        twins: dict[Block, Block] = {}
+        for block in (*live, *self._small.blocks(), *self._large.blocks()):
+            if block not in twins:
+                _copy_segment(block, pools, twins)
+        for pool, twin in pools.items():
+            pool.copy_into(twin, twins)
+        return other, twins
+
     def _new_segment(self, size: int, pool: Pool) -> Block:
         segment_size = segment_bytes(size)
         address = _ADDRESS_SPACE - self.reserved_bytes - segment_size if self._descending else self.reserved_bytes
@@ -159,6 +185,21 @@ def segment_bytes(size: int) -> int:
     if size < OWN_SEGMENT_LIMIT:
         return LARGE_SEGMENT
     return round_up(size, SEGMENT_ROUNDING)
+
+
+def _copy_segment(block: Block, pools: dict[Pool, Pool], twins: dict[Block, Block]) -> None:
+    """Add twins of all blocks of the segment in which `block` lies."""
+    while block.previous is not None:
+        block = block.previous
+    below: Block | None = None
+    following: Block | None = block
+    while following is not None:
+        twin = Block(following.address, following.size, pools[following.pool])
+        twin.requested, twin.in_use, twin.previous = following.requested, following.in_use, below
+        if below is not None:
+            below.next = twin
+        twins[following] = below = twin
+        following = following.next
 
 
 def _join(lower: Block, upper: Block) -> Block:

@@ -100,6 +100,8 @@ def _peak_fields(workload: Workload, candidate: Candidate) -> dict[str, Any]:
         "peak_allocated_bytes": peaks.peak_bytes,
         "peak_phase": peaks.peak_phase,
         "peak_categories": peaks.categories,
+        "peak_reserved_bytes": peaks.reserved_bytes,
+        "device_bytes": peaks.reserved_bytes + workload.request.gpu.context_bytes,
         "headroom_bytes": workload.request.gpu.usable_bytes - peaks.peak_bytes,
     }
 

@@ -19,7 +19,7 @@ from optplan.planner.step.alive import alive_at_peak
 from optplan.planner.tensors import StateTensor
 from optplan.planner.units import format_gib
 from optplan.planner.version import VERSION
-from optplan.planner.workload import StepPeaks, Workload, step_options
+from optplan.planner.workload import StepPeaks, Workload, resident_bytes, step_options
 
 
 def explain(
@@ -151,7 +151,7 @@ def _heading(tensor: StateTensor) -> str:
 
 
 def _temporaries(workload: Workload, candidate: Candidate) -> list[ExplainedPart]:
-    total = workload.step_temporaries(candidate).peak_bytes
+    total = workload.temporary_bytes(candidate)
     if not total:
         return []
     line = explained_line("alive together at the peak of step()", total, "replay of its allocations")
@@ -183,29 +183,34 @@ def _fastest(request: StepRequest, moved_bytes: int) -> str:
 
 def _peak(workload: Workload, candidate: Candidate, peaks: StepPeaks) -> ExplainedPart:
     request = workload.request
-    alive = alive_at_peak(
+    lines = alive_at_peak(
         request.model,
         step_options(request),
         peaks.peak_phase,
         optimizer=candidate.optimizer,
         context=optimizer_context(request),
+        master=request.policy.master_dtype,
     )
-    resident = {
-        name: size
-        for name, size in peaks.categories.items()
-        if name in ("parameters", "master_weights", "optimizer_state")
-    }
-    lines = [
-        explained_line(f"{name} (resident)", size, "each tensor rounded up to 512 B") for name, size in resident.items()
-    ]
+    lines += _resident_lines(request, candidate)
+    beyond = peaks.peak_bytes - sum(line.bytes for line in lines)
+    formula = "what the caching allocator's blocks hold beyond the requests, from the simulation"
+    lines.append(explained_line("blocks handed out whole", beyond, formula))
     return _part(
         "peak",
         f"Alive at the peak, in {peaks.peak_phase}",
-        lines + alive,
+        lines,
         "rules of the model's step, written from recorded allocation histories; see docs/memory-model.md",
-        "Allocated bytes: every request is rounded up to 512 B.",
-        total=peaks.peak_bytes,
+        "Allocated bytes: every request is rounded up to 512 B, and a block keeps a rest of up to 1 MiB.",
     )
+
+
+def _resident_lines(request: StepRequest, candidate: Candidate) -> list[ExplainedLine]:
+    resident = {**resident_bytes(request), "optimizer_state": candidate.footprint.rounded_device_bytes}
+    return [
+        explained_line(f"{name} (resident)", size, "each tensor rounded up to 512 B")
+        for name, size in resident.items()
+        if size
+    ]
 
 
 def _phases(peaks: StepPeaks) -> ExplainedPart:

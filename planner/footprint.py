@@ -75,6 +75,12 @@ class Footprint(msgspec.Struct, frozen=True, dict=True):
             if tensor.device == "device" and tensor.num_bytes
         )
 
+    def device_sizes(self, parameters: Sequence[Parameter]) -> list[int]:
+        """Bytes of each tensor on the device: those kept once first, then those of every parameter in turn."""
+        tensors = {member.name: group.tensors for group in self.groups for member in group.parameters}
+        each = (tensor for parameter in parameters for tensor in tensors[parameter.name])
+        return [tensor.num_bytes for tensor in (*self.shared, *each) if tensor.device == "device"]
+
 
 def pattern_of(name: str) -> str:
     """A parameter's name with its layer and expert numbers replaced by `*`."""

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 from optplan.planner.allocator import ROUNDING
+from optplan.planner.dtypes import Dtype
 from optplan.planner.explanation import ExplainedLine, explained_line
 from optplan.planner.footprint import pattern_of
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.optimizers.base import OptimizerContext, OptimizerModel
+from optplan.planner.step.optimizer_step import write_optimizer_step
 from optplan.planner.step.rules import StepOptions, write_forward_backward, write_load
 from optplan.planner.timeline import Allocation, Phase, Timeline, TimelineBuilder
 from optplan.planner.units import round_up
 
 
 def alive_at_peak(
-    spec: ModelSpec, options: StepOptions, phase: Phase, *, optimizer: OptimizerModel, context: OptimizerContext
+    spec: ModelSpec,
+    options: StepOptions,
+    phase: Phase,
+    *,
+    optimizer: OptimizerModel,
+    context: OptimizerContext,
+    master: Dtype | None,
 ) -> list[ExplainedLine]:
     """The allocations alive at the peak of `phase`, those alike but for the layer in one line; bytes as allocated."""
     timeline = TimelineBuilder("load")
     write_load(timeline, spec, options)
     write_forward_backward(timeline, spec, options)
     timeline.phase = "step"
-    optimizer.write_step(timeline, spec.unique_parameters, context)
+    write_optimizer_step(timeline, optimizer, spec.unique_parameters, context, master=master)
     return _lines(_alive(timeline.events, phase), options.batch_size * options.seq_len)
 
 

@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD, Box
 from rich.console import Console
 
 MIN_WIDTH = 40
-PIPE_WIDTH = 120
+PIPE_WIDTH = 128
 """Columns used when stdout is not a terminal and COLUMNS does not say otherwise."""
 
 

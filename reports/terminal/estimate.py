@@ -124,10 +124,11 @@ _COLUMNS = (
     _Column("Resident\nGiB", "right", 70, False, lambda row: _gib(row.bytes.total)),
     _Column("Peak\nGiB", "right", 0, True, lambda row: _gib(row.peak_allocated_bytes)),
     _Column("Peak\nin", "left", 50, True, lambda row: row.peak_phase or "-"),
+    _Column("Reserved\nGiB", "right", 92, True, lambda row: _gib(row.peak_reserved_bytes)),
     _Column("Headroom\nGiB", "right", 58, True, lambda row: _gib(row.headroom_bytes)),
     _Column("Largest\nmicro-batch", "right", 78, True, lambda row: _count(row.max_batch_size)),
-    _Column("Saved against adamw,\nstate -> peak GiB", "right", 106, True, _saved),
-    _Column("Survives\nat peak", "right", 116, True, _surviving),
+    _Column("Saved against adamw,\nstate -> peak GiB", "right", 116, True, _saved),
+    _Column("Survives\nat peak", "right", 126, True, _surviving),
 )
 
 
@@ -203,8 +204,8 @@ def _variants(row: Estimate) -> list[str]:
 def _footnotes(report: EstimateReport) -> Sequence[str]:
     notes = [
         "GiB = 2^30 bytes, per GPU. State is exact, and so is resident: parameters, gradients, master weights, state. "
-        "Peak is peak allocated memory of a steady step (after the first), requests rounded to 512 bytes; the caching "
-        "allocator reserves somewhat more.",
+        "Peak is peak allocated memory of a steady step (after the first). Reserved is what the caching allocator takes"
+        " from the driver for it on an empty GPU; part of that is cached and given back when memory runs out.",
     ]
     if all(row.peak_allocated_bytes is None for row in report.estimates):
         notes = ["GiB = 2^30 bytes, per GPU. State and resident bytes are exact."]

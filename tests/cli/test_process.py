@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -28,11 +28,12 @@ def optplan(*args: str, **environment: str) -> subprocess.CompletedProcess[bytes
 )
 def test_answers_quickly_from_a_cold_start(args: list[str], limit_seconds: float) -> None:
     def seconds() -> float:
-        start = time.perf_counter()
+        # Processor time of the single-threaded process: wall time on an idle machine, whatever else runs on this one.
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert optplan(*args).returncode in (0, 1)
-        return time.perf_counter() - start
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    # The best of five: the bound is on the work, not on what else runs on the machine.
     assert min(seconds() for _ in range(5)) <= limit_seconds
 
 

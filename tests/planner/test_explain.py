@@ -58,7 +58,7 @@ def test_what_is_alive_is_so_many_tokens_of_a_width() -> None:
     gate = lines["model.layers.*.mlp.gate_proj output (activations)"]
     assert (gate.count, gate.bytes_each, gate.formula) == (32, 90_177_536, "4096 tokens x 11008 x 2 B")
     for line in peak.lines:
-        if "resident" not in line.name:
+        if "resident" not in line.name and line.name != "blocks handed out whole":
             assert -(-product(line.formula) // 512) * 512 == line.bytes_each, line
 
 

@@ -45,8 +45,8 @@ def test_the_command_reproduces_a_step_that_fits_with_room(model: str, target: d
     assert advice is not None
     (row,) = follow(advice).estimates
     assert (row.optimizer, row.implementation, row.options) == (advice.optimizer, advice.implementation, advice.options)
-    assert row.peak_allocated_bytes is not None
-    assert row.peak_allocated_bytes <= 0.95 * report.gpu.usable_bytes
+    assert row.peak_reserved_bytes is not None
+    assert row.peak_reserved_bytes <= 0.98 * report.gpu.usable_bytes
     assert report.estimates[0].optimizer == advice.optimizer
 
 

@@ -1,0 +1,221 @@
+"""The first steps of a training run through torch's caching allocator: allocated and reserved bytes of a steady step.
+
+What an allocation occupies depends on what came before it, so the run is simulated from the empty device: the model is
+loaded, the first step creates the optimizer's state, and the second step is measured; a third changes next to nothing.
+What all optimizers share is simulated once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from optplan.planner.allocator import Block, CachingAllocator
+from optplan.planner.models.spec import ModelSpec
+from optplan.planner.step.options import StepOptions
+from optplan.planner.step.resident import write_load
+from optplan.planner.step.rules import write_forward_backward
+from optplan.planner.timeline import Allocation, Category, Phase, Timeline, TimelineBuilder
+
+_KEPT = 0
+"""Id of an allocation that stays for the rest of the run."""
+
+_PRODUCTS = ("proj output", "c_attn output", "weight gradient")
+"""Operations that run a matrix product, the first of which in a phase makes its thread's library workspaces."""
+
+
+class _Event(NamedTuple):
+    """An allocation with its bytes, or with the negative id its end; the category is that of the memory in both."""
+
+    id: int
+    num_bytes: int
+    category: Category
+    phase: Phase
+
+
+class SimulatedStep(msgspec.Struct, frozen=True):
+    """A steady step on a device with room for all it asks.
+
+    Attributes:
+        phases: Largest number of allocated bytes in forward, backward and step.
+        categories: Allocated bytes by category at the largest of them.
+        reserved_bytes: Largest number of bytes held from the driver, cached blocks included.
+    """
+
+    phases: dict[Phase, int]
+    categories: dict[Category, int]
+    reserved_bytes: int
+
+    @property
+    def peak_phase(self) -> Phase:
+        """The phase with the largest peak, of equal ones the earliest."""
+        return max(self.phases, key=lambda phase: self.phases[phase])
+
+
+class StepSimulator:
+    """Simulates a model's steps under one set of options, for one optimizer after another."""
+
+    def __init__(self, spec: ModelSpec, options: StepOptions, *, master_bytes: Sequence[int] = ()) -> None:
+        """Prepare what the optimizers share.
+
+        Args:
+            master_bytes: Bytes of each parameter's master weight, empty if there are none.
+        """
+        load = TimelineBuilder()
+        write_load(load, spec, options)
+        for num_bytes in master_bytes:
+            load.alloc(num_bytes, "master_weights", "master weight")
+        allocations = [event for event in load.events if isinstance(event, Allocation)]
+        workspaces = [event for event in allocations if event.category == "workspace"]
+        resident = [event for event in allocations if event.category != "workspace"]
+        timeline = _micro_step(spec, options, grad_accum=1)
+        self._first = _events(timeline)
+        self._last = _events(_micro_step(spec, options, grad_accum=2)) if options.grad_accum > 1 else []
+        # Until its first step() no optimizer has allocated anything, so that all start from here.
+        self._start = _Device()
+        for event in resident:
+            self._start.keep(event.bytes, event.category)
+        self._start.run(_with_workspaces(timeline, workspaces))
+        self._start.set_aside()
+        if self._last:
+            self._start.run(self._last)
+            self._start.set_aside()
+
+    def simulate(self, state_bytes: Sequence[int], step: Timeline) -> SimulatedStep:
+        """The steady step with one optimizer.
+
+        Args:
+            state_bytes: Bytes of its state tensors on the device, in the order in which the first step makes them.
+            step: What its `step()` allocates and frees.
+        """
+        device, optimizer = self._start.copy(), _events(step)
+        for num_bytes in state_bytes:
+            device.keep(num_bytes, "optimizer_state")
+        device.run(optimizer)
+        device.clear()
+        if self._last:
+            device.run(self._first)
+            device.set_aside()
+        device.measure(self._last or self._first, "forward", "backward")
+        device.set_aside()
+        device.measure(optimizer, "step")
+        return device.result()
+
+
+def _micro_step(spec: ModelSpec, options: StepOptions, *, grad_accum: int) -> Timeline:
+    """Forward and backward of a micro-step that makes the gradients, or with `grad_accum` above 1 adds to them."""
+    timeline = TimelineBuilder("load")
+    write_forward_backward(timeline, spec, msgspec.structs.replace(options, grad_accum=grad_accum))
+    return [event for event in timeline.events if event.phase != "load"]
+
+
+def _events(timeline: Timeline) -> list[_Event]:
+    categories: dict[int, Category] = {}
+    events = []
+    for event in timeline:
+        if isinstance(event, Allocation):
+            categories[event.id] = event.category
+            events.append(_Event(event.id, event.bytes, event.category, event.phase))
+        else:
+            events.append(_Event(-event.id, 0, categories[event.id], event.phase))
+    return events
+
+
+def _with_workspaces(timeline: Timeline, workspaces: Sequence[Allocation]) -> list[_Event]:
+    """The events of the very first micro-step, in which each thread's first product makes its workspaces."""
+    waiting, events = list(workspaces), []
+    for event, compact in zip(timeline, _events(timeline), strict=True):
+        events.append(compact)
+        if waiting and isinstance(event, Allocation) and event.name.endswith(_PRODUCTS):
+            made = [workspace for workspace in waiting if workspace.name.endswith(event.phase)]
+            events += [_Event(_KEPT, workspace.bytes, "workspace", event.phase) for workspace in made]
+            waiting = [workspace for workspace in waiting if workspace not in made]
+    return events + [_Event(_KEPT, workspace.bytes, "workspace", "backward") for workspace in waiting]
+
+
+class _Device:
+    """An allocator and the memory of one run: what is kept for good, and what the current step has allocated."""
+
+    def __init__(self) -> None:
+        self._allocator = CachingAllocator()
+        self._kept: dict[Category, int] = {}
+        self._blocks: dict[int, Block | None] = {}
+        self._gradients: list[Block | None] = []
+        self._phases: dict[Phase, int] = {}
+        self._categories: dict[Category, int] = {}
+
+    def copy(self) -> _Device:
+        """A device in the same state, between two parts of a step."""
+        other = _Device()
+        other._allocator, twins = self._allocator.copy(filter(None, self._gradients))
+        other._kept = dict(self._kept)
+        other._gradients = [block and twins[block] for block in self._gradients]
+        return other
+
+    def keep(self, num_bytes: int, category: Category) -> None:
+        """Allocate for the rest of the run."""
+        block = self._allocator.alloc(num_bytes)
+        self._kept[category] = self._kept.get(category, 0) + (block.size if block else 0)
+
+    def set_aside(self) -> None:
+        """Keep the gradients, all that a micro-step leaves, to the end of the step; the ids to come may be the same."""
+        self._gradients += self._blocks.values()
+        self._blocks.clear()
+
+    def clear(self) -> None:
+        """Free the gradients, first the parameter's whose gradient came last."""
+        for block in reversed(self._gradients):
+            self._allocator.free(block)
+        self._gradients.clear()
+
+    def run(self, events: Sequence[_Event]) -> None:
+        """Run events."""
+        blocks, alloc, free = self._blocks, self._allocator.alloc, self._allocator.free
+        for id_, num_bytes, category, _ in events:
+            if id_ > 0:
+                blocks[id_] = alloc(num_bytes)
+            elif id_ < 0:
+                free(blocks.pop(-id_))
+            else:
+                self.keep(num_bytes, category)
+
+    def measure(self, events: Sequence[_Event], *phases: Phase) -> None:
+        """Run the events of these phases and note their peaks; the first begins with what is alive now."""
+        allocator, blocks = self._allocator, self._blocks
+        alloc, free = allocator.alloc, allocator.free
+        in_use = self._in_use()
+        history = [allocator.allocated_bytes]
+        for id_, num_bytes, _, _ in events:
+            if id_ > 0:
+                blocks[id_] = alloc(num_bytes)
+            else:
+                free(blocks.pop(-id_))
+            history.append(allocator.allocated_bytes)
+        self._note(events, phases, history, in_use)
+
+    def _note(
+        self, events: Sequence[_Event], phases: Sequence[Phase], history: list[int], in_use: dict[Category, int]
+    ) -> None:
+        before = max(self._phases.values(), default=-1)
+        start = 0
+        for phase in phases:
+            length = sum(event.phase == phase for event in events)
+            # A phase begins with what the one before it has left.
+            self._phases[phase] = max(history[start : start + length + 1])
+            start += length
+        if max(history) > before:
+            at_peak = history.index(max(history))
+            for index, event in enumerate(events[:at_peak]):
+                in_use[event.category] = in_use.get(event.category, 0) + history[index + 1] - history[index]
+            self._categories = in_use
+
+    def _in_use(self) -> dict[Category, int]:
+        gradients = sum(block.size for block in self._gradients if block is not None)
+        return {**self._kept, "gradients": gradients}
+
+    def result(self) -> SimulatedStep:
+        """What the measured step held."""
+        categories = {category: size for category, size in self._categories.items() if size}
+        return SimulatedStep(self._phases, categories, self._allocator.reserved_bytes)
