@@ -326,7 +326,7 @@ def as_scale(grad_scale: GradScale, device: torch.device) -> GradScale:
     scale = local_tensor(grad_scale)
     if scale.numel() != 1:
         raise ValueError(f"grad_scale must be a scalar, got shape {tuple(scale.shape)}")
-    return scale.to(device=device, dtype=torch.float32, non_blocking=True)
+    return scale.to(device=device, dtype=torch.float32, non_blocking=True).view(())
 
 
 def _address(value: Any) -> Any:

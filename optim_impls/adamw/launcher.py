@@ -11,15 +11,16 @@ import triton.language as tl
 
 from optplan.optim_impls.adamw.kernels import KAHAN, NEAREST, STOCHASTIC, adamw_kernel
 from optplan.optim_impls.launch import TableImage
-from optplan.optim_impls.optimizer_base import GradScale
+from optplan.optim_impls.optimizer_base import GradScale, interpreted
 from optplan.planner.optimizers.launch import CHUNK_NUMEL
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _ROUNDINGS = {"nearest": NEAREST, "stochastic": STOCHASTIC, "kahan": KAHAN}
 
-SPAN = 1024
+# The interpreter pays for each program, a GPU for each that is missing.
+SPAN = 32768 if interpreted() else 1024
 BLOCK = 1024
-TAIL = 256
+TAIL = 1024 if interpreted() else 256
 NUM_WARPS = 4
 _SHAPE = {"CHUNK": CHUNK_NUMEL, "SPAN": SPAN, "BLOCK": BLOCK, "TAIL": TAIL, "num_warps": NUM_WARPS}
 

@@ -50,13 +50,11 @@ def test_kernel_equals_the_reference(dtype: torch.dtype, rounding: str) -> None:
     reference = _run(dtype, rounding=rounding, backend="torch")
     for a, b in zip(ours, reference, strict=True):
         assert a.isfinite().all()
-        # One unit in the last place of the parameter where the arithmetic's last bit decides the rounding.
-        torch.testing.assert_close(
-            a, b, rtol={torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype], atol=2e-6
-        )
-        assert (a != b).float().mean().nan_to_num() < {torch.float32: 1.1, torch.bfloat16: 0.01, torch.float16: 0.05}[
-            dtype
-        ]
+        # The arithmetic's last bit may decide a rounding, rarely one in two of the five steps: two units of the dtype.
+        unit = torch.finfo(dtype).eps
+        torch.testing.assert_close(a, b, rtol=(16 if dtype == torch.float32 else 2) * unit, atol=unit / 8)
+        if a.numel() and dtype != torch.float32:
+            assert (a != b).double().mean() < 0.02
 
 
 def test_fp32_is_within_rounding_of_torch() -> None:
