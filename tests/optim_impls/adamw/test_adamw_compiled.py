@@ -25,8 +25,8 @@ def figures(dtype, rounding, capturable):
         TAIL=launcher.TAIL,
     )
     names = adamw_kernel.arg_names
-    kinds = dict.fromkeys(names, "fp32") | dict.fromkeys(("seed", "step"), "i32") | dict.fromkeys(constants, "constexpr")
-    kinds |= dict(rows="*i64", chunk_offset="*i64", chunk_row="*i32", grad_scale="*fp32")
+    kinds = dict.fromkeys(names, "fp32") | dict.fromkeys(constants, "constexpr")
+    kinds |= dict(rows="*i64", chunk_offset="*i64", chunk_row="*i32", grad_scale="*fp32", seed="i32", step="i32")
     source = ASTSource(
         fn=adamw_kernel, signature=kinds, constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index("rows"),): [["tt.divisibility", 16]]},
