@@ -51,7 +51,7 @@ class AdamW(KernelOptimizer):
         backend: str = "auto",
         capturable: bool = False,
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         defaults |= {"state_dtype": state_dtype, "rounding": rounding, "seed": seed}
         super().__init__(params, defaults, backend=backend, capturable=capturable)
 
@@ -73,7 +73,8 @@ class AdamW(KernelOptimizer):
         for parameter, gradient, state, ordinal in batch.members:
             step = batch.step or int(state["step"])
             seed = mix_seed(group["seed"], step, ordinal) if group["rounding"] == "stochastic" else None
-            hyper = Hyper(float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"], step)
+            beta1, beta2 = group["betas"]
+            hyper = Hyper(float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], step)
             m, v = local_tensor(state["exp_avg"]), local_tensor(state["exp_avg_sq"])
             c = _compensation(parameter, state) if group["rounding"] == "kahan" else None
             adamw_step(parameter, gradient, m, v, hyper, grad_scale=grad_scale, seed=seed, compensation=c)

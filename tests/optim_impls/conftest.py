@@ -28,7 +28,7 @@ Build = Callable[[list[torch.nn.Parameter], str], torch.optim.Optimizer]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES: tuple[tuple[int, ...], ...] = ((1,), (63,), (255,), (4097,), (37, 101), (3, 5, 7), (1, 65), (65, 1), (), (0,))
-NUM_STEPS = 4
+NUM_STEPS = 3
 
 
 def matrix_parameters(dtype: torch.dtype) -> list[torch.nn.Parameter]:
