@@ -81,15 +81,16 @@ def column_moments_kernel(pieces, sums, partials, beta2, beta2_rest, TILE: tl.co
         column_sums += tl.load(at + down * num_columns, mask=mask, other=0.0)
         down += 1
     period, place = head // (num_grouped + num_single), head % (num_grouped + num_single)
-    v_at = second_moment(pieces, piece) + period * (num_grouped + num_single * head_dim)
+    first = second_moment(pieces, piece) + period * (num_grouped + num_single * head_dim)
     rows = num_rows.to(tl.float32)
     if place < num_grouped:
         mean_square = tl.sum(column_sums, axis=0) / (rows * head_dim.to(tl.float32))
-        tl.store(v_at + place, decayed(tl.load(v_at + place), mean_square, beta2, beta2_rest))
+        v = decayed(tl.load(first + place), mean_square, beta2, beta2_rest)
+        tl.store(first + place, v)
     else:
-        v_at = v_at + num_grouped + (place - num_grouped) * head_dim + lane
-        v = decayed(tl.load(v_at, mask=mask, other=0.0), column_sums / rows, beta2, beta2_rest)
-        tl.store(v_at, v, mask=mask)
+        singles = first + num_grouped + (place - num_grouped) * head_dim + lane
+        moments = decayed(tl.load(singles, mask=mask, other=0.0), column_sums / rows, beta2, beta2_rest)
+        tl.store(singles, moments, mask=mask)
 
 
 @triton.jit

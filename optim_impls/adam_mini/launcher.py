@@ -34,7 +34,7 @@ TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.f
 
 _ROW_TILE_NUMEL = 4096
 _ELEMENTS_PER_WARP = 512
-_MAX_WARPS = 16
+_MAX_WARPS = 8
 _SEGMENT_TILE = 2048
 _SEGMENT_WARPS = 8
 _COLUMN_ROWS = 16

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import msgspec
 import torch
@@ -137,7 +137,7 @@ class AdamMini(KernelOptimizer):
                 f"parameter '{name}' of shape {shape} has no role; "
                 f"name one in roles, or use AdamMini.from_module(model)"
             )
-        parameter = given if isinstance(given, Parameter) else Parameter(name, shape, given, "parameter")
+        parameter = given if isinstance(given, Parameter) else _without_heads(given, name, shape)
         if parameter.shape != shape:
             raise ValueError(f"the role of parameter '{name}' is for shape {parameter.shape}, got {shape}")
         blocks = self._blocks[tensor] = blocks_of(parameter)
@@ -186,3 +186,13 @@ class AdamMini(KernelOptimizer):
 
     def _kernels_take(self, member: Member) -> bool:
         return super()._kernels_take(member) and member.state["exp_avg"].is_contiguous()
+
+
+def _without_heads(role: Role, name: str, shape: tuple[int, ...]) -> Parameter:
+    """The description of a tensor of which only the role is given."""
+    check_choice(f"the role of parameter '{name}'", role, sorted(get_args(Role)))
+    if role in ("query", "key", "fused_qkv"):
+        raise ValueError(
+            f"the role of parameter '{name}' is {role}, whose blocks are heads; give a Parameter with its head layout"
+        )
+    return Parameter(name, shape, role, "parameter")

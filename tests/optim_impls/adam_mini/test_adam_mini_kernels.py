@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -144,14 +142,3 @@ def test_two_runs_give_the_same_bits() -> None:
             [t.detach() for t in tensors.values()] + [optimizer.state[t]["exp_avg_sq"] for t in tensors.values()]
         )
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-
-
-@pytest.mark.skipif(RUNS, reason="the tests above run as they are")
-def test_kernels_in_the_interpreter() -> None:
-    """The tests above in a process whose Triton interprets kernels; the choice is made when Triton is imported."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-n0", "-q", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert " passed" in done.stdout
