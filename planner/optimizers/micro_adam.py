@@ -3,8 +3,9 @@
 A parameter of d elements divides into blocks; of each block the largest `density` of the accumulated gradient enters
 the window, the rest is carried on in 4-bit error feedback, quantized by buckets. The last block may be short, and a
 tensor smaller than a block is one short block: at least one element is selected of each. The window's indices count
-from the start of their block, so int16 holds them. Densification (`alpha` in the authors' code) needs no memory in one
-pass.
+from the start of their block, so int16 holds them; the window of a block is contiguous. Runs of `RUN_NUMEL` elements
+are dealt to the block's buckets in turn, so that one GPU thread reads whole runs and owns a whole bucket; a short block
+needs no more buckets than it has runs. Densification (`alpha` in the authors' code) is not offered.
 
 Source: Modoranu et al., NeurIPS 2024, arXiv 2405.15593.
 """
@@ -18,21 +19,26 @@ from typing import Any
 import msgspec
 
 from optplan.planner.errors import ConfigError
-from optplan.planner.optimizers.base import OptimizerContext, OptimizerModel, itemsize
+from optplan.planner.optimizers.base import OptimizerContext, OptimizerModel
 from optplan.planner.optimizers.launch import write_launch_table
 from optplan.planner.optimizers.options import Option
 from optplan.planner.optimizers.parts import step_counter, tensor
-from optplan.planner.optimizers.scratch import Scratch
 from optplan.planner.tensors import Parameter, StateTensor
 from optplan.planner.timeline import TimelineBuilder
 
-NUM_PROGRAMS = 4096
-"""Most programs that run at a time; each owns a row of the scratch in which it gathers its candidates."""
+RUN_NUMEL = 8
+"""Neighbouring elements of one bucket: 16 bytes of 16-bit gradients, one load of a thread."""
+
+NUM_LISTS = 7
+"""Pointers of a tensor in the launch table: parameter, gradient, error feedback and its range, the window."""
 
 WINDOW = Option("window", "integer", 10, "gradients kept in the window", low=1, high=1000)
 DENSITY = Option(
     "density", "number", 0.01, "part of each block that enters the window", low=0, high=1, low_exclusive=True
 )
+
+
+_WINDOW_NAMES = ("window_indices", "window_values", "I", "V")
 
 
 class Selection(msgspec.Struct, frozen=True):
@@ -78,6 +84,12 @@ def select(numel: int, *, block: int, density: float) -> Selection:
     return Selection(block, full, -int(-part * block // 1), tail, -int(-part * tail // 1))
 
 
+def num_buckets(numel: int, *, block: int, bucket: int) -> int:
+    """Buckets of a tensor: `block / bucket` a block; the short one has no more than it has runs."""
+    full, tail = divmod(numel, block)
+    return full * (block // bucket) + min(block // bucket, -(-tail // RUN_NUMEL))
+
+
 class MicroAdam(OptimizerModel):
     """Our MicroAdam: window and error feedback, no moments."""
 
@@ -85,14 +97,14 @@ class MicroAdam(OptimizerModel):
         WINDOW,
         DENSITY,
         Option("block", "integer", 2048, "elements among which the largest are selected", low=64, high=32_768),
-        Option("bucket", "integer", 64, "elements that share a scale of the error feedback", low=2, high=32_768),
+        Option("bucket", "integer", 64, "elements that share a scale of the error feedback", low=8, high=32_768),
     )
 
     def __init__(self, id_: str, implementation: str, options: Mapping[str, Any]) -> None:
         super().__init__(id_, implementation, options)
         block, bucket = options["block"], options["bucket"]
-        if bucket % 2 or block % bucket:
-            raise ConfigError(f"micro-adam: bucket must be even and divide block={block}, got {bucket}")
+        if bucket % RUN_NUMEL or block % bucket:
+            raise ConfigError(f"micro-adam: bucket must be a multiple of 8 and divide block={block}, got {bucket}")
 
     def selection(self, parameter: Parameter) -> Selection:
         """How many elements of a parameter enter the window."""
@@ -101,31 +113,23 @@ class MicroAdam(OptimizerModel):
     def state(self, parameter: Parameter, context: OptimizerContext) -> tuple[StateTensor, ...]:
         """Step counter, packed 4-bit error feedback with the range of each bucket, and the window."""
         self.state_dtype(context, own="bfloat16")
-        numel, bucket, selection = parameter.numel, self.options["bucket"], self.selection(parameter)
-        window = (self.options["window"], selection.num_selected)
-        num_buckets = -(-numel // bucket)
-        why = f"{numel} elements in buckets of {bucket}"
+        numel, block, bucket = parameter.numel, self.options["block"], self.options["bucket"]
+        selection, window = self.selection(parameter), self.options["window"]
+        buckets = (num_buckets(numel, block=block, bucket=bucket),)
+        entries, ranges = f"{window} rows x ({selection.why})", f"{numel} elements in buckets of {bucket}"
         return (
             step_counter("cpu"),
             tensor("error_feedback", (-(-numel // 2),), "uint8", why=f"{numel} codes of 4 bits"),
-            tensor("bucket_min", (num_buckets,), "bfloat16", why=why),
-            tensor("bucket_max", (num_buckets,), "bfloat16", why=why),
-            tensor("window_indices", window, "int16", why=selection.why),
-            tensor("window_values", window, "bfloat16", why=selection.why),
+            tensor("bucket_min", buckets, "bfloat16", why=ranges),
+            tensor("bucket_max", buckets, "bfloat16", why=ranges),
+            tensor("window_indices", (window * selection.num_selected,), "int16", why=entries),
+            tensor("window_values", (window * selection.num_selected,), "bfloat16", why=entries),
         )
 
     def write_step(self, timeline: TimelineBuilder, parameters: Sequence[Parameter], context: OptimizerContext) -> None:
-        """The launch table, and for every running program a row in which it gathers its candidates."""
+        """The launch table alone: candidates of the selection are gathered in the window row that they will fill."""
         del context
-        selections = [self.selection(p) for p in parameters]
-        num_blocks = sum(s.num_blocks for s in selections)
-        most = max((max(s.num_selected_block, s.num_selected_tail) for s in selections), default=0)
-        row_numel = 1 << max(most - 1, 0).bit_length()
-        table = write_launch_table(timeline, parameters, num_lists=2)
-        size = min(num_blocks, NUM_PROGRAMS) * row_numel * itemsize("int32")
-        scratch = Scratch(timeline)
-        candidates = scratch.alloc("all tensors", ("candidate groups", size))
-        scratch.free(candidates, table)
+        timeline.free(write_launch_table(timeline, parameters, num_lists=NUM_LISTS))
 
     def moved_bytes(self, parameter: Parameter, context: OptimizerContext) -> int:
         """Gradient read, parameter and error feedback read and written, the window read and one row of it written."""
@@ -135,6 +139,6 @@ class MicroAdam(OptimizerModel):
 def window_moved_bytes(model: OptimizerModel, parameter: Parameter, context: OptimizerContext) -> int:
     """The floor of MicroAdam: as by default, but only one row of the window is written."""
     window: int = model.options["window"]
-    rows = [t for t in model.state(parameter, context) if t.shape[:1] == (window,) and len(t.shape) == 2]
+    rows = [t for t in model.state(parameter, context) if t.name in _WINDOW_NAMES]
     unwritten = sum(t.num_bytes for t in rows) // window * (window - 1)
     return OptimizerModel.moved_bytes(model, parameter, context) - unwritten

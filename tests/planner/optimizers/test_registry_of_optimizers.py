@@ -86,7 +86,7 @@ MISTAKES = [
     ("micro-adam", {"density": "nan"}, MICRO + "density must be a number above 0 to 1, got 'nan'"),
     ("micro-adam", {"density": float("inf")}, MICRO + "density must be a number above 0 to 1, got inf"),
     ("micro-adam", {"density": "1e999"}, MICRO + "density must be a number above 0 to 1, got '1e999'"),
-    ("micro-adam", {"bucket": "96"}, MICRO + "bucket must be even and divide block=2048, got 96"),
+    ("micro-adam", {"bucket": "96"}, MICRO + "bucket must be a multiple of 8 and divide block=2048, got 96"),
     ("micro-adam", {"block": "32769"}, MICRO + "block must be an integer from 64 to 32768, got '32769'"),
     (
         "micro-adam",

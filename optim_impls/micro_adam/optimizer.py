@@ -1,0 +1,169 @@
+"""MicroAdam as a `torch.optim.Optimizer`: the kernels on a GPU, the reference elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from optplan.optim_impls.checks import check_at_least_zero, check_betas, check_choice
+from optplan.optim_impls.micro_adam.layout import RUN_NUMEL, Layout, layout_of
+from optplan.optim_impls.micro_adam.reference import Hyperparameters, micro_adam_step
+from optplan.optim_impls.optimizer_base import Batch, GradScale, KernelOptimizer, Member, local_tensor
+from optplan.optim_impls.rounding import mix_seed
+from optplan.optim_impls.step_counters import State
+
+STATE_NAMES = ("error_feedback", "bucket_min", "bucket_max", "window_indices", "window_values")
+ROUNDINGS = ("nearest", "stochastic")
+CORRECTIONS = ("full", "window")
+_LAYOUT_NAMES = ("block", "bucket", "window", "density")
+
+
+class MicroAdam(KernelOptimizer):
+    """Adam whose moments are rebuilt from a window of selected gradients; about one byte of state a parameter.
+
+    Each step adds to the gradient what earlier steps left over, selects the largest of each block of elements exactly,
+    puts them into the window and keeps the rest in 4-bit codes. State is a function of the shapes and these arguments
+    alone, so that a checkpoint moves between machines. A block whose accumulated gradient is not finite sits out a
+    step: its parameters and its left-over stay, and its older gradients age by one step.
+
+    With FSDP2 each rank selects among the blocks of its own shard.
+
+    Args:
+        params: Parameters or param groups.
+        lr: Learning rate. Adam's does not carry over: with `bias_correction="full"` the effective step grows about
+            6.5-fold during the first few thousand steps.
+        betas: Decay of the moments with each step of age.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled weight decay.
+        window: Gradients kept.
+        density: Part of each block that enters the window.
+        block: Elements among which the largest are selected; up to 32768.
+        bucket: Elements that share a range of the codes; a multiple of 8 that divides `block`.
+        rounding: Of the codes, `nearest` or `stochastic`.
+        bias_correction: `full` as in the paper, or `window`: by the weights the window really holds.
+        seed: Of stochastic rounding.
+        backend: `triton`, `torch`, or `auto`.
+        capturable: Not supported.
+
+    Source: Modoranu et al., MicroAdam, NeurIPS 2024, arXiv 2405.15593.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        window: int = 10,
+        density: float = 0.01,
+        block: int = 2048,
+        bucket: int = 64,
+        rounding: str = "nearest",
+        bias_correction: str = "full",
+        seed: int = 0,
+        backend: str = "auto",
+        capturable: bool = False,
+    ) -> None:
+        if capturable:
+            raise ValueError("MicroAdam reads its step counters on the host; capturable must be False, got True")
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        layout = {"window": window, "density": density, "block": block, "bucket": bucket}
+        how = {"rounding": rounding, "bias_correction": bias_correction, "seed": seed}
+        super().__init__(params, {**defaults, **layout, **how}, backend=backend, capturable=capturable)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        for name in ("lr", "eps", "weight_decay"):
+            check_at_least_zero(name, group[name])
+        check_betas(group["betas"])
+        check_choice("rounding", group["rounding"], ROUNDINGS)
+        check_choice("bias_correction", group["bias_correction"], CORRECTIONS)
+        if not 0 < group["density"] <= 1:
+            raise ValueError(f"density must be above 0 and at most 1, got {group['density']}")
+        _check_integer("window", group["window"], low=1, high=1000)
+        _check_integer("block", group["block"], low=64, high=32768)
+        block, bucket = group["block"], group["bucket"]
+        if not (isinstance(bucket, int) and bucket > 0 and bucket % RUN_NUMEL == 0 and block % bucket == 0):
+            raise ValueError(f"bucket must be a multiple of {RUN_NUMEL} and divide block={block}, got {bucket}")
+
+    def _new_state(self, parameter: torch.Tensor, group: dict[str, Any]) -> State:
+        local = local_tensor(parameter)
+        layout = _layout(local.numel(), group)
+        sizes = {
+            "error_feedback": (layout.num_codes, torch.uint8),
+            "bucket_min": (layout.num_buckets, torch.bfloat16),
+            "bucket_max": (layout.num_buckets, torch.bfloat16),
+            "window_indices": (layout.num_window, torch.int16),
+            "window_values": (layout.num_window, torch.bfloat16),
+        }
+        return {name: torch.zeros(size, dtype=dtype, device=local.device) for name, (size, dtype) in sizes.items()}
+
+    def _kernels_take(self, member: Member) -> bool:
+        from optplan.optim_impls.micro_adam.launcher import kernels_take
+
+        group = self._group_of(member)
+        return super()._kernels_take(member) and kernels_take(**{name: group[name] for name in _LAYOUT_NAMES})
+
+    def _group_of(self, member: Member) -> dict[str, Any]:
+        first = 0
+        for group in self.param_groups:
+            first += len(group["params"])
+            if member.ordinal < first:
+                return group
+        raise AssertionError("a member belongs to a group")
+
+    def _step_triton(self, batch: Batch, group: dict[str, Any], grad_scale: GradScale) -> None:
+        # Triton is not there on every machine that can run the reference.
+        from optplan.optim_impls.micro_adam.launcher import MicroAdamLaunch
+
+        launch = batch.scratch.get("launch")
+        if launch is None:
+            rows = [_lists(member) for member in batch.members]
+            ordinals = [part.ordinal for part in batch.parts]
+            launch = MicroAdamLaunch(rows, ordinals, layout=_layout(0, group), aligned=batch.aligned)
+            batch.scratch["launch"] = launch
+        launch(step=batch.step, hyper=_hyperparameters(group), seed=group["seed"], scale=grad_scale)
+
+    def _step_torch(self, batch: Batch, group: dict[str, Any], grad_scale: GradScale) -> None:
+        for member in batch.members:
+            parameter = member.parameter.contiguous().view(-1)
+            micro_adam_step(
+                parameter,
+                member.gradient.reshape(-1),
+                member.state,
+                step=batch.step,
+                layout=_layout(parameter.numel(), group),
+                hyper=_hyperparameters(group),
+                seed=mix_seed(group["seed"] & 0x7FFFFFFF, batch.step, member.ordinal),
+                scale=grad_scale,
+                dtype=torch.float64 if parameter.dtype == torch.float64 else torch.float32,
+            )
+            if parameter.data_ptr() != member.parameter.data_ptr():
+                member.parameter.copy_(parameter.view(member.parameter.shape))
+
+
+def _lists(member: Member) -> list[torch.Tensor]:
+    return [member.parameter, member.gradient, *(member.state[name] for name in STATE_NAMES)]
+
+
+def _layout(numel: int, group: dict[str, Any]) -> Layout:
+    return layout_of(numel, **{name: group[name] for name in _LAYOUT_NAMES})
+
+
+def _hyperparameters(group: dict[str, Any]) -> Hyperparameters:
+    first, second = group["betas"]
+    return Hyperparameters(
+        lr=float(group["lr"]),
+        betas=(float(first), float(second)),
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        bias_correction=group["bias_correction"],
+        rounding=group["rounding"],
+    )
+
+
+def _check_integer(name: str, value: Any, *, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{name} must be an integer from {low} to {high}, got {value}")
