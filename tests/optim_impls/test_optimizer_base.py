@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -227,3 +229,10 @@ def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
     parameter = _parameter(4)
     _step(AdamW([parameter]), parameter)
     assert capfd.readouterr() == ("", "")
+
+
+def test_classes_are_imported_when_they_are_asked_for() -> None:
+    code = "import sys, optplan.optim_impls as o; assert 'torch' not in sys.modules; assert 'AdamW' in dir(o); o.SGD"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    message = "AttributeError: module 'optplan.optim_impls' has no attribute 'SGD'"
+    assert result.stderr.strip().splitlines()[-1] == message

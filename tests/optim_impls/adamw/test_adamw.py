@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from optplan.optim_impls import AdamW
+from optplan.optim_impls.launch import TableImage
+from optplan.planner.optimizers.base import OptimizerContext
 from optplan.planner.optimizers.registry import build_optimizer
 from optplan.planner.tensors import Parameter
+from optplan.planner.timeline import Allocation, TimelineBuilder
 
 ROUNDINGS = ("nearest", "stochastic", "kahan")
 BACKENDS = ("triton", "torch")
@@ -193,3 +196,25 @@ def test_state_of_torch_goes_on_in_ours() -> None:
     target.step()
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=1e-7)
     assert int(target.state[ours[0]]["step"]) == 2
+
+
+@pytest.mark.parametrize(("rounding", "capturable", "num_lists"), [("nearest", False, 4), ("kahan", True, 6)])
+def test_the_planner_s_step_is_the_table_that_is_uploaded(rounding: str, capturable: bool, num_lists: int) -> None:
+    parameters = _parameters(torch.bfloat16)
+    optimizer = AdamW(parameters, rounding=rounding, capturable=capturable, backend="triton")
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    uploaded = []
+    with pytest.MonkeyPatch.context() as patch:
+        upload = TableImage.upload
+        patch.setattr(TableImage, "upload", lambda image: uploaded.append(upload(image)) or uploaded[-1])
+        optimizer.step()
+    model = build_optimizer("adamw", {"implementation": "optplan", "rounding": rounding, "capturable": capturable})
+    described = [Parameter(str(shape), shape, "other", "linear") for shape in SHAPES if 0 not in shape]
+    timeline = TimelineBuilder("step")
+    model.write_step(timeline, described, OptimizerContext("bfloat16", "bfloat16"))
+    planned = [event.bytes for event in timeline.events if isinstance(event, Allocation)]
+    # Six tensors of one chunk each.
+    assert [table.buffer.nbytes for table in uploaded] == planned == [6 * (num_lists + 2) * 8 + 6 * 12]
+    device = model.state(described[0], OptimizerContext("bfloat16", "bfloat16"))[0].device
+    assert device == ("device" if capturable else "cpu")
