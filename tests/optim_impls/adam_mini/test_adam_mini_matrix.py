@@ -72,7 +72,8 @@ class NoBiasNames(nn.Module):
                 "network_query.weight": "mlp", "network_query.bias": "bias",
                 "mixer.q_proj_weight": "query", "mixer.k_proj_weight": "key", "mixer.v_proj_weight": "value",
                 "mixer.in_proj_bias": "bias", "mixer.out_proj.weight": "attention_output",
-                "mixer.out_proj.bias": "bias", "choose.weight": "router", "pool.0.weight": "mlp", "pool.1.weight": "mlp", "pool.2.weight": "mlp",
+                "mixer.out_proj.bias": "bias", "choose.weight": "router",
+                "pool.0.weight": "mlp", "pool.1.weight": "mlp", "pool.2.weight": "mlp",
             },
         ),
         (
