@@ -88,7 +88,9 @@ def _last_tied(keys, indices, threshold, count, wanted, size: tl.constexpr):
         taken = wanted - _total((keys > threshold).to(tl.int32))
         tied = tl.where(keys == threshold, size - 1 - indices, -1)
         lowest, _ = _search(tied, threshold * 0 - 1, threshold * 0 + size, threshold * 0 + size, taken)
-        last = size - 1 - lowest
+        # The search may end between two indices; what it skipped here may be tied elsewhere.
+        taken_indices = tl.where((keys == threshold) & (indices < size - lowest), indices, -1)
+        last = tl.max(tl.max(taken_indices, axis=1), axis=0)
     return last
 
 
@@ -188,7 +190,8 @@ def _gather_runs(keys, run, top, indices, num_selected, NUM_RUNS: tl.constexpr):
 @triton.jit
 def _write_row(
     gradient, codes, minima, maxima, indices, values, factor, threshold, last_run, top, num_valid,
-    num_selected, SIZE: tl.constexpr, BUCKETS: tl.constexpr, KP: tl.constexpr, HAS_FACTOR: tl.constexpr, TAIL: tl.constexpr,
+    num_selected, SIZE: tl.constexpr, BUCKETS: tl.constexpr, KP: tl.constexpr, HAS_FACTOR: tl.constexpr,
+    TAIL: tl.constexpr,
 ):  # fmt: skip
     """Write the k largest elements of the gathered runs to the row.
 
