@@ -71,7 +71,7 @@ class Pool:
 
     def remove(self, block: Block) -> None:
         """Take a cached block out."""
-        del self._cached[bisect_left(self._cached, (block.size, block.address))]  # type: ignore[arg-type]
+        del self._cached[bisect_left(self._cached, (block.size, block.address))]
 
     def blocks(self) -> Iterable[Block]:
         """The cached blocks."""
@@ -83,7 +83,7 @@ class Pool:
 
     def take(self, size: int) -> Block | None:
         """Take out the smallest cached block of at least `size` bytes, the lowest of equals; None if there is none."""
-        index = bisect_left(self._cached, (size,))  # type: ignore[arg-type]
+        index = bisect_left(self._cached, (size,))
         return None if index == len(self._cached) else self._cached.pop(index)[2]
 
 
