@@ -25,7 +25,8 @@ update = dict(SIZE=2048, WP=16, P_DTYPE=tl.bfloat16, SHARED="{ .shared .align 16
 types = {"rows": "*i64", "scratch": "*i64", "chunk_offset": "*i64", "chunk_row": "*i32"}
 types |= dict.fromkeys(("seed", "step", "slot", "filled"), "i32")
 jobs = [("select", select_kernel, select, {}), ("select_128", select_kernel, select, {"maxnreg": 128}),
-        ("update", update_kernel, update | {"DECAY": False}, {}), ("decay", update_kernel, update | {"DECAY": True}, {})]
+        ("update", update_kernel, update | {"DECAY": False}, {}),
+        ("decay", update_kernel, update | {"DECAY": True}, {})]
 for name, kernel, constants, options in jobs:
     constants = common | constants
     names = kernel.arg_names
@@ -53,7 +54,7 @@ def _kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
-# Bytes of stack are spills. 16 warps of a multiprocessor fit at 128 registers, 12 at 168, where update's memory ends too.
+# Bytes of stack are spills. At 128 registers 16 warps fit a multiprocessor, at 168 12, where memory of update ends too.
 @pytest.mark.parametrize(
     ("name", "registers", "stack"), [("select", 168, 0), ("select_128", 128, 96), ("update", 168, 0), ("decay", 255, 0)]
 )
