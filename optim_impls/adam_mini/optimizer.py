@@ -131,6 +131,10 @@ class AdamMini(KernelOptimizer):
 
     def _describe(self, tensor: torch.Tensor, name: str) -> None:
         shape = tuple(tensor.shape)
+        if local_tensor(tensor) is not tensor:
+            raise ValueError(
+                f"parameter '{name}' is a DTensor; AdamMini takes whole tensors, whose blocks are not split"
+            )
         given = self._roles.get(tensor)
         if given is None:
             raise ValueError(

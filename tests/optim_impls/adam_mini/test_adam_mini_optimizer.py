@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.tensor
 import transformers
 from adam_mini import Adam_mini
 
@@ -297,3 +298,16 @@ def test_a_refused_group_leaves_the_optimizer_as_it_was() -> None:
     assert len(optimizer.param_groups) == 1
     optimizer.add_param_group({"params": [other], "roles": {other: "norm"}})
     assert [row.kind for row in optimizer.partition_table()] == ["row", "tensor"]
+
+
+def test_sharded_parameters_are_refused() -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        tensor = torch.distributed.tensor.distribute_tensor(torch.zeros(4, 6), mesh)
+        sharded = torch.nn.Parameter(tensor)
+        with pytest.raises(ValueError) as caught:
+            AdamMini([sharded], roles={sharded: "mlp"})
+    finally:
+        torch.distributed.destroy_process_group()
+    assert str(caught.value) == ("parameter '0' is a DTensor; AdamMini takes whole tensors, whose blocks are not split")
