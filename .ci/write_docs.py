@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from accuracy_page import accuracy_page
+from speed_page import speed_page
 
 if TYPE_CHECKING:
     from optplan.planner.listings import ImplementationItem
@@ -128,6 +129,7 @@ DOCUMENTS: dict[str, Callable[[], str]] = {
     "docs/estimate.svg": picture,
     "docs/accuracy.md": accuracy_page,
     "docs/cli.md": command_reference,
+    "docs/speed.md": speed_page,
     "docs/optimizers.md": optimizer_table,
     **{f"docs/schemas/{name}.json": partial(json_schema, path) for name, path in SCHEMAS.items()},
 }
