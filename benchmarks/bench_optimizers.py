@@ -114,8 +114,8 @@ def odd_pairs(dtype: torch.dtype) -> list[Pair]:
 def random_pairs(described: Sequence[Parameter], dtype: torch.dtype) -> list[Pair]:
     """Each description with random values of its shape on the GPU."""
     generator = torch.Generator("cuda").manual_seed(SEED)
-    make = lambda shape: torch.randn(shape, generator=generator, device="cuda", dtype=dtype).mul_(0.02)  # noqa: E731
-    return [(p, torch.nn.Parameter(make(p.shape))) for p in described]
+    values = [torch.randn(p.shape, generator=generator, device="cuda", dtype=dtype).mul_(0.02) for p in described]
+    return [(p, torch.nn.Parameter(value)) for p, value in zip(described, values, strict=True)]
 
 
 def renew_gradients(pairs: Sequence[Pair], *, seed: int) -> None:

@@ -68,7 +68,3 @@ class TimelineBuilder:
     def free(self, *ids: int) -> None:
         """Append the ends of allocations, in the order given."""
         self.events.extend(Free(id_, self.phase) for id_ in ids)
-
-    def transient(self, num_bytes: int, category: Category, name: str) -> None:
-        """Append an allocation that is freed at once."""
-        self.free(self.alloc(num_bytes, category, name))

@@ -20,31 +20,17 @@ from optplan.planner.step.attention import (
     repeat_kv,
     sdpa,
 )
+from optplan.planner.step.causal_lm import CausalLm
 from optplan.planner.step.decoder_config import DecoderConfig
 from optplan.planner.step.graph import Tensor
 from optplan.planner.step.norms import rms_norm
-from optplan.planner.step.options import StepOptions
 from optplan.planner.step.positions import causal_mask, find_packed_sequences, position_ids, rotary_tables, rotate
-from optplan.planner.step.tape import Tape
 
 Tables = tuple[Tensor, Tensor]
 
 
-class Decoder:
-    """A decoder at work: its configuration, how the step is run, and the tape that records it."""
-
-    def __init__(self, t: Tape, config: DecoderConfig, options: StepOptions) -> None:
-        self.t = t
-        self.c = config
-        self.o = options
-        self.num_tokens = options.batch_size * options.seq_len
-
-    def loss(self) -> Tensor:
-        """The forward pass up to the loss; everything else is let go, as when only `.loss` is read."""
-        loss, logits = self._causal_lm()
-        del logits
-        self.t.casts.clear()
-        return loss
+class Decoder(CausalLm[DecoderConfig]):
+    """A Llama-like decoder at work."""
 
     def _causal_lm(self) -> tuple[Tensor, Tensor]:
         t, c = self.t, self.c

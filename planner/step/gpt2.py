@@ -15,10 +15,9 @@ from optplan.planner.models.spec import ModelSpec
 from optplan.planner.step import operations as op
 from optplan.planner.step import projections, vocabulary
 from optplan.planner.step.attention import AttentionShape, choose_backend, eager, sdpa
+from optplan.planner.step.causal_lm import CausalLm
 from optplan.planner.step.graph import Tensor
-from optplan.planner.step.options import StepOptions
 from optplan.planner.step.positions import causal_mask, find_packed_sequences, position_ids
-from optplan.planner.step.tape import Tape
 
 
 class Gpt2Config(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,21 +54,8 @@ def gpt2_config(spec: ModelSpec) -> Gpt2Config:
     )
 
 
-class Gpt2:
-    """GPT-2 at work: its configuration, how the step is run, and the tape that records it."""
-
-    def __init__(self, t: Tape, config: Gpt2Config, options: StepOptions) -> None:
-        self.t = t
-        self.c = config
-        self.o = options
-        self.num_tokens = options.batch_size * options.seq_len
-
-    def loss(self) -> Tensor:
-        """The forward pass up to the loss; everything else is let go, as when only `.loss` is read."""
-        loss, logits = self._causal_lm()
-        del logits
-        self.t.casts.clear()
-        return loss
+class Gpt2(CausalLm[Gpt2Config]):
+    """GPT-2 at work."""
 
     def _causal_lm(self) -> tuple[Tensor, Tensor]:
         t, c = self.t, self.c

@@ -11,7 +11,7 @@ def small_step():
     timeline.alloc(1000, "parameters", "weight")
     timeline.phase = "forward"
     activation = timeline.alloc(2000, "activations", "output")
-    timeline.transient(3000, "workspace", "scratch")
+    timeline.free(timeline.alloc(3000, "workspace", "scratch"))
     timeline.phase = "backward"
     gradient = timeline.alloc(1000, "gradients", "weight gradient")
     timeline.free(activation)
@@ -43,9 +43,9 @@ def test_a_phase_begins_with_what_is_alive():
 
 def test_of_equal_peaks_the_first_counts():
     timeline = TimelineBuilder("forward")
-    timeline.transient(512, "activations", "first")
+    timeline.free(timeline.alloc(512, "activations", "first"))
     timeline.phase = "backward"
-    timeline.transient(512, "activations", "second")
+    timeline.free(timeline.alloc(512, "activations", "second"))
     result = replay(timeline.events)
     assert (result.peak_phase, result.largest[0].name) == ("forward", "first")
 

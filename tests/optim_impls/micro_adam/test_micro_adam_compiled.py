@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
-
 SCRIPT = """
 import os, subprocess, sys, triton, triton.language as tl
 from triton.backends.compiler import GPUTarget

@@ -48,7 +48,7 @@ def test_one_optimizer_leaves_nothing_behind_for_the_next() -> None:
 
 def test_temporaries_of_the_step_count_in_its_phase() -> None:
     step = TimelineBuilder("step")
-    step.transient(2**30, "optimizer_temporaries", "copy")
+    step.free(step.alloc(2**30, "optimizer_temporaries", "copy"))
     simulator = StepSimulator(GPT2, options())
     plain, larger = simulator.simulate(STATE, []), simulator.simulate(STATE, step.events)
     # To a thousandth: the segment that the copy leaves behind changes which blocks the second step finds.
