@@ -4,9 +4,10 @@
     python benchmarks/record_steps.py --out FILE --set operations --events FILE.jsonl.gz [--labels]
 
 Each case of `step_cases.toml` runs in a process of its own: the transformers model is built on the CPU without
-initialising it, moved to the GPU, and trained for three steps on random tokens with `labels = input_ids`. The peak
-counter of allocated bytes is reset before each phase of a step: forward, backward, step, zero. With gradient
-accumulation, forward and backward are those of the last micro-step.
+initialising it, moved to the GPU, and trained for three steps on random tokens with `labels = input_ids`, or on random
+images. The peak counter of allocated bytes is reset before each phase of a step: forward, backward, clip, step, zero.
+With gradient accumulation, forward and backward are those of the last micro-step. `step_training.py` says how a case
+builds its model and takes its step.
 
 With `--events`, forward and backward of the third step are also saved allocation by allocation: bytes requested, and
 the same negative where an allocation ends. With `--labels`, what made each allocation is added. Needs torch and
@@ -28,7 +29,6 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,7 @@ os.environ.setdefault("TORCH_SYMBOLIZE_MODE", "dladdr")
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.initialization import no_init_weights
+from step_training import Step, build_model
 
 CASES_FILE = Path(__file__).parent / "step_cases.toml"
 DEFAULTS = {
@@ -48,7 +47,7 @@ DEFAULTS = {
     "attention": "sdpa",
     "grad_accum": 1,
 }
-PHASES = ("forward", "backward", "step", "zero")
+PHASES = ("forward", "backward", "clip", "step", "zero")
 NUM_STEPS = 3
 _OPERATION = re.compile(r"at::_ops::(\w+?)::")
 _NODE = re.compile(r"(\w+Backward\w*|AccumulateGrad)::apply")
@@ -61,85 +60,6 @@ def read_cases(set_name: str, only: str | None) -> list[dict[str, Any]]:
     tables = tomllib.loads(CASES_FILE.read_text())
     cases = [DEFAULTS | case for case in tables["sets"][set_name]["cases"] if only in (None, case["model"])]
     return [case | {"config": tables["models"][case["model"]]} for case in cases]
-
-
-def build_model(case: dict[str, Any]) -> torch.nn.Module:
-    """The case's model on the GPU, parameters placed one by one as `module.to("cuda")` does."""
-    fields = dict(case["config"])
-    config = AutoConfig.for_model(fields.pop("model_type"), **fields, use_cache=False)
-    dtype = torch.bfloat16 if case["precision"] == "bf16" else torch.float32
-    with no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=case["attention"], dtype=dtype)
-    model.tie_weights()
-    model.to("cuda")
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.02)
-    if case["checkpointing"]:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.train()
-
-
-def build_optimizer(case: dict[str, Any], model: torch.nn.Module) -> torch.optim.Optimizer:
-    """The case's optimizer."""
-    if case["optimizer"] == "sgd":
-        return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
-    return torch.optim.AdamW(
-        model.parameters(), lr=1e-4, **{"adamw": {"fused": True}, "adamw_foreach": {"foreach": True}}[case["optimizer"]]
-    )
-
-
-def memory_now() -> dict[str, int]:
-    """Peaks since the last reset and the current allocated bytes."""
-    stats = torch.cuda.memory_stats()
-    return {
-        "peak": stats["allocated_bytes.all.peak"],
-        "cur": stats["allocated_bytes.all.current"],
-        "req_peak": stats["requested_bytes.all.peak"],
-        "res_peak": stats["reserved_bytes.all.peak"],
-    }
-
-
-class Step:
-    """Runs training steps, measuring each phase."""
-
-    def __init__(self, case: dict[str, Any], model: torch.nn.Module) -> None:
-        self.case = case
-        self.model = model
-        self.optimizer = build_optimizer(case, model)
-        self.tokens = torch.randint(0, model.config.vocab_size, (case["batch"], case["seq"]), device="cuda")
-        self.phases: dict[str, dict[str, int]] = {}
-        self.starts_us: dict[str, int] = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Measure the body as the phase `name`; a later phase of the same name replaces it."""
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        time.sleep(0.002)
-        self.starts_us[name] = time.time_ns() // 1000
-        time.sleep(0.002)
-        yield
-        torch.cuda.synchronize()
-        self.phases[name] = memory_now()
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The context in which the forward pass runs."""
-        return torch.autocast("cuda", torch.bfloat16) if self.case["precision"] == "amp" else nullcontext()
-
-    def run(self) -> dict[str, dict[str, int]]:
-        """One step; its phases."""
-        self.phases = {}
-        for _ in range(self.case["grad_accum"]):
-            with self.phase("forward"), self.autocast():
-                loss = self.model(input_ids=self.tokens, labels=self.tokens).loss
-            with self.phase("backward"):
-                loss.backward()
-            del loss
-        with self.phase("step"):
-            self.optimizer.step()
-        with self.phase("zero"):
-            self.optimizer.zero_grad(set_to_none=True)
-        return self.phases
 
 
 def measure(case: dict[str, Any], *, history: str | None) -> dict[str, Any]:
@@ -159,12 +79,7 @@ def measure(case: dict[str, Any], *, history: str | None) -> dict[str, Any]:
         torch.cuda.memory._record_memory_history(None)
     row["peak"] = max(phase["peak"] for phase in row["steps"][-1].values())
     row["reserved"] = max(phase["res_peak"] for steps in row["steps"] for phase in steps.values())
-    row["state"] = sum(
-        value.untyped_storage().nbytes()
-        for state in step.optimizer.state.values()
-        for value in state.values()
-        if torch.is_tensor(value) and value.is_cuda
-    )
+    row["state"] = step.state_bytes
     row["num_alloc_retries"] = torch.cuda.memory_stats()["num_alloc_retries"]
     return row
 
@@ -174,7 +89,8 @@ def read_events(starts_us: dict[str, int]) -> dict[str, list[Any]]:
     sizes: dict[int, int] = {}
     result: dict[str, list[Any]] = {"forward": [], "backward": [], "labels": []}
     for entry in torch.cuda.memory._snapshot()["device_traces"][0]:
-        phase = max((name for name in PHASES if entry["time_us"] >= starts_us[name]), key=PHASES.index, default=None)
+        begun = [name for name in starts_us if entry["time_us"] >= starts_us[name]]
+        phase = max(begun, key=PHASES.index, default=None)
         if entry["action"] == "alloc":
             sizes[entry["addr"]] = entry["size"]
             change = entry["size"]
@@ -182,8 +98,8 @@ def read_events(starts_us: dict[str, int]) -> dict[str, list[Any]]:
             change = -sizes.pop(entry["addr"])
         else:
             continue
-        if phase in ("forward", "backward"):
-            result[phase].append(change)
+        if phase in ("forward", "backward", "clip"):
+            result.setdefault(phase, []).append(change)
             if change >= 0:
                 result["labels"].append(describe(entry.get("frames", [])))
     return result
