@@ -51,7 +51,7 @@ def build_model(case: dict[str, Any]) -> Any:
     if case.get("fused_loss") == "liger":
         from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
 
-        kept = {name: False for name in ("rope", "rms_norm", "swiglu", "geglu", "cross_entropy")}
+        kept = dict.fromkeys(("rope", "rms_norm", "swiglu", "geglu", "cross_entropy"), False)
         _apply_liger_kernel_to_instance(model, **kept, fused_linear_cross_entropy=True)
     return model.train()
 
