@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 
 from optplan.optim_impls.checks import check_choice, check_gradient, check_parameter
 from optplan.optim_impls.exact_state import seal, unseal
+from optplan.optim_impls.fingerprint import Fingerprint, same_objects
+from optplan.optim_impls.fingerprint import local_tensor as local_tensor
 from optplan.optim_impls.launch import is_aligned
 from optplan.optim_impls.step_counters import State, StepCounters
 
@@ -84,10 +86,10 @@ class Batch:
 
 
 class _Plan(NamedTuple):
-    signature: list[Any]
+    fingerprint: Fingerprint
     parts: list[Part]
     counters: StepCounters
-    lags: list[int]
+    lags: list[float]
     batches: list[Batch]
 
 
@@ -152,6 +154,8 @@ class KernelOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not same_objects(self.state.values(), self._known_states):
+            self._reset_caches()
         first = 0
         for index, group in enumerate(self.param_groups):
             self._step_group(index, group, first, grad_scale)
@@ -197,50 +201,25 @@ class KernelOptimizer(Optimizer):
 
     def _reset_caches(self) -> None:
         self._plans: dict[int, _Plan | None] = {}
+        self._known_states: list[Any] = []
 
     def _step_group(self, index: int, group: dict[str, Any], first: int, grad_scale: GradScale) -> None:
         plan = self._plans.get(index)
-        if plan is None or plan.signature != self._signature(group):
+        if plan is None or not plan.fingerprint.holds(group["params"]):
             plan = self._plans[index] = self._new_plan(group, first)
+            self._known_states = list(self.state.values())
         if plan is None:
             return
         steps = plan.counters.advance()
-        if plan.lags != lags_of(steps):  # somebody wrote to a counter
-            plan = self._plans[index] = plan._replace(lags=lags_of(steps), batches=self._divide(plan.parts, steps))
+        if plan.lags != (lags := lags_of(steps)):  # somebody wrote to a counter
+            plan = self._plans[index] = plan._replace(lags=lags, batches=self._divide(plan.parts, steps))
         for batch in plan.batches:
-            batch.step = steps[batch.lead] if steps else 0
+            batch.step = int(steps[batch.lead]) if steps else 0
             run = self._step_triton if batch.triton else self._step_torch
             try:
                 run(batch, group, as_scale(grad_scale, batch.device))
             finally:
                 batch.release()
-
-    def _signature(self, group: dict[str, Any]) -> list[Any]:
-        """All that a plan rests on: where each tensor lies, and what may change of a gradient in the same place.
-
-        It is made at every step for every parameter, so it is written for speed.
-        """
-        signature: list[Any] = []
-        add, state, plain, strided = signature.append, self.state, torch.Tensor, torch.strided
-        for parameter in group["params"]:
-            gradient = parameter.grad
-            if gradient is None:
-                add(None)
-                continue
-            values = state[parameter].values()
-            if gradient.layout is not strided:
-                check_gradient(type(self).__name__, gradient)
-            add(gradient.dtype)
-            if type(gradient) is plain:
-                add(parameter.data_ptr())
-                add(gradient.data_ptr())
-                add(gradient.is_contiguous())
-            else:
-                local = local_tensor(gradient)
-                signature += (_address(parameter), local.data_ptr(), local.is_contiguous())
-            for value in values:
-                add(value.data_ptr() if type(value) is plain else _address(value))
-        return signature
 
     def _new_plan(self, group: dict[str, Any], first: int) -> _Plan | None:
         parts = []
@@ -255,15 +234,16 @@ class KernelOptimizer(Optimizer):
         if not parts:
             return None
         counters = StepCounters([part.state for part in parts])
-        steps = [] if self.defaults["capturable"] else [int(part.state["step"]) for part in parts]
-        return _Plan(self._signature(group), parts, counters, lags_of(steps), self._divide(parts, steps))
+        steps = [] if self.defaults["capturable"] else [float(part.state["step"]) for part in parts]
+        fingerprint = Fingerprint(type(self).__name__, group["params"], [part.state for part in parts])
+        return _Plan(fingerprint, parts, counters, lags_of(steps), self._divide(parts, steps))
 
     def _fill(self, state: State, parameter: torch.Tensor, group: dict[str, Any]) -> None:
         device = parameter.device if self.defaults["capturable"] else "cpu"
         state["step"] = torch.zeros((), dtype=torch.float32, device=device)
         state.update(self._new_state(parameter, group))
 
-    def _divide(self, parts: Sequence[Part], steps: list[int]) -> list[Batch]:
+    def _divide(self, parts: Sequence[Part], steps: Sequence[float]) -> list[Batch]:
         batches: dict[tuple[Any, ...], Batch] = {}
         seen: dict[tuple[Any, int], int] = {}
         for place, part in enumerate(parts):
@@ -275,7 +255,7 @@ class KernelOptimizer(Optimizer):
             # Parameters over the same memory must not meet in one launch; they follow each other as in a loop.
             where = (member.parameter.device, member.parameter.data_ptr())
             seen[where] = turn = seen.get(where, -1) + 1
-            step = steps[place] if steps else 0
+            step = int(steps[place]) if steps else 0
             key = (turn, triton, aligned, step, member.parameter.device, *(tensor.dtype for tensor in tensors))
             batch = batches.setdefault(key, Batch(lead=place, triton=triton, aligned=aligned))
             batch.parts.append(part)
@@ -298,20 +278,16 @@ def member_of(part: Part) -> Member:
     return Member(local_tensor(part.parameter), local_tensor(gradient), part.state, part.ordinal)
 
 
-def lags_of(steps: list[int]) -> list[int]:
-    """How far each counter is ahead of the first."""
+def lags_of(steps: Sequence[float]) -> list[float]:
+    """How far each counter is ahead of the first; empty if none is."""
+    if not steps or steps.count(steps[0]) == len(steps):
+        return []
     return [step - steps[0] for step in steps]
 
 
 def interpreted() -> bool:
     """Whether Triton runs its kernels in the CPU interpreter."""
     return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """A DTensor's shard on this rank, anything else as it is."""
-    to_local = getattr(tensor, "_local_tensor", None)
-    return tensor if to_local is None else to_local
 
 
 def tensors_of(state: State) -> list[torch.Tensor]:
@@ -327,12 +303,6 @@ def as_scale(grad_scale: GradScale, device: torch.device) -> GradScale:
     if scale.numel() != 1:
         raise ValueError(f"grad_scale must be a scalar, got shape {tuple(scale.shape)}")
     return scale.to(device=device, dtype=torch.float32, non_blocking=True).view(())
-
-
-def _address(value: Any) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
-    return local_tensor(value).data_ptr()
 
 
 def _as_list(params: Any) -> Any:

@@ -25,7 +25,7 @@ class StepCounters:
         for state, view in zip(states, self._flat.unbind(), strict=True):
             state["step"] = view
 
-    def advance(self) -> list[int]:
+    def advance(self) -> list[float]:
         """Add one step to every counter and return them; none for counters on a GPU, which are not read back."""
         self._flat.add_(1)
-        return [] if self._flat.is_cuda else list(map(int, self._flat.tolist()))
+        return [] if self._flat.is_cuda else self._flat.tolist()
