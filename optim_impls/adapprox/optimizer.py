@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,10 +18,13 @@ from optplan.optim_impls.adapprox.reference import (
     seeded_sketch,
     updated,
 )
+from optplan.optim_impls.adapprox.sharded import RowBatch, step_by_rows
 from optplan.optim_impls.adapprox.subspace import step_matrix, uniform_start
 from optplan.optim_impls.checks import check_at_least_zero, check_betas, check_choice
-from optplan.optim_impls.optimizer_base import Batch, GradScale, KernelOptimizer, Member, local_tensor
+from optplan.optim_impls.fingerprint import local_tensor
+from optplan.optim_impls.optimizer_base import Batch, GradScale, KernelOptimizer, Member, Part, member_of
 from optplan.optim_impls.rounding import mix_seed
+from optplan.optim_impls.sharding import divide_apart, row_shards
 from optplan.optim_impls.step_counters import State
 from optplan.planner.optimizers.adapprox import max_rank
 from optplan.planner.optimizers.adapprox_layout import MAX_KERNEL_RANK, MatrixLayout
@@ -35,6 +39,10 @@ class Adapprox(KernelOptimizer):
     A matrix keeps Q `[rows, rank]` and U `[columns, rank]`; a tensor of more dimensions counts as `[first, rest]`; a
     vector, or a matrix with one row or column, keeps its second moment whole. Factors and second moments are fp32 (fp64
     for fp64 parameters): in bf16 a second moment cannot decay at beta2 = 0.999. There is no bias correction.
+
+    With FSDP2 the fast mode factors the whole matrix: each rank keeps its rows of Q and of the first moment, and all of
+    U, which is the same on every rank; sums over rows are added up over the ranks, in four collectives for all matrices
+    together. A step is that of one process up to the order of fp32 sums, and a checkpoint loads on any number of ranks.
 
     Args:
         params: Parameters or param groups.
@@ -98,19 +106,36 @@ class Adapprox(KernelOptimizer):
 
     def _new_state(self, parameter: torch.Tensor, group: dict[str, Any]) -> State:
         state: State = {}
+        shards = row_shards(parameter, optimizer="Adapprox")
+        if shards is not None and group["mode"] == "paper":
+            raise ValueError(
+                f"mode='paper' takes whole tensors, got one of shape {shards.shape} on {shards.num_ranks} ranks; "
+                f"use mode='fast'"
+            )
         if group["betas"][0]:
             state["exp_avg"] = torch.zeros_like(parameter, dtype=group["state_dtype"] or parameter.dtype)
         local = local_tensor(parameter)
-        dtype, shape = _working_dtype(parameter), _matrix_shape(local)
+        dtype, shape = _working_dtype(parameter), _matrix_shape(parameter)
         if shape is None:
             return state | {"exp_avg_sq": torch.zeros_like(parameter, dtype=dtype)}
         rank, largest = group["rank"], max_rank(*shape)
         width = min(rank, largest) if isinstance(rank, int) else largest
-        state["q_factor"] = local.new_zeros(shape[0], width, dtype=dtype)
+        q = local.new_zeros(local.shape[0], width, dtype=dtype)
+        state["q_factor"] = q if shards is None else shards.join(q, shape[0])
         state["u_factor"] = local.new_zeros(shape[1], width, dtype=dtype)
         if group["mode"] == "paper":
             state["rank"] = 0
         return state
+
+    def _divide(self, parts: Sequence[Part], steps: Sequence[float]) -> list[Batch]:
+        return divide_apart(
+            parts,
+            steps,
+            apart=lambda part: row_shards(part.parameter, optimizer="Adapprox") is not None,
+            divide=super()._divide,
+            new_batch=lambda part, place: RowBatch(lead=place, triton=self._use_triton(member_of(part)), aligned=False),
+            kind=lambda part: "q_factor" in part.state and part.state["q_factor"].shape[1],
+        )
 
     def _kernels_take(self, member: Member) -> bool:
         q = member.state.get("q_factor")
@@ -121,6 +146,9 @@ class Adapprox(KernelOptimizer):
         # Triton is not there on every machine that can run the reference.
         from optplan.optim_impls.adapprox.launcher import Numbers, step_matrices, step_vectors
 
+        if isinstance(batch, RowBatch):
+            step_by_rows(batch, _rates(group, lr=float(group["lr"])), seed=group["seed"], grad_scale=grad_scale)
+            return
         lr = group["lr"] if self.defaults["capturable"] else float(group["lr"])
         numbers = Numbers(_rates(group), lr, grad_scale)
         if "q_factor" in batch.members[0].state:
@@ -130,6 +158,9 @@ class Adapprox(KernelOptimizer):
 
     def _step_torch(self, batch: Batch, group: dict[str, Any], grad_scale: GradScale) -> None:
         rates = _rates(group, lr=float(group["lr"]))
+        if isinstance(batch, RowBatch):
+            step_by_rows(batch, rates, seed=group["seed"], grad_scale=grad_scale)
+            return
         for member in batch.members:
             step = batch.step or int(member.state["step"])
             gradient = member.gradient if grad_scale is None else member.gradient * grad_scale

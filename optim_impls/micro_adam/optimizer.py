@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from optplan.optim_impls.checks import check_at_least_zero, check_betas, check_choice
+from optplan.optim_impls.fingerprint import local_tensor
 from optplan.optim_impls.micro_adam.layout import RUN_NUMEL, Layout, layout_of
 from optplan.optim_impls.micro_adam.reference import Hyperparameters, micro_adam_step
-from optplan.optim_impls.optimizer_base import Batch, GradScale, KernelOptimizer, Member, local_tensor
+from optplan.optim_impls.optimizer_base import Batch, GradScale, KernelOptimizer, Member, Part, member_of
 from optplan.optim_impls.rounding import mix_seed
+from optplan.optim_impls.sharding import GatheredBatch, RowShards, divide_apart, row_shards
 from optplan.optim_impls.step_counters import State
 
 STATE_NAMES = ("error_feedback", "bucket_min", "bucket_max", "window_indices", "window_values")
@@ -27,7 +30,11 @@ class MicroAdam(KernelOptimizer):
     alone, so that a checkpoint moves between machines. A block whose accumulated gradient is not finite sits out a
     step: its parameters and its left-over stay, and its older gradients age by one step.
 
-    With FSDP2 each rank selects among the blocks of its own shard.
+    With FSDP2 the blocks stay those of the whole tensor: training does not depend on the number of ranks, but for the
+    noise of stochastic rounding, which counts from the start of a shard. Where all ranks hold as many rows, and these
+    are whole blocks, a rank steps on its own and keeps its part of the state: DTensors of the whole tensor's state,
+    `1 / ranks` of its bytes on each. Other tensors (short vectors, uneven rows) have their gradients gathered in one
+    collective, and every rank keeps their whole state. Either way a checkpoint loads on any number of ranks.
 
     Args:
         params: Parameters or param groups.
@@ -89,8 +96,10 @@ class MicroAdam(KernelOptimizer):
             raise ValueError(f"bucket must be a multiple of {RUN_NUMEL} and divide block={block}, got {bucket}")
 
     def _new_state(self, parameter: torch.Tensor, group: dict[str, Any]) -> State:
+        shards = row_shards(parameter, optimizer="MicroAdam")
+        apart = shards is not None and not _whole_blocks(shards, group)
         local = local_tensor(parameter)
-        layout = _layout(local.numel(), group)
+        layout = _layout(parameter.numel() if apart else local.numel(), group)
         sizes = {
             "error_feedback": (layout.num_codes, torch.uint8),
             "bucket_min": (layout.num_buckets, torch.bfloat16),
@@ -98,7 +107,20 @@ class MicroAdam(KernelOptimizer):
             "window_indices": (layout.num_window, torch.int16),
             "window_values": (layout.num_window, torch.bfloat16),
         }
-        return {name: torch.zeros(size, dtype=dtype, device=local.device) for name, (size, dtype) in sizes.items()}
+        state = {name: torch.zeros(size, dtype=dtype, device=local.device) for name, (size, dtype) in sizes.items()}
+        if shards is None or apart:
+            return state
+        return {name: shards.join(own, own.shape[0] * shards.num_ranks) for name, own in state.items()}
+
+    def _divide(self, parts: Sequence[Part], steps: Sequence[float]) -> list[Batch]:
+        return divide_apart(parts, steps, apart=self._is_gathered, divide=super()._divide, new_batch=self._new_gathered)
+
+    def _is_gathered(self, part: Part) -> bool:
+        shards = row_shards(part.parameter, optimizer="MicroAdam")
+        return shards is not None and not _whole_blocks(shards, self._group_of(part))
+
+    def _new_gathered(self, part: Part, place: int) -> Batch:
+        return GatheredBatch(lead=place, triton=self._use_triton(member_of(part)))
 
     def _kernels_take(self, member: Member) -> bool:
         from optplan.optim_impls.micro_adam.launcher import kernels_take
@@ -106,7 +128,7 @@ class MicroAdam(KernelOptimizer):
         group = self._group_of(member)
         return super()._kernels_take(member) and kernels_take(**{name: group[name] for name in _LAYOUT_NAMES})
 
-    def _group_of(self, member: Member) -> dict[str, Any]:
+    def _group_of(self, member: Member | Part) -> dict[str, Any]:
         first = 0
         for group in self.param_groups:
             first += len(group["params"])
@@ -132,7 +154,7 @@ class MicroAdam(KernelOptimizer):
             micro_adam_step(
                 parameter,
                 member.gradient.reshape(-1),
-                member.state,
+                {name: local_tensor(member.state[name]) for name in STATE_NAMES},
                 step=batch.step,
                 layout=_layout(parameter.numel(), group),
                 hyper=_hyperparameters(group),
@@ -145,7 +167,12 @@ class MicroAdam(KernelOptimizer):
 
 
 def _lists(member: Member) -> list[torch.Tensor]:
-    return [member.parameter, member.gradient, *(member.state[name] for name in STATE_NAMES)]
+    return [member.parameter, member.gradient, *(local_tensor(member.state[name]) for name in STATE_NAMES)]
+
+
+def _whole_blocks(shards: RowShards, group: dict[str, Any]) -> bool:
+    """Whether every rank's rows are whole blocks, and as many."""
+    return shards.equal and shards.rows_per_rank * shards.columns % int(group["block"]) == 0
 
 
 def _layout(numel: int, group: dict[str, Any]) -> Layout:
