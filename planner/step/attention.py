@@ -126,7 +126,9 @@ def _fused(
     seeds = [t.new(1, "int64", "random state", "workspace") for _ in range(2)] if backend == "cudnn" else []
     out = t.new(shape.numel, dtype, "attention output", permuted=q.permuted and backend != "efficient")
     rows = round_up(shape.seq, 32) if backend == "efficient" else shape.seq
-    log_sums = t.new(shape.batch * shape.heads * rows, "float32", "attention log-sums")
+    # The efficient kernel and cuDNN leave the log-sums out where no graph will ask for them.
+    num_sums = shape.batch * shape.heads * rows if t.keeps_graph or backend == "flash" else 0
+    log_sums = t.new(num_sums, "float32", "attention log-sums")
     if backend == "cudnn":
         t.scratch(256, operation="attention workspace")
     if backend == "flash":

@@ -1,33 +1,77 @@
-"""What every model with a language-model head shares when its step is recorded."""
+"""What all models share when their step is recorded: how layers are run, and what is left when the loss is there."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from optplan.planner.step import projections, vocabulary
+from optplan.planner.step.fused_losses import liger_cross_entropy
 from optplan.planner.step.graph import Tensor
 from optplan.planner.step.options import StepOptions
 from optplan.planner.step.tape import Tape
 
 Config = TypeVar("Config")
+RECOMPUTED = "recomputed"
+"""Last word of the kind of a layer that selective checkpointing recomputes."""
 
 
-class CausalLm(ABC, Generic[Config]):
-    """A model at work: its configuration, how the step is run, and the tape that records it."""
+class StepModel(ABC, Generic[Config]):
+    """A model at work: its configuration, how the step is run, and the tape that records it.
 
-    def __init__(self, t: Tape, config: Config, options: StepOptions) -> None:
+    Attributes:
+        kinds: Kind of each recorded layer, as `layer_kinds` gives them.
+    """
+
+    def __init__(self, t: Tape, config: Config, kinds: tuple[str, ...], options: StepOptions) -> None:
         self.t = t
         self.c = config
+        self.kinds = kinds
         self.o = options
         self.num_tokens = options.batch_size * options.seq_len
 
     def loss(self) -> Tensor:
         """The forward pass up to the loss; everything else is let go, as when only `.loss` is read."""
-        loss, logits = self._causal_lm()
+        loss, logits = self._loss_and_logits()
         del logits
         self.t.casts.clear()
         return loss
 
     @abstractmethod
-    def _causal_lm(self) -> tuple[Tensor, Tensor]:
-        """The loss and the logits, as the transformers class returns them."""
+    def _loss_and_logits(self) -> tuple[Tensor, Tensor | None]:
+        """The loss and the logits, as the transformers class returns them; None if the loss is made without."""
+
+    def language_loss(self, hidden: Tensor, width: int, vocab: int, *, name: str) -> tuple[Tensor, Tensor | None]:
+        """The loss of next-token prediction, and the logits if they are made.
+
+        Args:
+            hidden: What the output head is given.
+            width: Its elements a token.
+            vocab: Rows of the head's weight.
+            name: The head's weight, which is the embedding's where they are tied.
+        """
+        if self.o.fused_loss == "liger":
+            return liger_cross_entropy(self.t, hidden, width, vocab, name=name, options=self.o), None
+        self.t.path = "lm_head"
+        logits = self._capped(projections.output_head(self.t, hidden, width, vocab, name=name))
+        return vocabulary.cross_entropy(self.t, logits, self.o.batch_size, self.o.seq_len), logits
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        """The logits as they go into the loss."""
+        return logits
+
+    def run_layer(self, layer: int, run: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        """The layer's output, checkpointed as the options say."""
+        self.t.enter(layer)
+        checkpointing = self.o.checkpointing
+        if checkpointing == "full-reentrant":
+            return self.t.checkpoint_whole(run, hidden)
+        if checkpointing == "full" or self.kinds[layer].endswith(RECOMPUTED):
+            return self.t.checkpoint(run, hidden)
+        return run(hidden)
+
+
+def kind_of(kind: str) -> str:
+    """The kind of layer without what is said about its checkpointing."""
+    return kind.split(" ")[0]

@@ -20,7 +20,7 @@ from optplan.planner.step.attention import (
     repeat_kv,
     sdpa,
 )
-from optplan.planner.step.causal_lm import CausalLm
+from optplan.planner.step.causal_lm import StepModel, kind_of
 from optplan.planner.step.decoder_config import DecoderConfig
 from optplan.planner.step.graph import Tensor
 from optplan.planner.step.norms import rms_norm
@@ -29,21 +29,19 @@ from optplan.planner.step.positions import causal_mask, find_packed_sequences, p
 Tables = tuple[Tensor, Tensor]
 
 
-class Decoder(CausalLm[DecoderConfig]):
+class Decoder(StepModel[DecoderConfig]):
     """A Llama-like decoder at work."""
 
-    def _causal_lm(self) -> tuple[Tensor, Tensor]:
-        t, c = self.t, self.c
-        hidden = self._model()
-        t.path = "lm_head"
-        name = "model.embed_tokens.weight" if c.tied else "lm_head.weight"
-        logits = projections.output_head(t, hidden, c.hidden, c.vocab, name=name)
-        if c.caps_logits:
-            logits = op.scale(t, logits, "logits over cap")
-            logits = op.pointwise(t, logits, "tanh", saves_output=True)
-            logits = op.scale(t, logits, "capped logits")
-        loss = vocabulary.cross_entropy(t, logits, self.o.batch_size, self.o.seq_len)
-        return loss, logits
+    def _loss_and_logits(self) -> tuple[Tensor, Tensor | None]:
+        name = "model.embed_tokens.weight" if self.c.tied else "lm_head.weight"
+        return self.language_loss(self._model(), self.c.hidden, self.c.vocab, name=name)
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        if not self.c.caps_logits:
+            return logits
+        logits = op.scale(self.t, logits, "logits over cap")
+        logits = op.pointwise(self.t, logits, "tanh", saves_output=True)
+        return op.scale(self.t, logits, "capped logits")
 
     def _model(self) -> Tensor:
         t, c, seq = self.t, self.c, self.o.seq_len
@@ -54,11 +52,10 @@ class Decoder(CausalLm[DecoderConfig]):
         tables = {
             kind: rotary_tables(t, seq, c.rotary_width, self._rotary_dtype(hidden.dtype)) for kind in c.rotary_kinds
         }
-        for layer, kind in enumerate(c.layer_kinds):
-            t.enter(layer)
+        for layer, kind in enumerate(map(kind_of, self.kinds)):
             rope = tables.get(kind) or tables[""]
             run = partial(self._layer_at, positions=positions, rope=rope, mask=masks[kind])
-            hidden = t.checkpoint(run, hidden) if self.o.checkpointing == "full" else run(hidden)
+            hidden = self.run_layer(layer, run, hidden)
             del run, rope
         t.enter(None)
         hidden = rms_norm(t, hidden, "model.norm", c.hidden, c.norm)

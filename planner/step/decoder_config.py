@@ -25,7 +25,6 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
         rotary_width: Elements of a head that are rotated.
         rotates_in_float32: Whether queries and keys are rotated in fp32 and cast back.
         rotary_kinds: Kinds of layer with rotary tables of their own, or one empty name.
-        layer_kinds: Kind of each layer: its mask.
         mask_kinds: Kinds of mask, in the order in which they are made.
         window: Sliding window in tokens.
         norm: How the norms are computed.
@@ -50,7 +49,6 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
     rotary_width: int
     rotates_in_float32: bool
     rotary_kinds: tuple[str, ...]
-    layer_kinds: tuple[str, ...]
     mask_kinds: tuple[str, ...]
     window: int | None
     norm: NormStyle
@@ -74,7 +72,7 @@ def decoder_config(spec: ModelSpec) -> DecoderConfig:
     """The decoder that `spec` describes."""
     family, c = spec.model_type, spec.config
     names = {parameter.name for parameter in spec.parameters}
-    kinds = _layer_kinds(spec)
+    kinds = decoder_layers(spec)
     return DecoderConfig(
         hidden=c["hidden_size"],
         intermediate=c["intermediate_size"],
@@ -90,7 +88,6 @@ def decoder_config(spec: ModelSpec) -> DecoderConfig:
         rotary_width=2 * c["rotary_width"] if family == "phi3" else c["head_dim"],
         rotates_in_float32=family == "olmo2",
         rotary_kinds=tuple(dict.fromkeys(kinds)) if family == "gemma3_text" else ("",),
-        layer_kinds=kinds,
         mask_kinds=_mask_kinds(family, kinds),
         window=c.get("sliding_window"),
         norm="gemma" if family in _GEMMAS else "olmo2" if family == "olmo2" else "llama",
@@ -107,7 +104,8 @@ def decoder_config(spec: ModelSpec) -> DecoderConfig:
     )
 
 
-def _layer_kinds(spec: ModelSpec) -> tuple[str, ...]:
+def decoder_layers(spec: ModelSpec) -> tuple[str, ...]:
+    """Kind of each layer: the mask that its attention takes."""
     if "layer_types" in spec.config:
         return tuple(spec.config["layer_types"])
     windowed = spec.model_type in _WINDOW_FOR_ALL and spec.config.get("sliding_window") is not None

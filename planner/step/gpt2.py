@@ -15,7 +15,7 @@ from optplan.planner.models.spec import ModelSpec
 from optplan.planner.step import operations as op
 from optplan.planner.step import projections, vocabulary
 from optplan.planner.step.attention import AttentionShape, choose_backend, eager, sdpa
-from optplan.planner.step.causal_lm import CausalLm
+from optplan.planner.step.causal_lm import StepModel
 from optplan.planner.step.graph import Tensor
 from optplan.planner.step.positions import causal_mask, find_packed_sequences, position_ids
 
@@ -26,7 +26,6 @@ class Gpt2Config(msgspec.Struct, frozen=True, kw_only=True):
     hidden: int
     intermediate: int
     heads: int
-    num_layers: int
     vocab: int
     num_positions: int
     tied: bool
@@ -43,7 +42,6 @@ def gpt2_config(spec: ModelSpec) -> Gpt2Config:
         hidden=c["n_embd"],
         intermediate=c["n_inner"],
         heads=c["n_head"],
-        num_layers=c["n_layer"],
         vocab=c["vocab_size"],
         num_positions=c["n_positions"],
         tied=c["tie_word_embeddings"],
@@ -54,17 +52,12 @@ def gpt2_config(spec: ModelSpec) -> Gpt2Config:
     )
 
 
-class Gpt2(CausalLm[Gpt2Config]):
+class Gpt2(StepModel[Gpt2Config]):
     """GPT-2 at work."""
 
-    def _causal_lm(self) -> tuple[Tensor, Tensor]:
-        t, c = self.t, self.c
-        hidden = self._model()
-        t.path = "lm_head"
-        name = "transformer.wte.weight" if c.tied else "lm_head.weight"
-        logits = projections.output_head(t, hidden, c.hidden, c.vocab, name=name)
-        loss = vocabulary.cross_entropy(t, logits, self.o.batch_size, self.o.seq_len)
-        return loss, logits
+    def _loss_and_logits(self) -> tuple[Tensor, Tensor | None]:
+        name = "transformer.wte.weight" if self.c.tied else "lm_head.weight"
+        return self.language_loss(self._model(), self.c.hidden, self.c.vocab, name=name)
 
     def _model(self) -> Tensor:
         t, c, batch, seq = self.t, self.c, self.o.batch_size, self.o.seq_len
@@ -77,10 +70,9 @@ class Gpt2(CausalLm[Gpt2Config]):
         mask = self._mask(embedded)
         t.path = "transformer.drop"
         hidden = op.dropout(t, hidden, c.embedding_dropout)
-        for layer in range(c.num_layers):
-            t.enter(layer)
+        for layer in range(len(self.kinds)):
             run = partial(self._block, mask=mask, positions=positions)
-            hidden = t.checkpoint(run, hidden) if self.o.checkpointing == "full" else run(hidden)
+            hidden = self.run_layer(layer, run, hidden)
             del run
         t.enter(None)
         t.path = "transformer.ln_f"

@@ -164,7 +164,8 @@ def gelu_new(t: Tape, x: Tensor) -> Tensor:
     inner = add(t, x, scale(t, power(t, cast(t, x, "float32") if t.autocast else x), "scaled cube"), "inner sum")
     inner = scale(t, inner, "argument of tanh")
     inner = pointwise(t, inner, "tanh", saves_output=True)
-    return multiply(t, half, add_constant(t, inner), "output")
+    inner = add_constant(t, inner)
+    return multiply(t, half, inner, "output")
 
 
 def softmax(t: Tape, x: Tensor, operation: str = "softmax") -> Tensor:

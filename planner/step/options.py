@@ -7,8 +7,9 @@ import msgspec
 from optplan.planner.dtypes import Dtype
 from optplan.planner.errors import ConfigError, unknown
 
-CHECKPOINTINGS = ("none", "full")
+CHECKPOINTINGS = ("none", "full", "full-reentrant", "selective")
 ATTENTIONS = ("sdpa", "eager", "flash")
+FUSED_LOSSES = ("none", "liger", "chunked")
 _PARAMETER_DTYPES: dict[str, Dtype] = {
     "bf16": "bfloat16",
     "fp32": "float32",
@@ -31,9 +32,15 @@ class StepOptions(msgspec.Struct, frozen=True, kw_only=True):
         batch_size: Sequences in one micro-batch.
         seq_len: Tokens in one sequence.
         precision: bf16, fp32, amp, mixed (as bf16: the master weights are the optimizer's) or fp16-amp.
-        checkpointing: `none`, or `full`: every layer is recomputed (transformers, `use_reentrant=False`).
+        checkpointing: `none`; `full`: every layer is recomputed (transformers, `use_reentrant=False`);
+            `full-reentrant`: the same with `use_reentrant=True`; `selective`: every second layer (`every_n_layers=2`).
         attention: `sdpa`, `eager` or `flash`, as transformers' `attn_implementation`.
         grad_accum: Micro-batches of one step; above 1, gradients exist before the last one, which is described.
+        fused_loss: `none`; `liger`: Liger's fused linear cross entropy; `chunked`: torch's
+            `F.linear_cross_entropy` with the default `LinearCrossEntropyOptions`.
+        step_in_backward: Whether the optimizer takes each parameter's step as soon as its gradient is there.
+        keep_grads: Whether `zero_grad` keeps the gradients' memory (`set_to_none=False`).
+        padding_mask: Whether the model is given a padding mask that hides some tokens.
         compute_capability: Of the GPU; it decides the attention kernel and the size of cuBLAS' workspaces.
         sm_count: Multiprocessors of the GPU; they decide how some sums are split, a matter of a few MiB. By compute
             capability if None.
@@ -45,6 +52,10 @@ class StepOptions(msgspec.Struct, frozen=True, kw_only=True):
     checkpointing: str = "none"
     attention: str = "sdpa"
     grad_accum: int = 1
+    fused_loss: str = "none"
+    step_in_backward: bool = False
+    keep_grads: bool = False
+    padding_mask: bool = False
     compute_capability: tuple[int, int] = HOPPER
     sm_count: int | None = None
 
@@ -57,6 +68,16 @@ class StepOptions(msgspec.Struct, frozen=True, kw_only=True):
     def autocast_dtype(self) -> Dtype | None:
         """Dtype of matrix products under `torch.autocast`, None without it."""
         return _AUTOCASTS.get(self.precision)
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether the parameters have gradients before the forward, to which backward adds."""
+        return self.grad_accum > 1 or self.keep_grads
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether backward runs some layers' forward again."""
+        return self.checkpointing != "none"
 
     @property
     def resident_threads(self) -> int:
@@ -74,17 +95,19 @@ def check_options(options: StepOptions) -> None:
     for name, value, known in (
         ("precision", options.precision, tuple(_PARAMETER_DTYPES)),
         ("attention", options.attention, ATTENTIONS),
+        ("checkpointing", options.checkpointing, CHECKPOINTINGS),
+        ("fused_loss", options.fused_loss, FUSED_LOSSES),
     ):
         if value not in known:
             raise unknown(name, value, known)
-    if options.checkpointing == "selective":
-        raise ConfigError("checkpointing 'selective' is not modelled by the step rules; allowed: none, full")
-    if options.checkpointing not in CHECKPOINTINGS:
-        raise unknown("checkpointing", options.checkpointing, CHECKPOINTINGS)
     counts = {"batch_size": options.batch_size, "seq_len": options.seq_len, "grad_accum": options.grad_accum}
     for name, count in counts.items():
         if count < 1:
             raise ConfigError(f"{name} must be at least 1, got {count}")
+    if options.step_in_backward and options.has_gradients:
+        raise ConfigError(
+            "step_in_backward uses each gradient up as it comes, so that grad_accum must be 1 and keep_grads off"
+        )
     _check_flash(options)
 
 

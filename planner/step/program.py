@@ -7,7 +7,7 @@ without writing the timeline out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, get_args
 
 from optplan.planner.allocator import ROUNDING
@@ -85,10 +85,10 @@ class Program:
     Attributes:
         tape: The record.
         plan: How the recorded layers stand for the model's.
-        layer_name: Dotted name of a layer, with `{}` for its number.
+        layer_name: From a layer's number to its dotted name.
     """
 
-    def __init__(self, tape: Tape, plan: LayerPlan, layer_name: str) -> None:
+    def __init__(self, tape: Tape, plan: LayerPlan, layer_name: Callable[[int], str]) -> None:
         self.tape = tape
         self.plan = plan
         self.layer_name = layer_name
@@ -156,7 +156,7 @@ class Program:
 
     def _prefix(self, index: int, shift: int) -> str:
         layer = self.tape.segments[index].layer
-        return "" if layer is None else self.layer_name.format(layer + shift) + "."
+        return "" if layer is None else self.layer_name(layer + shift) + "."
 
     def _owners(self) -> list[tuple[int, int]]:
         """The segment in which each recorded allocation was made, and its position there; by id."""
@@ -176,7 +176,7 @@ class Program:
             repeats = range(self.plan.repeats) if self.plan.repeating(layer) else (0,)
             for repeat in repeats:
                 shift = self.plan.period * repeat if self.plan.repeating(layer) else self._tail_shift(layer)
-                full_name = f"{self.layer_name.format(layer + shift)}.{name}"
+                full_name = f"{self.layer_name(layer + shift)}.{name}"
                 gradients[full_name] = ids[self._place(segment, shift)][position]
         return gradients
 

@@ -50,7 +50,7 @@ def surroundings(spec: ModelSpec, options: StepOptions) -> Iterator[tuple[str, i
     size = _HOPPER_WORKSPACE if options.compute_capability == HOPPER else _WORKSPACE
     for thread in ("forward", "backward"):
         yield f"cuBLAS workspace of the {thread}", size, "workspace"
-        if _adds_bias(spec) and (thread == "forward" or options.checkpointing == "full"):
+        if _adds_bias(spec) and (thread == "forward" or options.recomputes):
             yield f"cuBLASLt workspace of the {thread}", _LT_WORKSPACE, "workspace"
 
 
@@ -65,10 +65,10 @@ def gradient_tensors(spec: ModelSpec, options: StepOptions) -> Iterator[tuple[st
 
 
 def surrounding_use(spec: ModelSpec, options: StepOptions) -> dict[Category, int]:
-    """Rounded bytes by category of the surroundings and, with gradient accumulation, of the gradients made before."""
+    """Rounded bytes by category of the surroundings and of gradients that exist before the forward."""
     use: dict[Category, int] = {}
     for _, num_bytes, category in surroundings(spec, options):
         use[category] = use.get(category, 0) + round_up(num_bytes, ROUNDING)
-    if options.grad_accum > 1:
+    if options.has_gradients:
         use["gradients"] = sum(round_up(num_bytes, ROUNDING) for _, num_bytes in gradient_tensors(spec, options))
     return use

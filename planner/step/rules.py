@@ -11,10 +11,7 @@ import msgspec
 from optplan.planner.errors import ConfigError, unknown
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.step.attention import WIDEST_FUSED_HEAD
-from optplan.planner.step.decoder import Decoder
-from optplan.planner.step.decoder_config import DECODERS, decoder_config
-from optplan.planner.step.gpt2 import Gpt2, gpt2_config
-from optplan.planner.step.graph import Tensor
+from optplan.planner.step.families import FAMILIES
 from optplan.planner.step.operations import ACTIVATIONS
 from optplan.planner.step.options import StepOptions, check_options
 from optplan.planner.step.program import CATEGORIES, LayerPlan, Program, plan_layers
@@ -33,7 +30,7 @@ __all__ = [
     "write_load",
 ]
 
-RULED_FAMILIES = (*DECODERS, "gpt2")
+RULED_FAMILIES = tuple(FAMILIES)
 """The `model_type`s whose step is described."""
 
 
@@ -79,7 +76,7 @@ def check_step(spec: ModelSpec, options: StepOptions) -> None:
         raise ConfigError(
             f"{spec.name} sets reorder_and_upcast_attn, which the step rules do not model; use attention sdpa"
         )
-    activation = config["activation_function"] if spec.model_type == "gpt2" else config["hidden_act"]
+    activation = config[FAMILIES[spec.model_type].activation]
     if activation not in ACTIVATIONS:
         raise unknown("activation for the step rules", activation, ACTIVATIONS)
 
@@ -96,35 +93,24 @@ def record_step(spec: ModelSpec, options: StepOptions, *, compressed: bool = Tru
         ConfigError: The family has no step rules, or the options do not suit it.
     """
     check_step(spec, options)
+    family = FAMILIES[spec.model_type]
     tape = Tape(
         resident_threads=options.resident_threads,
         parameter_dtype=options.parameter_dtype,
         autocast=options.autocast_dtype,
-        keeps_gradients=options.grad_accum > 1,
+        keeps_gradients=options.has_gradients,
+        drops_gradients=options.step_in_backward,
     )
-    kinds = layer_kinds(spec)
+    kinds = family.layer_kinds(spec, options)
     plan = plan_layers(kinds) if compressed else LayerPlan(0, 0, 1, len(kinds))
-    tape.backward(_loss(tape, spec, plan.recorded_kinds(kinds), options))
-    return Program(tape, plan, "transformer.h.{}" if spec.model_type == "gpt2" else "model.layers.{}")
-
-
-def layer_kinds(spec: ModelSpec) -> tuple[str, ...]:
-    """A name for each layer; layers of the same name are alike."""
-    if spec.model_type == "gpt2":
-        return ("block",) * int(spec.config["n_layer"])
-    return decoder_config(spec).layer_kinds
-
-
-def _loss(tape: Tape, spec: ModelSpec, kinds: tuple[str, ...], options: StepOptions) -> Tensor:
-    if spec.model_type == "gpt2":
-        return Gpt2(tape, msgspec.structs.replace(gpt2_config(spec), num_layers=len(kinds)), options).loss()
-    return Decoder(tape, msgspec.structs.replace(decoder_config(spec), layer_kinds=kinds), options).loss()
+    tape.backward(family.model(tape, family.config(spec), plan.recorded_kinds(kinds), options).loss())
+    return Program(tape, plan, family.layer_name(spec))
 
 
 def write_forward_backward(timeline: TimelineBuilder, spec: ModelSpec, options: StepOptions) -> dict[str, int]:
     """Append the forward and backward of the last micro-step.
 
-    With gradient accumulation the gradients, which exist before, are appended first, in the timeline's current phase.
+    Gradients that exist before are appended first, in the timeline's current phase.
 
     Returns:
         The ids of the gradients by parameter name, in the order of the parameters, for whoever frees them.
@@ -136,7 +122,7 @@ def write_forward_backward(timeline: TimelineBuilder, spec: ModelSpec, options: 
     kept = {
         name: timeline.alloc(num_bytes, "gradients", f"{name} gradient")
         for name, num_bytes in gradient_tensors(spec, options)
-        if options.grad_accum > 1
+        if options.has_gradients
     }
     made = program.write(timeline)
     return kept or {parameter.name: made[parameter.name] for parameter in spec.unique_parameters}

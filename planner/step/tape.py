@@ -5,7 +5,7 @@ and leaves a `Node` that knows what the operation's backward allocates and which
 keeps and drops its variables where the modelling code does: see `graph` for how memory ends.
 
 Source: pytorch `torch/csrc/autograd/engine.cpp` (order of the nodes, `validate_outputs`), `input_buffer.cpp` (in-place
-accumulation), `functions/accumulate_grad.h`, `torch/utils/checkpoint.py` (non-reentrant recomputation).
+accumulation), `functions/accumulate_grad.h`, `torch/utils/checkpoint.py` (recomputation, reentrant or not).
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class Tape:
         parameter_dtype: Dtype of the parameters.
         autocast: Dtype in which matrix products run under `torch.autocast`, None outside it.
         casts: Parameters that autocast has cast already.
+        keeps_graph: Whether operations leave a graph; not so inside a checkpoint that is recomputed as a whole.
     """
 
     def __init__(
@@ -59,8 +60,17 @@ class Tape:
         parameter_dtype: Dtype,
         autocast: Dtype | None = None,
         keeps_gradients: bool = False,
+        drops_gradients: bool = False,
     ) -> None:
-        """Start empty; with `keeps_gradients`, parameters have gradients already and new ones are added to them."""
+        """Start empty.
+
+        Args:
+            resident_threads: As the attribute.
+            parameter_dtype: As the attribute.
+            autocast: As the attribute.
+            keeps_gradients: Whether parameters have gradients already, to which new ones are added.
+            drops_gradients: Whether each gradient is used up as soon as it is there.
+        """
         self.parameter_dtype = parameter_dtype
         self.autocast = autocast
         self.casts: dict[tuple[int | None, str], Tensor] = {}
@@ -72,7 +82,9 @@ class Tape:
         self.path = ""
         self.category: Category = "activations"
         self.resident_threads = resident_threads
+        self.keeps_graph = True
         self._keeps_gradients = keeps_gradients
+        self._drops_gradients = drops_gradients
         self._parameters: dict[tuple[int | None, str], Node] = {}
         self._sequence = 0
         self._frame: Checkpoint | None = None
@@ -133,6 +145,8 @@ class Tape:
         self._sequence += 1
         node = Node(self._sequence, rule, num_outputs)
         node.layer, node.path, node.category = self.layer, self.path, self.category
+        if not self.keeps_graph:
+            return node
         for tensor in inputs:
             edge = tensor.node
             node.edges.append(None if edge is None else (edge, tensor.output))
@@ -145,7 +159,7 @@ class Tape:
 
     def save(self, node: Node, saved: Sequence[Tensor]) -> None:
         """Keep more for a node's backward: results, once they are made."""
-        if not saved:
+        if not saved or not self.keeps_graph:
             return
         storages = [tensor.storage for tensor in saved]
         if self._recomputing is not None:
@@ -165,6 +179,36 @@ class Tape:
         self._frame = None
         return output
 
+    def checkpoint_whole(self, function: Callable[[Tensor], Tensor], argument: Tensor) -> Tensor:
+        """Run `function` without a graph; backward will run it again from end to end, then that graph backward."""
+        held = [argument.storage]
+        numel, dtype = argument.numel, argument.dtype
+
+        def backward(gradients: list[Tensor]) -> list[Tensor]:
+            return [self._recompute_whole(function, Tensor(held.pop(), numel, dtype), gradients[0])]
+
+        node = self.node([argument], backward)
+        self.keeps_graph = False
+        output = function(argument)
+        self.keeps_graph = True
+        return Tensor(output.storage, output.numel, output.dtype, node, 0, output.permuted)
+
+    def _recompute_whole(self, function: Callable[[Tensor], Tensor], argument: Tensor, gradient: Tensor) -> Tensor:
+        found: list[Tensor] = []
+
+        def keep(gradients: list[Tensor]) -> tuple[()]:
+            found.append(gradients[0])
+            return ()
+
+        self.category = "activations"
+        argument.node = Node(LAST, keep, 1)
+        output = function(argument)
+        self.casts.clear()
+        assert output.node is not None
+        hold(output.node, output.output, gradient)
+        self._run_from(output.node)
+        return found.pop()
+
     def _keep_recomputed(self, frame: Checkpoint, storages: list[Storage | None]) -> None:
         assert frame.recomputed is not None
         frame.recomputed += storages
@@ -179,14 +223,17 @@ class Tape:
         self.path, self.category = loss.node.path, loss.node.category
         seed = self.new(1, loss.dtype, "gradient")
         hold(loss.node, 0, seed)
-        ready = [loss.node]
+        self._run_from(loss.node)
+        # The parameters' nodes refer to the tape: without them it ends when nothing else refers to it.
+        self._parameters.clear()
+
+    def _run_from(self, last: Node) -> None:
+        ready = [last]
         while ready:
             node = heappop(ready)
             if node.layer != self.layer and node.sequence != LAST:
                 self.enter(node.layer)
             self._run(node, ready)
-        # The parameters' nodes refer to the tape: without them it ends when nothing else refers to it.
-        self._parameters.clear()
 
     def _run(self, node: Node, ready: list[Node]) -> None:
         recomputed = self._unpack(node)
@@ -241,7 +288,10 @@ class Tape:
 
     def _keep_gradient(self, key: tuple[int | None, str], gradients: list[Tensor]) -> tuple[()]:
         if not self._keeps_gradients:
-            self.gradients[key] = gradients[0]
+            gradient = gradients[0]
+            self.gradients[key] = (
+                gradient if not self._drops_gradients else Tensor(None, gradient.numel, gradient.dtype)
+            )
         return ()
 
     def _unpack(self, node: Node) -> list[Storage | None]:

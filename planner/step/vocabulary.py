@@ -56,21 +56,32 @@ def cross_entropy(t: Tape, logits: Tensor, batch: int, seq: int) -> Tensor:
     """
     t.path, t.category = "loss", "logits_and_loss"
     logits = cast(t, logits, "float32")
+    padded, labels = shifted_labels(t, batch, seq)
+    loss = token_cross_entropy(t, logits, labels)
+    del logits, padded
+    return loss
+
+
+def shifted_labels(t: Tape, batch: int, seq: int) -> tuple[Tensor, Tensor]:
+    """The labels with one more at the end of each sequence, and those without the first."""
     padded = t.new(batch * (seq + 1), "int64", "padded labels")
     # Shifting the labels of a single sequence leaves them contiguous: no copy.
-    labels = padded if batch == 1 else t.new(batch * seq, "int64", "shifted labels")
-    numel = logits.numel
-    node = t.node([logits], lambda _: [t.new(numel, "float32", "gradient of the logits")])
-    log_probabilities = t.new(numel, "float32", "log-softmax")
+    return padded, padded if batch == 1 else t.new(batch * seq, "int64", "shifted labels")
+
+
+def token_cross_entropy(t: Tape, logits: Tensor, labels: Tensor | None) -> Tensor:
+    """`F.cross_entropy(logits, labels)`; None stands for labels that are resident."""
+    numel, dtype = logits.numel, logits.dtype
+    node = t.node([logits], lambda _: [t.new(numel, dtype, "gradient of the logits")])
+    log_probabilities = t.new(numel, dtype, "log-softmax")
     log_probabilities.node = node
     t.save(node, [log_probabilities])
 
     def backward(_: list[Tensor]) -> list[Tensor]:
-        return [t.new(numel, "float32", "gradient of the log-softmax")]
+        return [t.new(numel, dtype, "gradient of the log-softmax")]
 
-    node = t.node([log_probabilities], backward, [log_probabilities, labels])
-    loss, weight = t.new(1, "float32", "loss"), t.new(1, "float32", "number of labels")
+    node = t.node([log_probabilities], backward, [log_probabilities, *([] if labels is None else [labels])])
+    loss, weight = t.new(1, dtype, "loss"), t.new(1, dtype, "number of labels")
     loss.node = node
     t.save(node, [weight])
-    del logits, padded
     return loss

@@ -107,10 +107,11 @@ def test_a_family_without_rules_is_refused():
         ),
         (
             LLAMA,
-            {"checkpointing": "selective"},
-            "checkpointing 'selective' is not modelled by the step rules; allowed: none, full",
+            {"step_in_backward": True, "grad_accum": 2},
+            "step_in_backward uses each gradient up as it comes, so that grad_accum must be 1 and keep_grads off",
         ),
         (LLAMA, {"checkpointing": "ful"}, "unknown checkpointing 'ful'; nearest: full"),
+        (LLAMA, {"fused_loss": "lige"}, "unknown fused_loss 'lige'; nearest: liger"),
         (LLAMA, {"attention": "spda"}, "unknown attention 'spda'; nearest: sdpa"),
         (LLAMA, {"precision": "fp8"}, "unknown precision 'fp8'; nearest: fp32"),
         (LLAMA, {"batch_size": 0}, "batch_size must be at least 1, got 0"),

@@ -1,0 +1,71 @@
+"""The families whose step is described: how each is recorded, by `model_type`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from optplan.planner.models.spec import ModelSpec
+from optplan.planner.step.causal_lm import RECOMPUTED, StepModel
+from optplan.planner.step.decoder import Decoder
+from optplan.planner.step.decoder_config import DECODERS, decoder_config, decoder_layers
+from optplan.planner.step.gpt2 import Gpt2, gpt2_config
+from optplan.planner.step.options import StepOptions
+from optplan.planner.step.tape import Tape
+
+LayerName = Callable[[int], str]
+
+
+class StepFamily(msgspec.Struct, frozen=True, kw_only=True):
+    """How the models of one family are recorded.
+
+    Attributes:
+        model: The class that takes the step.
+        config: What it needs to know about a model.
+        layers: A name for each layer of a model; layers of the same name are alike.
+        layer_name: The dotted name of a layer.
+        activation: Field that names the activation of the MLPs.
+    """
+
+    model: Callable[[Tape, Any, tuple[str, ...], StepOptions], StepModel[Any]]
+    config: Callable[[ModelSpec], Any]
+    layers: Callable[[ModelSpec], tuple[str, ...]]
+    layer_name: Callable[[ModelSpec], LayerName]
+    activation: str = "hidden_act"
+
+    def layer_kinds(self, spec: ModelSpec, options: StepOptions) -> tuple[str, ...]:
+        """A name for each layer that also says whether it alone is recomputed.
+
+        Selective checkpointing recomputes every second layer, beginning with the first.
+
+        Source: transformers `PreTrainedModel.gradient_checkpointing_enable` (`every_n_layers=2`).
+        """
+        kinds = self.layers(spec)
+        if options.checkpointing != "selective":
+            return kinds
+        return tuple(kind if index % 2 else f"{kind} {RECOMPUTED}" for index, kind in enumerate(kinds))
+
+
+def _alike(field: str) -> Callable[[ModelSpec], tuple[str, ...]]:
+    return lambda spec: ("block",) * int(spec.config[field])
+
+
+def _named(pattern: str) -> Callable[[ModelSpec], LayerName]:
+    return lambda spec: pattern.format
+
+
+_DECODER = StepFamily(model=Decoder, config=decoder_config, layers=decoder_layers, layer_name=_named("model.layers.{}"))
+
+FAMILIES: dict[str, StepFamily] = {
+    **dict.fromkeys(DECODERS, _DECODER),
+    "gpt2": StepFamily(
+        model=Gpt2,
+        config=gpt2_config,
+        layers=_alike("n_layer"),
+        layer_name=_named("transformer.h.{}"),
+        activation="activation_function",
+    ),
+}
+"""By `model_type`."""
