@@ -15,6 +15,7 @@ from optplan.planner.dtypes import ITEMSIZE_BYTES, Dtype
 from optplan.planner.step import kernels
 from optplan.planner.step.graph import Tensor
 from optplan.planner.step.operations import add_constant, cast, dropout, pointwise, promote, scale, softmax
+from optplan.planner.step.options import StepOptions
 from optplan.planner.step.projections import batched_product, clone, expanded
 from optplan.planner.step.tape import Tape
 from optplan.planner.units import round_up
@@ -77,6 +78,43 @@ def choose_backend(dtype: Dtype, shape: AttentionShape, *, masked: bool, capabil
     if shape.kv_heads != shape.heads or (dtype == "bfloat16" and not ampere):
         return "math"
     return "efficient"
+
+
+def attend(
+    t: Tape,
+    options: StepOptions,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    shape: AttentionShape,
+    mask: Tensor | None,
+    *,
+    drop: float = 0.0,
+    capped: bool = False,
+    upcast: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention as the model's configuration asks for it: the result with its heads joined, and eager's weights.
+
+    Args:
+        t: The tape.
+        options: How the step is run.
+        qkv: Queries, keys and values.
+        shape: Sizes; keys and values have `kv_heads` heads.
+        mask: What `masks` made: booleans, or numbers for eager attention.
+        drop: Probability with which an attention weight is dropped.
+        capped: Whether eager attention caps the scores by a tanh first.
+        upcast: Whether eager attention asks for its softmax in fp32.
+    """
+    if options.attention == "eager":
+        return eager(t, qkv, shape, mask, drop=drop, capped=capped, upcast=upcast)
+    q, k, v = qkv
+    del qkv
+    if options.attention == "flash":
+        return sdpa(t, (q, k, v), shape, "flash", drops=drop > 0), None
+    if shape.copies > 1 and (mask is not None or shape.width > WIDEST_FUSED_HEAD):
+        k, v = repeat_kv(t, k, shape, "keys"), repeat_kv(t, v, shape, "values")
+        shape = msgspec.structs.replace(shape, kv_heads=shape.heads)
+    dtype = t.autocast or q.dtype
+    backend = choose_backend(dtype, shape, masked=mask is not None, capability=options.compute_capability)
+    return sdpa(t, (q, k, v), shape, backend, mask=mask, drops=drop > 0), None
 
 
 def sdpa(
@@ -247,7 +285,7 @@ def eager(
     t: Tape,
     qkv: tuple[Tensor, Tensor, Tensor],
     shape: AttentionShape,
-    mask: Tensor,
+    mask: Tensor | None,
     *,
     drop: float = 0.0,
     capped: bool = False,
@@ -259,7 +297,7 @@ def eager(
         t: The tape.
         qkv: Queries, keys and values.
         shape: Sizes; keys and values have `kv_heads` heads.
-        mask: What is added to the scores.
+        mask: What is added to the scores, if anything is.
         drop: Probability with which an attention weight is dropped.
         capped: Whether the scores are capped by a tanh first.
         upcast: Whether the softmax is asked for in fp32.
@@ -272,7 +310,8 @@ def eager(
         weights = scale(t, weights, "scores over cap")
         weights = pointwise(t, weights, "tanh", saves_output=True)
         weights = scale(t, weights, "capped scores")
-    weights = add_constant(t, weights, promote(weights.dtype, mask.dtype), "masked attention scores")
+    if mask is not None:
+        weights = add_constant(t, weights, promote(weights.dtype, mask.dtype), "masked attention scores")
     if upcast:
         weights = cast(t, softmax(t, cast(t, weights, "float32"), "attention weights in float32"), q.dtype)
     else:

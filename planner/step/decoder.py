@@ -12,19 +12,13 @@ from functools import partial
 from optplan.planner.dtypes import Dtype
 from optplan.planner.step import operations as op
 from optplan.planner.step import projections, vocabulary
-from optplan.planner.step.attention import (
-    WIDEST_FUSED_HEAD,
-    AttentionShape,
-    choose_backend,
-    eager,
-    repeat_kv,
-    sdpa,
-)
+from optplan.planner.step.attention import AttentionShape, attend
 from optplan.planner.step.causal_lm import StepModel, kind_of
-from optplan.planner.step.decoder_config import DecoderConfig
+from optplan.planner.step.decoder_config import SLIDING, DecoderConfig
 from optplan.planner.step.graph import Tensor
+from optplan.planner.step.masks import causal_mask
 from optplan.planner.step.norms import rms_norm
-from optplan.planner.step.positions import causal_mask, find_packed_sequences, position_ids, rotary_tables, rotate
+from optplan.planner.step.positions import position_ids, rotary_tables, rotate
 
 Tables = tuple[Tensor, Tensor]
 
@@ -75,22 +69,10 @@ class Decoder(StepModel[DecoderConfig]):
 
     def _masks(self, dtype: Dtype) -> dict[str, Tensor | None]:
         """The mask of each kind of layer; none where the kernel knows that attention is causal."""
-        masks: dict[str, Tensor | None] = {}
-        for kind in self.c.mask_kinds:
-            self.t.path = "mask"
-            window = self.c.window if kind == "sliding_attention" else None
-            needed = self.o.attention == "eager" or (
-                self.o.attention == "sdpa" and window is not None and self.o.seq_len >= window
-            )
-            masks[kind] = None
-            if self.o.attention != "flash":
-                find_packed_sequences(self.t, self.o.batch_size, self.o.seq_len)
-            if needed:
-                numbers = dtype if self.o.attention == "eager" else None
-                masks[kind] = causal_mask(
-                    self.t, self.o.batch_size, self.o.seq_len, window=window is not None, numbers=numbers
-                )
-        return masks
+        return {
+            kind: causal_mask(self.t, self.o, dtype, window=self.c.window if kind == SLIDING else None)
+            for kind in self.c.mask_kinds
+        }
 
     def _layer_at(self, hidden: Tensor, *, positions: Tensor, rope: Tables, mask: Tensor | None) -> Tensor:
         del positions  # a checkpointed layer holds on to them
@@ -150,7 +132,8 @@ class Decoder(StepModel[DecoderConfig]):
         q, k, v = self._fused_projections(hidden) if c.is_fused else self._projections(hidden)
         t.path = "self_attn"
         q, k = self._rotated(q, k, rope)
-        out, weights = self._attend(q, k, v, mask)
+        shape = AttentionShape(self.o.batch_size, self.o.seq_len, c.heads, c.kv_heads, c.head_dim)
+        out, weights = attend(t, self.o, (q, k, v), shape, mask, drop=c.attention_dropout, capped=c.caps_scores)
         if out.permuted:
             out = projections.clone(t, out, "attention output with its heads joined")
         t.path = "self_attn.o_proj"
@@ -215,19 +198,3 @@ class Decoder(StepModel[DecoderConfig]):
         return projections.part(self.t, x, turned, heads=heads), projections.part(
             self.t, x, x.numel - turned, heads=heads
         )
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        t, c = self.t, self.c
-        shape = AttentionShape(self.o.batch_size, self.o.seq_len, c.heads, c.kv_heads, c.head_dim)
-        if self.o.attention == "eager":
-            assert mask is not None
-            return eager(t, (q, k, v), shape, mask, drop=c.attention_dropout, capped=c.caps_scores)
-        if self.o.attention == "flash":
-            return sdpa(t, (q, k, v), shape, "flash", drops=c.attention_dropout > 0), None
-        if shape.copies > 1 and (mask is not None or c.head_dim > WIDEST_FUSED_HEAD):
-            k, v = repeat_kv(t, k, shape, "keys"), repeat_kv(t, v, shape, "values")
-            shape = AttentionShape(shape.batch, shape.seq, shape.heads, shape.heads, shape.width)
-        backend = choose_backend(
-            t.autocast or q.dtype, shape, masked=mask is not None, capability=self.o.compute_capability
-        )
-        return sdpa(t, (q, k, v), shape, backend, mask=mask, drops=c.attention_dropout > 0), None

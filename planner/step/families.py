@@ -15,8 +15,6 @@ from optplan.planner.step.gpt2 import Gpt2, gpt2_config
 from optplan.planner.step.options import StepOptions
 from optplan.planner.step.tape import Tape
 
-LayerName = Callable[[int], str]
-
 
 class StepFamily(msgspec.Struct, frozen=True, kw_only=True):
     """How the models of one family are recorded.
@@ -25,14 +23,14 @@ class StepFamily(msgspec.Struct, frozen=True, kw_only=True):
         model: The class that takes the step.
         config: What it needs to know about a model.
         layers: A name for each layer of a model; layers of the same name are alike.
-        layer_name: The dotted name of a layer.
+        layer_name: From a layer's number to its dotted name.
         activation: Field that names the activation of the MLPs.
     """
 
     model: Callable[[Tape, Any, tuple[str, ...], StepOptions], StepModel[Any]]
     config: Callable[[ModelSpec], Any]
     layers: Callable[[ModelSpec], tuple[str, ...]]
-    layer_name: Callable[[ModelSpec], LayerName]
+    layer_name: Callable[[int], str]
     activation: str = "hidden_act"
 
     def layer_kinds(self, spec: ModelSpec, options: StepOptions) -> tuple[str, ...]:
@@ -52,11 +50,7 @@ def _alike(field: str) -> Callable[[ModelSpec], tuple[str, ...]]:
     return lambda spec: ("block",) * int(spec.config[field])
 
 
-def _named(pattern: str) -> Callable[[ModelSpec], LayerName]:
-    return lambda spec: pattern.format
-
-
-_DECODER = StepFamily(model=Decoder, config=decoder_config, layers=decoder_layers, layer_name=_named("model.layers.{}"))
+_DECODER = StepFamily(model=Decoder, config=decoder_config, layers=decoder_layers, layer_name="model.layers.{}".format)
 
 FAMILIES: dict[str, StepFamily] = {
     **dict.fromkeys(DECODERS, _DECODER),
@@ -64,7 +58,7 @@ FAMILIES: dict[str, StepFamily] = {
         model=Gpt2,
         config=gpt2_config,
         layers=_alike("n_layer"),
-        layer_name=_named("transformer.h.{}"),
+        layer_name="transformer.h.{}".format,
         activation="activation_function",
     ),
 }

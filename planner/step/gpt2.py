@@ -14,10 +14,11 @@ import msgspec
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.step import operations as op
 from optplan.planner.step import projections, vocabulary
-from optplan.planner.step.attention import AttentionShape, choose_backend, eager, sdpa
+from optplan.planner.step.attention import AttentionShape, attend
 from optplan.planner.step.causal_lm import StepModel
 from optplan.planner.step.graph import Tensor
-from optplan.planner.step.positions import causal_mask, find_packed_sequences, position_ids
+from optplan.planner.step.masks import causal_mask
+from optplan.planner.step.positions import position_ids
 
 
 class Gpt2Config(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,7 +68,7 @@ class Gpt2(StepModel[Gpt2Config]):
         t.path = "transformer.wpe"
         placed = vocabulary.embedding(t, seq, c.num_positions, c.hidden, [positions])
         hidden = op.add(t, embedded, placed, "sum of the embeddings")
-        mask = self._mask(embedded)
+        mask = causal_mask(t, self.o, embedded.dtype)
         t.path = "transformer.drop"
         hidden = op.dropout(t, hidden, c.embedding_dropout)
         for layer in range(len(self.kinds)):
@@ -79,15 +80,6 @@ class Gpt2(StepModel[Gpt2Config]):
         hidden = op.layer_norm(t, hidden, c.hidden)
         del embedded, placed, positions, mask, batch
         return hidden
-
-    def _mask(self, embedded: Tensor) -> Tensor | None:
-        """The mask that eager attention adds; the kernels know that attention is causal."""
-        if self.o.attention == "flash":
-            return None
-        find_packed_sequences(self.t, self.o.batch_size, self.o.seq_len)
-        if self.o.attention == "sdpa":
-            return None
-        return causal_mask(self.t, self.o.batch_size, self.o.seq_len, window=False, numbers=embedded.dtype)
 
     def _block(self, hidden: Tensor, *, mask: Tensor | None, positions: Tensor) -> Tensor:
         del positions  # a checkpointed block holds on to them
@@ -115,20 +107,11 @@ class Gpt2(StepModel[Gpt2Config]):
         )
         q, k, v = (projections.split_heads(t, x) for x in (q, k, v))
         t.path = "attn"
-        out, weights = self._attend(q, k, v, mask)
+        shape = AttentionShape(self.o.batch_size, self.o.seq_len, c.heads, c.heads, c.hidden // c.heads)
+        out, weights = attend(t, self.o, (q, k, v), shape, mask, drop=c.attention_dropout, upcast=False)
         t.path = "attn.c_proj"
         out = projections.conv1d(t, out, c.hidden, c.hidden)
         return op.dropout(t, out, c.residual_dropout), weights
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        t, c = self.t, self.c
-        shape = AttentionShape(self.o.batch_size, self.o.seq_len, c.heads, c.heads, c.hidden // c.heads)
-        if mask is not None:
-            return eager(t, (q, k, v), shape, mask, drop=c.attention_dropout, upcast=False)
-        backend = choose_backend(t.autocast or q.dtype, shape, masked=False, capability=self.o.compute_capability)
-        if self.o.attention == "flash":
-            backend = "flash"
-        return sdpa(t, (q, k, v), shape, backend, drops=c.attention_dropout > 0), None
 
     def _mlp(self, hidden: Tensor) -> Tensor:
         t, c = self.t, self.c

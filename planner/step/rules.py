@@ -104,7 +104,7 @@ def record_step(spec: ModelSpec, options: StepOptions, *, compressed: bool = Tru
     kinds = family.layer_kinds(spec, options)
     plan = plan_layers(kinds) if compressed else LayerPlan(0, 0, 1, len(kinds))
     tape.backward(family.model(tape, family.config(spec), plan.recorded_kinds(kinds), options).loss())
-    return Program(tape, plan, family.layer_name(spec))
+    return Program(tape, plan, family.layer_name)
 
 
 def write_forward_backward(timeline: TimelineBuilder, spec: ModelSpec, options: StepOptions) -> dict[str, int]:
