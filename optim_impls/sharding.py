@@ -209,7 +209,9 @@ def gather_whole(local: Sequence[torch.Tensor], shards: Sequence[RowShards]) -> 
     filled = [slot[: rows.numel()] for slot, rows in zip(torch.split(sent, widths), local, strict=True)]
     torch._foreach_copy_(filled, [rows.reshape(-1) for rows in local])
     received = sent.new_empty(ranks, sent.numel())
-    dist.all_gather_into_tensor(received.view(-1), sent, group=shards[0].group)
+    # torch 2.13 renamed it, and warns at the old name.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(received.view(-1), sent, group=shards[0].group)
     whole = _pieces([one.numel for one in shards], like=sent)
     targets, sources = [], []
     for tensor, columns, width in zip(whole, torch.split(received, widths, dim=1), widths, strict=True):
