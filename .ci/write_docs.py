@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from optplan.planner.listings import ImplementationItem
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("estimate", "explain", "models", "gpus", "optimizers", "published")
+COMMANDS = ("estimate", "explain", "compare", "show", "models", "gpus", "optimizers", "published")
 
 
 def picture() -> str:
@@ -67,6 +67,8 @@ def command_reference() -> str:
 SCHEMAS = {
     "estimate": "optplan.planner.records:EstimateReport",
     "explain": "optplan.planner.explanation:Explanation",
+    "compare": "optplan.planner.comparison:Comparison",
+    "measurement": "optplan.planner.measurement:Measurement",
     "models": "optplan.planner.listings:ModelListing",
     "gpus": "optplan.planner.listings:GpuListing",
     "optimizers": "optplan.planner.listings:OptimizerListing",

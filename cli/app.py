@@ -7,12 +7,14 @@ from typing import Annotated
 import typer
 
 from optplan import __version__
+from optplan.commands.compare import compare
 from optplan.commands.estimate import estimate
 from optplan.commands.explain import explain
 from optplan.commands.gpus import gpus
 from optplan.commands.models import models
 from optplan.commands.optimizers import optimizers
 from optplan.commands.published import published
+from optplan.commands.show import show
 
 app = typer.Typer(
     name="optplan",
@@ -23,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (estimate, explain, models, gpus, optimizers, published):
+for command in (estimate, explain, compare, show, models, gpus, optimizers, published):
     app.command()(command)
 
 

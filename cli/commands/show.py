@@ -1,0 +1,34 @@
+"""`optplan show`: a saved record, a measurement beside what today's rules say of the same step."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from optplan import options, output
+
+
+def show(
+    record: Annotated[str, typer.Argument(metavar="RECORD", help="File that --json, --out or profile have written.")],
+    json: options.Json = False,
+) -> None:
+    """Show a saved record.
+
+    An estimate as it was printed; a measured or traced step beside today's estimate of it, with the differences.
+    """
+    from optplan.planner.measurement import Measurement
+    from optplan.planner.record_files import load_record
+
+    loaded = load_record(record)
+    if json:
+        output.print_json(loaded)
+    elif isinstance(loaded, Measurement):
+        from optplan.planner.expectation import hold_against_rules
+        from optplan.reports.terminal.compare import render_comparison
+
+        output.print_terminal(render_comparison, hold_against_rules(loaded))
+    else:
+        from optplan.reports.terminal.estimate import render_estimate
+
+        output.print_terminal(render_estimate, loaded)
