@@ -8,10 +8,13 @@ from typing import Any
 import msgspec
 
 from optplan.planner.models.spec import ModelSpec
+from optplan.planner.step.bert import Bert, bert_config
 from optplan.planner.step.causal_lm import RECOMPUTED, StepModel
 from optplan.planner.step.decoder import Decoder
 from optplan.planner.step.decoder_config import DECODERS, decoder_config, decoder_layers
 from optplan.planner.step.gpt2 import Gpt2, gpt2_config
+from optplan.planner.step.gpt_neox import GptNeox, gpt_neox_config
+from optplan.planner.step.opt import Opt, opt_config
 from optplan.planner.step.options import StepOptions
 from optplan.planner.step.tape import Tape
 
@@ -59,6 +62,28 @@ FAMILIES: dict[str, StepFamily] = {
         config=gpt2_config,
         layers=_alike("n_layer"),
         layer_name="transformer.h.{}".format,
+        activation="activation_function",
+    ),
+    "gpt_neox": StepFamily(
+        model=GptNeox,
+        config=gpt_neox_config,
+        layers=_alike("num_hidden_layers"),
+        layer_name="gpt_neox.layers.{}".format,
+    ),
+    **{
+        name: StepFamily(
+            model=Bert,
+            config=bert_config,
+            layers=_alike("num_hidden_layers"),
+            layer_name=f"{name}.encoder.layer.{{}}".format,
+        )
+        for name in ("bert", "roberta")
+    },
+    "opt": StepFamily(
+        model=Opt,
+        config=opt_config,
+        layers=_alike("num_hidden_layers"),
+        layer_name="model.decoder.layers.{}".format,
         activation="activation_function",
     ),
 }

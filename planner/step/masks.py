@@ -14,7 +14,13 @@ from optplan.planner.step.tape import Tape
 
 
 def causal_mask(
-    t: Tape, options: StepOptions, dtype: Dtype, *, window: int | None = None, finds_packed: bool = True
+    t: Tape,
+    options: StepOptions,
+    dtype: Dtype,
+    *,
+    window: int | None = None,
+    finds_packed: bool = True,
+    has_ones: bool = False,
 ) -> Tensor | None:
     """What `create_causal_mask` returns: None where the attention kernel knows by itself that attention is causal.
 
@@ -24,19 +30,21 @@ def causal_mask(
         dtype: Dtype of the hidden states, in which eager attention adds the mask.
         window: Sliding window in tokens, if attention looks through one.
         finds_packed: Whether the model gives its positions, so that restarts in them are looked for.
+        has_ones: Whether the model makes a padding mask that hides nothing where it is given none.
     """
     t.path = "mask"
     if options.attention == "flash":
         return None
     batch, seq = options.batch_size, options.seq_len
-    padding = _padding(t, options)
+    padding = _padding(t, options, has_ones=has_ones)
     if padding is None and finds_packed:
         _find_packed_sequences(t, batch, seq)
     fits = window is None or seq < window
     if options.attention == "sdpa" and fits:
-        if padding is None:
+        if padding is not None:
+            _look_for_padding(t, batch * seq, times=2 if options.padding_mask else 1)
+        if not options.padding_mask:
             return None
-        _look_for_padding(t, batch * seq)
     mask = _boolean_mask(t, batch, seq, padding, is_windowed=window is not None)
     return mask if options.attention == "sdpa" else _as_numbers(t, mask, batch * seq * seq, dtype)
 
@@ -55,20 +63,20 @@ def bidirectional_mask(t: Tape, options: StepOptions, dtype: Dtype, *, queries: 
     if options.attention == "flash" or padding is None:
         return None
     batch, seq = options.batch_size, options.seq_len
-    _look_for_padding(t, batch * seq, is_causal=False)
+    t.new(1, "bool", "whether all are visible")
     mask = _everywhere(t, batch, seq, queries or seq, padding)
     return mask if options.attention == "sdpa" else _as_numbers(t, mask, batch * seq * (queries or seq), dtype)
 
 
-def _padding(t: Tape, options: StepOptions) -> Tensor | None:
-    if not options.padding_mask:
+def _padding(t: Tape, options: StepOptions, *, has_ones: bool = False) -> Tensor | None:
+    if not options.padding_mask and not has_ones:
         return None
     return t.new(options.batch_size * options.seq_len, "bool", "padding mask as booleans")
 
 
-def _look_for_padding(t: Tape, num_tokens: int, *, is_causal: bool = True) -> None:
-    """The checks whether a padding mask hides anything: of all that is attended to, and of its beginning."""
-    for _ in range(2 if is_causal else 1):
+def _look_for_padding(t: Tape, num_tokens: int, *, times: int) -> None:
+    """The checks whether a padding mask hides anything; causal attention looks at its beginning too if it does."""
+    for _ in range(times):
         total = t.new(1, "int64", "visible tokens")
         t.new(num_tokens, "int64", "padding mask as numbers")
         t.new(1, "bool", "whether all are visible")

@@ -11,6 +11,8 @@ from optplan.planner.step.operations import add, cast, multiply_constant, scale
 from optplan.planner.step.projections import concatenated, part
 from optplan.planner.step.tape import Tape
 
+Tables = tuple[Tensor, Tensor]
+
 
 def position_ids(t: Tape, seq: int) -> Tensor:
     """The positions `[1, seq]`."""
@@ -49,3 +51,28 @@ def _rotate_half(t: Tape, x: Tensor, heads: int) -> Tensor:
     half = x.numel // 2
     first, second = part(t, x, half, heads=heads), part(t, x, half, heads=heads)
     return concatenated(t, (scale(t, second, "negated half"), first), "rotated half")
+
+
+def rotate_part(
+    t: Tape, pair: tuple[Tensor, Tensor], tables: Tables, heads: tuple[int, int], *, width: int, rotated: int
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys, each head cut into what is rotated and the rest (often nothing) and joined again.
+
+    Args:
+        t: The tape.
+        pair: Queries and keys.
+        tables: Cosines and sines.
+        heads: Heads of the queries and of the keys.
+        width: Elements of a head.
+        rotated: Those that are rotated.
+    """
+    cuts = [_cut(t, x, count, width, rotated) for x, count in zip(pair, heads, strict=True)]
+    turned = [rotate(t, cut[0], tables, count) for cut, count in zip(cuts, heads, strict=True)]
+    queries = concatenated(t, (turned[0], cuts[0][1]), "rotated queries", heads=heads[0])
+    turned[0] = queries
+    return queries, concatenated(t, (turned[1], cuts[1][1]), "rotated keys", heads=heads[1])
+
+
+def _cut(t: Tape, x: Tensor, heads: int, width: int, rotated: int) -> tuple[Tensor, Tensor]:
+    turned = x.numel // width * rotated
+    return part(t, x, turned, heads=heads), part(t, x, x.numel - turned, heads=heads)

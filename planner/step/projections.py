@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from optplan.planner.step.graph import Tensor
 from optplan.planner.step.operations import cast
+from optplan.planner.step.options import StepOptions
 from optplan.planner.step.tape import Tape
 
 
@@ -56,12 +57,13 @@ def conv1d(t: Tape, x: Tensor, num_in: int, num_out: int) -> Tensor:
     return project(t, x, weight, autocast_parameter(t, f"{t.path}.bias", num_out), num_in, num_out)
 
 
-def output_head(t: Tape, x: Tensor, num_in: int, num_out: int, *, name: str) -> Tensor:
+def output_head(t: Tape, x: Tensor, num_in: int, num_out: int, *, name: str, bias: str | None = None) -> Tensor:
     """The projection onto the vocabulary by the weight `name`, which is the embedding's where they are tied."""
+    added = autocast_parameter(t, bias, num_out) if bias is not None else None
     weight = autocast_parameter(t, name, num_in * num_out)
     x = cast(t, x, t.autocast or x.dtype)
     t.category = "logits_and_loss"
-    return project(t, x, weight, None, num_in, num_out)
+    return project(t, x, weight, added, num_in, num_out)
 
 
 def project(t: Tape, x: Tensor, weight: Tensor, bias: Tensor | None, num_in: int, num_out: int) -> Tensor:
@@ -154,6 +156,11 @@ def part(t: Tape, x: Tensor, numel: int, *, heads: int = 1) -> Tensor:
     return Tensor(x.storage, numel, dtype, node, 0, x.permuted)
 
 
+def reshaped(t: Tape, x: Tensor) -> Tensor:
+    """`x.view(...)`, whose gradient is never added to in place."""
+    return split_heads(t, x)
+
+
 def split_heads(t: Tape, x: Tensor) -> Tensor:
     """`x.view(..., heads, width).transpose(1, 2)` where it happens some time after the projection."""
 
@@ -165,10 +172,26 @@ def split_heads(t: Tape, x: Tensor) -> Tensor:
     return Tensor(x.storage, x.numel, x.dtype, t.node([x], backward), 0, x.permuted)
 
 
-def split(t: Tape, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """`torch.split(x, ..., -1)`: the parts share the memory of `x`; backward joins their gradients."""
+def split_keys(t: Tape, x: Tensor, options: StepOptions) -> Tensor:
+    """Keys right after their projection, split into heads.
+
+    Eager attention makes their gradient transposed. Turned back, the elements of a token lie evenly spaced, but the
+    tokens of several sequences do not, so that the projection must copy it.
+    """
+    if options.attention != "eager" or options.batch_size == 1:
+        return x
+    node = t.node([x], lambda gradients: [gradients[0].view(permuted=True)])
+    return Tensor(x.storage, x.numel, x.dtype, node, 0, x.permuted)
+
+
+def split(t: Tape, x: Tensor, sizes: Sequence[int], *, heads: int = 1) -> list[Tensor]:
+    """`torch.split(x, ..., -1)`: the parts share the memory of `x`; backward joins their gradients, head by head."""
     numel, dtype = x.numel, x.dtype
-    node = t.node([x], lambda _: [t.new(numel, dtype, "gradients joined")], num_outputs=len(sizes))
+
+    def backward(_: list[Tensor]) -> list[Tensor]:
+        return [t.new(numel, dtype, "gradients joined", permuted=heads > 1)]
+
+    node = t.node([x], backward, num_outputs=len(sizes))
     return [Tensor(x.storage, size, dtype, node, index, x.permuted) for index, size in enumerate(sizes)]
 
 

@@ -6,6 +6,8 @@ random tokens, `labels = input_ids`, no cache and no padding, and of the output 
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from optplan.planner.errors import ConfigError, unknown
@@ -65,7 +67,7 @@ def check_step(spec: ModelSpec, options: StepOptions) -> None:
         raise unknown("family with step rules", spec.model_type, RULED_FAMILIES)
     check_options(options)
     config = spec.config
-    width = config["head_dim"] if "head_dim" in config else config["n_embd"] // config["n_head"]
+    width = head_width(config)
     if options.attention == "flash" and width > WIDEST_FUSED_HEAD:
         raise ConfigError(
             f"flash attention takes heads of at most {WIDEST_FUSED_HEAD} elements, {spec.name} has {width}"
@@ -79,6 +81,15 @@ def check_step(spec: ModelSpec, options: StepOptions) -> None:
     activation = config[FAMILIES[spec.model_type].activation]
     if activation not in ACTIVATIONS:
         raise unknown("activation for the step rules", activation, ACTIVATIONS)
+
+
+def head_width(config: dict[str, Any]) -> int:
+    """Elements of one attention head, under whichever name the family gives it."""
+    for name in ("head_dim", "d_kv"):
+        if name in config:
+            return int(config[name])
+    names = ("n_embd", "n_head") if "n_embd" in config else ("hidden_size", "num_attention_heads")
+    return int(config[names[0]] // config[names[1]])
 
 
 def record_step(spec: ModelSpec, options: StepOptions, *, compressed: bool = True) -> Program:
@@ -125,7 +136,7 @@ def write_forward_backward(timeline: TimelineBuilder, spec: ModelSpec, options: 
         if options.has_gradients
     }
     made = program.write(timeline)
-    return kept or {parameter.name: made[parameter.name] for parameter in spec.unique_parameters}
+    return kept or {p.name: made[p.name] for p in spec.unique_parameters if p.name in made}
 
 
 def step_memory(spec: ModelSpec, options: StepOptions) -> StepMemory:

@@ -18,13 +18,40 @@ INDEX_BYTES = 8
 """Bytes of a token id, a label or a position."""
 
 
-def embedding(t: Tape, num_tokens: int, num_rows: int, width: int, indices: Sequence[Tensor] = ()) -> Tensor:
-    """The current module's rows for `num_tokens` tokens; `indices` are saved if they are not the resident inputs."""
+def embedding(
+    t: Tape,
+    num_tokens: int,
+    num_rows: int,
+    width: int,
+    indices: Sequence[Tensor] = (),
+    *,
+    is_expanded: bool = False,
+) -> Tensor:
+    """The current module's rows for `num_tokens` tokens.
+
+    Args:
+        t: The tape.
+        num_tokens: Rows that are read.
+        num_rows: Rows there are.
+        width: Elements of a row.
+        indices: Saved if they are not the resident inputs.
+        is_expanded: Whether the indices of one sequence serve all, so that they are written out to be used.
+    """
     name = f"{t.path}.weight"
     weight = t.parameter(name, num_rows * width)
     dtype = weight.dtype
-    node = t.node([weight], lambda _: [embedding_gradient(t, num_tokens, num_rows, width, dtype)], indices)
+    written_out = num_tokens if is_expanded else 0
+
+    def backward(_: list[Tensor]) -> list[Tensor]:
+        index = t.new(written_out, "int64", "indices")
+        gradient = embedding_gradient(t, num_tokens, num_rows, width, dtype)
+        del index
+        return [gradient]
+
+    node = t.node([weight], backward, indices)
+    index = t.new(written_out, "int64", "indices")
     out = t.new(num_tokens * width, dtype, "output")
+    del index
     out.node = node
     return out
 
@@ -71,11 +98,13 @@ def shifted_labels(t: Tape, batch: int, seq: int) -> tuple[Tensor, Tensor]:
 
 def token_cross_entropy(t: Tape, logits: Tensor, labels: Tensor | None) -> Tensor:
     """`F.cross_entropy(logits, labels)`; None stands for labels that are resident."""
-    numel, dtype = logits.numel, logits.dtype
-    node = t.node([logits], lambda _: [t.new(numel, dtype, "gradient of the logits")])
-    log_probabilities = t.new(numel, dtype, "log-softmax")
+    numel, logits_dtype = logits.numel, logits.dtype
+    node = t.node([logits], lambda _: [t.new(numel, logits_dtype, "gradient of the logits")])
+    log_probabilities = t.new(numel, logits_dtype, "log-softmax")
     log_probabilities.node = node
     t.save(node, [log_probabilities])
+    dtype: Dtype = logits_dtype if t.autocast is None else "float32"
+    log_probabilities = cast(t, log_probabilities, dtype)
 
     def backward(_: list[Tensor]) -> list[Tensor]:
         return [t.new(numel, dtype, "gradient of the log-softmax")]
