@@ -1,0 +1,131 @@
+"""Train under FSDP2 with each optimizer, save, load on one GPU and go on; save losses and memory as JSON lines.
+
+    python benchmarks/record_sharded.py --out FILE [--optimizers ID ...] [--ranks 2] [--steps 8] [--saved-after 4]
+
+One row an optimizer: the losses of every step on the ranks, of the steps that one GPU took from their checkpoint in a
+process of its own, and of one GPU from the start; each rank's bytes of state; each rank's peaks of the last step. The
+ranks run under torchrun; `sharded_run.py` says what they train. With `--device cpu` the ranks talk over gloo.
+
+Needs torch, triton and optplan; where optplan is not installed, `python .ci/link_types.py` links this tree into
+`.types`, to be named in PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import torch
+import torch.distributed as dist
+from sharded_run import BATCH, BUILDERS, SEED, SIZES, Plan, set_deterministic, train_alone, train_sharded
+from torch.distributed.device_mesh import init_device_mesh
+from train_study_record import environment
+
+SCHEMA = "optplan.sharded-training/1"
+
+
+def main() -> int:
+    """Start the ranks, then the process that goes on alone, and save what they found."""
+    options = parse_arguments()
+    if options.role == "rank":
+        return run_rank(options)
+    if options.role == "alone":
+        return run_alone(options)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.ranks)]
+        start(torchrun, "rank", folder)
+        start([], "alone", folder)
+        for optimizer in options.optimizers:
+            save(options, row_of(plan_of(options, optimizer), options.ranks, folder))
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Train under FSDP2 and from its checkpoint on one GPU.")
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines file to append to")
+    parser.add_argument("--optimizers", nargs="+", choices=BUILDERS, default=list(BUILDERS), help="these alone")
+    parser.add_argument("--size", choices=SIZES, default="300m", help="size of the model")
+    parser.add_argument("--ranks", type=int, default=2, help="processes that shard the model, a GPU each")
+    parser.add_argument("--steps", type=int, default=8, help="steps of a run")
+    parser.add_argument("--saved-after", type=int, default=4, help="steps before the checkpoint")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where to train")
+    parser.add_argument("--commit", default="", help="commit to record where the tree is no repository")
+    parser.add_argument("--role", choices=("rank", "alone"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def plan_of(options: argparse.Namespace, optimizer: str) -> Plan:
+    """The run of one optimizer."""
+    return Plan(optimizer, options.size, options.steps, options.saved_after)
+
+
+def start(launcher: list[str], role: str, folder: Path) -> None:
+    """Run this command again in a role, and wait for it."""
+    words = [*launcher, __file__, *sys.argv[1:], "--role", role, "--folder", str(folder)]
+    subprocess.run([sys.executable, *words], check=True)
+
+
+def run_rank(options: argparse.Namespace) -> int:
+    """All optimizers on one rank."""
+    rank, on_gpu = int(os.environ["LOCAL_RANK"]), options.device == "cuda"
+    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    set_deterministic()
+    mesh = init_device_mesh(options.device, (options.ranks,))
+    for optimizer in options.optimizers:
+        found = train_sharded(plan_of(options, optimizer), device, mesh, options.folder)
+        (options.folder / f"{optimizer}-{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+    return 0
+
+
+def run_alone(options: argparse.Namespace) -> int:
+    """All optimizers in one process, from the ranks' checkpoints."""
+    set_deterministic()
+    for optimizer in options.optimizers:
+        found = train_alone(plan_of(options, optimizer), torch.device(options.device), options.folder)
+        (options.folder / f"{optimizer}-alone.json").write_text(json.dumps(found))
+    return 0
+
+
+def row_of(plan: Plan, num_ranks: int, folder: Path) -> dict[str, Any]:
+    """The row of one optimizer, from what the processes left."""
+    ranks = [json.loads((folder / f"{plan.optimizer}-{rank}.json").read_text()) for rank in range(num_ranks)]
+    alone = json.loads((folder / f"{plan.optimizer}-alone.json").read_text())
+    return {
+        "schema": SCHEMA, "optimizer": plan.optimizer, "sharding": "fsdp2", "ranks": num_ranks, "dtype": "bfloat16",
+        "model": {**SIZES[plan.size]._asdict(), "shapes": ranks[0]["shapes"]}, "batch": BATCH, "seed": SEED,
+        "num_steps": plan.num_steps, "saved_after": plan.saved_after,
+        "losses": [rank["losses"] for rank in ranks], "resumed_on_one_losses": alone["resumed_losses"],
+        "one_gpu_losses": alone["losses"],
+        "state_bytes": [rank["state_bytes"] for rank in ranks], "one_gpu_state_bytes": alone["state_bytes"],
+        "peaks": [rank["peaks"] for rank in ranks], "one_gpu_peaks": alone["peaks"],
+    }  # fmt: skip
+
+
+def save(options: argparse.Namespace, row: dict[str, Any]) -> None:
+    """Append the row with its environment, and print its losses."""
+    words = [Path(word).name for word in sys.argv[1:]]
+    where = environment(options.commit) | {"command": " ".join(["python", "benchmarks/record_sharded.py", *words])}
+    with options.out.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**row, "environment": where}, separators=(",", ":")) + "\n")
+    print(
+        row["optimizer"], "ranks", row["losses"][0][-1], "resumed on one", row["resumed_on_one_losses"][-1], flush=True
+    )
+    print("   from the start on one", row["one_gpu_losses"][-1], "state", row["state_bytes"], flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
