@@ -85,12 +85,24 @@ class Batch:
         self._members = None
 
 
-class _Plan(NamedTuple):
+class GroupPlan(NamedTuple):
+    """How the steps of a param group run, for as long as no tensor moves.
+
+    Attributes:
+        fingerprint: What it rests on.
+        parts: The parameters that have a gradient.
+        counters: Their step counters.
+        lags: How far each counter is ahead of the first; empty if none is.
+        batches: The parts that have elements on this rank, divided.
+        scratch: Free for the optimizer, as that of a batch.
+    """
+
     fingerprint: Fingerprint
     parts: list[Part]
     counters: StepCounters
     lags: list[float]
     batches: list[Batch]
+    scratch: dict[str, Any]
 
 
 class KernelOptimizer(Optimizer):
@@ -129,6 +141,9 @@ class KernelOptimizer(Optimizer):
     @abstractmethod
     def _step_torch(self, batch: Batch, group: dict[str, Any], grad_scale: GradScale) -> None:
         """Update the members of a batch with the reference."""
+
+    def _before_batches(self, plan: GroupPlan, group: dict[str, Any], grad_scale: GradScale) -> None:
+        """What a step needs to know of all tensors of a param group before it updates the first."""
 
     def _kernels_take(self, member: Member) -> bool:
         """Whether the kernels serve this tensor: contiguous, in a dtype they know. Others go to the reference."""
@@ -200,7 +215,7 @@ class KernelOptimizer(Optimizer):
         self._reset_caches()
 
     def _reset_caches(self) -> None:
-        self._plans: dict[int, _Plan | None] = {}
+        self._plans: dict[int, GroupPlan | None] = {}
         self._known_states: list[Any] = []
 
     def _step_group(self, index: int, group: dict[str, Any], first: int, grad_scale: GradScale) -> None:
@@ -213,6 +228,7 @@ class KernelOptimizer(Optimizer):
         steps = plan.counters.advance()
         if plan.lags != (lags := lags_of(steps)):  # somebody wrote to a counter
             plan = self._plans[index] = plan._replace(lags=lags, batches=self._divide(plan.parts, steps))
+        self._before_batches(plan, group, grad_scale)
         for batch in plan.batches:
             batch.step = int(steps[batch.lead]) if steps else 0
             run = self._step_triton if batch.triton else self._step_torch
@@ -221,7 +237,7 @@ class KernelOptimizer(Optimizer):
             finally:
                 batch.release()
 
-    def _new_plan(self, group: dict[str, Any], first: int) -> _Plan | None:
+    def _new_plan(self, group: dict[str, Any], first: int) -> GroupPlan | None:
         parts = []
         for ordinal, parameter in enumerate(group["params"], start=first):
             if parameter.grad is None:
@@ -236,7 +252,7 @@ class KernelOptimizer(Optimizer):
         counters = StepCounters([part.state for part in parts])
         steps = [] if self.defaults["capturable"] else [float(part.state["step"]) for part in parts]
         fingerprint = Fingerprint(type(self).__name__, group["params"], [part.state for part in parts])
-        return _Plan(fingerprint, parts, counters, lags_of(steps), self._divide(parts, steps))
+        return GroupPlan(fingerprint, parts, counters, lags_of(steps), self._divide(parts, steps), {})
 
     def _fill(self, state: State, parameter: torch.Tensor, group: dict[str, Any]) -> None:
         device = parameter.device if self.defaults["capturable"] else "cpu"

@@ -39,3 +39,15 @@ def to_bf16_stochastic(x: torch.Tensor, random16: torch.Tensor) -> torch.Tensor:
     moved = torch.where(x.isfinite(), bits + random16, bits) & 0xFFFF0000
     moved = torch.where(moved >= 1 << 31, moved - (1 << 32), moved).to(torch.int32)
     return torch.where(x.isnan(), x, moved.view(torch.float32)).to(torch.bfloat16)
+
+
+def random_bits(like: torch.Tensor, seed: int, *, first: int = 0) -> torch.Tensor:
+    """32 random bits for each element, int64, of the tensor's shape; counted in its logical order from `first`."""
+    return counter_hash(torch.arange(first, first + like.numel(), device=like.device), seed).view(like.shape)
+
+
+def store(target: torch.Tensor, value: torch.Tensor, random16: torch.Tensor | None) -> None:
+    """Write `value` to `target`: to nearest, or stochastically if it is bf16 and random bits are given."""
+    if random16 is not None and target.dtype == torch.bfloat16:
+        value = to_bf16_stochastic(value, random16)
+    target.copy_(value)

@@ -11,11 +11,15 @@ import triton
 import triton.language as tl
 
 from optplan.optim_impls.adam_mini.kernels import (
+    FIRST,
     SIZE_A,
     SIZE_B,
+    SUM_BASE,
+    UNSPECIALIZED,
     coefficients,
     decayed,
     pointers,
+    random_key,
     second_moment,
     step_over,
     word,
@@ -43,13 +47,14 @@ def tile_of(pieces, chunks, chunk, TILE: tl.constexpr, ALIGNED: tl.constexpr):
     return piece, tile // across, tile // across * TILE, columns, num_rows, num_columns
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def column_sums_kernel(
-    pieces, chunks, device_values, partials, scale,
+    table, pieces_at, chunks_at, device_values, partials, scale,
     P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ON_DEVICE: tl.constexpr, ALIGNED: tl.constexpr,
     TILE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Sums of squares over the rows of each tile, to `partials` [tiles down, columns] of the piece."""
+    pieces, chunks = table + pieces_at, table + chunks_at
     piece, down, first, columns, num_rows, num_columns = tile_of(pieces, chunks, tl.program_id(0), TILE, ALIGNED)
     _, g_base, _ = pointers(pieces, piece, P, G, M, ALIGNED)
     _, _, _, scale = coefficients(pieces, piece, device_values, 0.0, 0.0, 0.0, scale, ON_DEVICE)
@@ -64,10 +69,14 @@ def column_sums_kernel(
     tl.store(at, tl.sum(squares, axis=0), mask=columns < num_columns)
 
 
-@triton.jit
-def column_moments_kernel(pieces, sums, partials, beta2, beta2_rest, TILE: tl.constexpr, LANES: tl.constexpr):
-    """Second moments of the columns of one head; `sums` int64 [heads, 2]: piece, head."""
-    row = sums + tl.program_id(0) * 2
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def column_moments_kernel(
+    table, pieces_at, sums_at, partials, shared_sums, beta2, beta2_rest,
+    SHARED: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Second moments of the columns of one head; at `sums_at` int64 [heads, 2]: piece, head."""
+    pieces = table + pieces_at
+    row = table + sums_at + tl.program_id(0) * 2
     piece, head = tl.load(row), tl.load(row + 1)
     num_rows, num_columns = word(pieces, piece, SIZE_A), word(pieces, piece, SIZE_B)
     head_dim, num_grouped = word(pieces, piece, HEAD_DIM), word(pieces, piece, NUM_GROUPED)
@@ -81,16 +90,25 @@ def column_moments_kernel(pieces, sums, partials, beta2, beta2_rest, TILE: tl.co
         column_sums += tl.load(at + down * num_columns, mask=mask, other=0.0)
         down += 1
     period, place = head // (num_grouped + num_single), head % (num_grouped + num_single)
-    first = second_moment(pieces, piece) + period * (num_grouped + num_single * head_dim)
+    block = period * (num_grouped + num_single * head_dim)
+    first, shared = second_moment(pieces, piece) + block, shared_sums
+    if SHARED:
+        shared = shared_sums + word(pieces, piece, SUM_BASE) + block
     rows = num_rows.to(tl.float32)
     if place < num_grouped:
-        mean_square = tl.sum(column_sums, axis=0) / (rows * head_dim.to(tl.float32))
-        v = decayed(tl.load(first + place), mean_square, beta2, beta2_rest)
-        tl.store(first + place, v)
+        total = tl.sum(column_sums, axis=0)
+        if SHARED:
+            tl.store(shared + place, total)
+        else:
+            v = decayed(tl.load(first + place), total / (rows * head_dim.to(tl.float32)), beta2, beta2_rest)
+            tl.store(first + place, v)
     else:
-        singles = first + num_grouped + (place - num_grouped) * head_dim + lane
-        moments = decayed(tl.load(singles, mask=mask, other=0.0), column_sums / rows, beta2, beta2_rest)
-        tl.store(singles, moments, mask=mask)
+        single = num_grouped + (place - num_grouped) * head_dim + lane
+        if SHARED:
+            tl.store(shared + single, column_sums, mask=mask)
+        else:
+            moments = decayed(tl.load(first + single, mask=mask, other=0.0), column_sums / rows, beta2, beta2_rest)
+            tl.store(first + single, moments, mask=mask)
 
 
 @triton.jit
@@ -103,13 +121,14 @@ def block_of(columns, head_dim, num_grouped, num_single):
     return columns // width * (num_grouped + num_single * head_dim) + within
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def column_update_kernel(
-    pieces, chunks, device_values, decay, step_size, inverse_root, scale, beta1_rest, eps,
-    P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ON_DEVICE: tl.constexpr, ALIGNED: tl.constexpr,
-    TILE: tl.constexpr, ROWS: tl.constexpr,
+    table, pieces_at, chunks_at, device_values, decay, step_size, inverse_root, scale, seed, step, beta1_rest, eps,
+    P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ON_DEVICE: tl.constexpr, STOCHASTIC: tl.constexpr,
+    ALIGNED: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """First moment and parameter of each tile."""
+    pieces, chunks = table + pieces_at, table + chunks_at
     piece, _, first, columns, num_rows, num_columns = tile_of(pieces, chunks, tl.program_id(0), TILE, ALIGNED)
     p_base, g_base, m_base = pointers(pieces, piece, P, G, M, ALIGNED)
     decay, step_size, inverse_root, scale = coefficients(
@@ -120,8 +139,15 @@ def column_update_kernel(
     )
     v = tl.load(second_moment(pieces, piece) + block, mask=columns < num_columns, other=0.0)
     factor = step_over(v, step_size, inverse_root, eps)[None, :]
+    key = seed
+    if STOCHASTIC:
+        key = random_key(pieces, piece, device_values, seed, step, ON_DEVICE)
+    begin = word(pieces, piece, FIRST)
     for step in range(0, TILE, ROWS):
         rows = first + step + tl.arange(0, ROWS)
         mask = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
         at = rows[:, None] * num_columns + columns[None, :]
-        update_tile(p_base + at, g_base + at, m_base + at, mask, factor, decay, scale, beta1_rest, True)
+        update_tile(
+            p_base + at, g_base + at, m_base + at, mask, begin + at,
+            factor, decay, scale, beta1_rest, key, STOCHASTIC, True,
+        )  # fmt: skip

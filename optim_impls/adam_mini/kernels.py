@@ -1,8 +1,8 @@
 """Triton kernels of Adam-mini for blocks that one program holds, and for biases; and what all its kernels share.
 
-A launch serves many tensors through a table (see `optplan.planner.optimizers.adam_mini_work`): `pieces` int64
-[pieces, PIECE_WORDS], of which the first four words are the pointers of parameter, gradient, first and second moment,
-and `chunks` int64 [chunks, 2], the piece of each chunk and where in it the chunk begins.
+A launch serves many tensors through a table (see `optplan.planner.optimizers.adam_mini_work`), in which it finds at
+`pieces_at` int64 [pieces, PIECE_WORDS], of which the first four words are the pointers of parameter, gradient, first
+and second moment, and at `chunks_at` int64 [chunks, 2], the piece of each chunk and where in it the chunk begins.
 
 The arithmetic is that of `reference.py` in fp32. Sums are taken in an order that depends on shapes alone, so two runs
 give the same bits.
@@ -13,12 +13,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from optplan.optim_impls.triton_math import tl_cast, tl_fp32, tl_pointer
+from optplan.optim_impls.triton_math import (
+    tl_bf16_stochastic,
+    tl_cast,
+    tl_fp32,
+    tl_hash,
+    tl_mix_seed,
+    tl_pointer,
+)
 
-PIECE_WORDS: tl.constexpr = tl.constexpr(11)
+UNSPECIALIZED = ["pieces_at", "chunks_at", "sums_at", "partials_at", "seed", "step"]
+"""Numbers that differ from launch to launch; a kernel is not compiled anew for one that 16 divides."""
+
+PIECE_WORDS: tl.constexpr = tl.constexpr(14)
 SIZE_A: tl.constexpr = tl.constexpr(4)
 SIZE_B: tl.constexpr = tl.constexpr(5)
 MEMBER: tl.constexpr = tl.constexpr(10)
+ORDINAL: tl.constexpr = tl.constexpr(11)
+FIRST: tl.constexpr = tl.constexpr(12)
+SUM_BASE: tl.constexpr = tl.constexpr(13)
+VALUES: tl.constexpr = tl.constexpr(5)
 
 
 @triton.jit
@@ -29,13 +43,13 @@ def word(pieces, piece, column: tl.constexpr):
 
 @triton.jit
 def coefficients(pieces, piece, device_values, decay, step_size, inverse_root, scale, ON_DEVICE: tl.constexpr):
-    """What changes from step to step, from arguments or, where the host must not know, from fp32 [tensors, 4].
+    """What changes from step to step, from arguments or, where the host must not know, from fp32 [tensors, 5].
 
     Returns:
         1 - lr weight_decay; lr / (1 - beta1^t); 1 / sqrt(1 - beta2^t); the factor on the gradient.
     """
     if ON_DEVICE:
-        row = device_values + word(pieces, piece, MEMBER) * 4
+        row = device_values + word(pieces, piece, MEMBER) * VALUES
         decay, step_size = tl.load(row), tl.load(row + 1)
         inverse_root, scale = tl.load(row + 2), tl.load(row + 3)
     return decay, step_size, inverse_root, scale
@@ -69,9 +83,28 @@ def step_over(v, step_size, inverse_root, eps):
 
 
 @triton.jit
+def random_key(pieces, piece, device_values, seed, step, ON_DEVICE: tl.constexpr):
+    """The seed of a tensor's step, as `rounding.mix_seed` makes it."""
+    if ON_DEVICE:
+        step = tl.load(device_values + word(pieces, piece, MEMBER) * VALUES + 4).to(tl.int32)
+    return tl_mix_seed(seed, step, word(pieces, piece, ORDINAL).to(tl.int32))
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr, index, key, STOCHASTIC: tl.constexpr):
+    """fp32 to the parameter's dtype; `index` counts elements of the whole tensor."""
+    if STOCHASTIC and dtype == tl.bfloat16:
+        return tl_bf16_stochastic(x, tl_hash(index, key) & 0xFFFF)
+    else:
+        return tl_cast(x, dtype)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def rows_kernel(
-    pieces, chunks, device_values, decay, step_size, inverse_root, scale, beta1_rest, beta2, beta2_rest, eps,
-    P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ON_DEVICE: tl.constexpr, ALIGNED: tl.constexpr,
+    table, pieces_at, chunks_at, device_values, decay, step_size, inverse_root, scale, seed, step,
+    beta1_rest, beta2, beta2_rest, eps,
+    P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ON_DEVICE: tl.constexpr, STOCHASTIC: tl.constexpr,
+    ALIGNED: tl.constexpr,
     NUMEL: tl.constexpr, WIDTH: tl.constexpr, TILE_ROWS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Blocks of `NUMEL` elements that lie one after another: mean square, both moments and the update in one pass.
@@ -82,6 +115,7 @@ def rows_kernel(
         TILE_ROWS: Blocks of one program.
         TILES: Programs of one chunk.
     """
+    pieces, chunks = table + pieces_at, table + chunks_at
     program = tl.program_id(0)
     chunk, tile = program // TILES, program % TILES
     piece = tl.load(chunks + chunk * 2)
@@ -109,15 +143,22 @@ def rows_kernel(
         m = m + (g - m) * beta1_rest
         tl.store(m_base + offsets, tl_cast(m, M), mask=mask)
         p = p * decay - m * step_over(v, step_size, inverse_root, eps)[:, None]
-        tl.store(p_base + offsets, tl_cast(p, P), mask=mask)
+        key = seed
+        if STOCHASTIC:
+            key = random_key(pieces, piece, device_values, seed, step, ON_DEVICE)
+        index = word(pieces, piece, FIRST) + offsets
+        tl.store(p_base + offsets, rounded(p, P, index, key, STOCHASTIC), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def elements_kernel(
-    pieces, chunks, device_values, decay, step_size, inverse_root, scale, beta1_rest, beta2, beta2_rest, eps,
-    P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ON_DEVICE: tl.constexpr, CHUNK: tl.constexpr,
+    table, pieces_at, chunks_at, device_values, decay, step_size, inverse_root, scale, seed, step,
+    beta1_rest, beta2, beta2_rest, eps,
+    P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ON_DEVICE: tl.constexpr, STOCHASTIC: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Biases: Adam with a second moment for every element."""
+    pieces, chunks = table + pieces_at, table + chunks_at
     chunk = tl.program_id(0)
     piece = tl.load(chunks + chunk * 2)
     offsets = tl.load(chunks + chunk * 2 + 1) + tl.arange(0, CHUNK)
@@ -135,4 +176,8 @@ def elements_kernel(
     m = m + (g - m) * beta1_rest
     tl.store(m_base + offsets, tl_cast(m, M), mask=mask)
     p = p * decay - m * step_over(v, step_size, inverse_root, eps)
-    tl.store(p_base + offsets, tl_cast(p, P), mask=mask)
+    key = seed
+    if STOCHASTIC:
+        key = random_key(pieces, piece, device_values, seed, step, ON_DEVICE)
+    index = word(pieces, piece, FIRST) + offsets
+    tl.store(p_base + offsets, rounded(p, P, index, key, STOCHASTIC), mask=mask)

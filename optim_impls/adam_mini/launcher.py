@@ -15,7 +15,6 @@ from optplan.optim_impls.adam_mini.column_kernels import (
 )
 from optplan.optim_impls.adam_mini.kernels import elements_kernel, rows_kernel
 from optplan.optim_impls.adam_mini.plan import Launch, Plan
-from optplan.optim_impls.adam_mini.reference import Hyperparameters
 from optplan.optim_impls.adam_mini.segment_kernels import (
     segment_moments_kernel,
     segment_sums_kernel,
@@ -43,15 +42,16 @@ _SUM_LANES = 128
 
 
 class StepNumbers(NamedTuple):
-    """What a step's kernels take beside the table.
+    """What a step's kernels take beside the table, in their order.
 
     Attributes:
-        device_values: fp32 [tensors, 4], where the step counts, the learning rate or the scale are on the device.
+        device_values: fp32 [tensors, 5], where the step counts, the learning rate or the scale are on the device.
         decay: 1 - lr weight_decay.
         step_size: lr / (1 - beta1^t).
         inverse_root: 1 / sqrt(1 - beta2^t).
         scale: Factor on the gradient.
-        on_device: Whether the four are read from `device_values`.
+        seed: Of stochastic rounding.
+        step: Number of the step, from 1.
     """
 
     device_values: torch.Tensor
@@ -59,21 +59,34 @@ class StepNumbers(NamedTuple):
     step_size: float
     inverse_root: float
     scale: float
-    on_device: bool
+    seed: int
+    step: int
 
 
 class _Call(NamedTuple):
-    """What every kernel of a batch is given."""
+    """What every kernel of a batch is given.
+
+    Attributes:
+        table: The launch table.
+        partials: fp32 partial sums.
+        numbers: Of the step.
+        weights: 1 - beta1, beta2, 1 - beta2, eps.
+        gradient: Constants of kernels that read the gradient alone.
+        update: Constants of kernels that update.
+        shared_sums: Where the sums over this rank's part of shared blocks go.
+    """
 
     table: torch.Tensor
     partials: torch.Tensor
     numbers: StepNumbers
-    hyperparameters: Hyperparameters
-    constants: dict[str, Any]
+    weights: tuple[float, float, float, float]
+    gradient: dict[str, Any]
+    update: dict[str, Any]
+    shared_sums: torch.Tensor
 
 
 def launch_adam_mini(plan: Plan, group: dict[str, Any], *, step: int, grad_scale: GradScale) -> None:
-    """Update all members of a batch.
+    """Update all members of a batch; the second moments of shared blocks are already those of this step.
 
     Args:
         plan: Made for these members.
@@ -81,30 +94,60 @@ def launch_adam_mini(plan: Plan, group: dict[str, Any], *, step: int, grad_scale
         step: Number of this step, from 1; with `capturable` the states know it.
         grad_scale: None, a number, or an fp32 scalar on the device.
     """
-    beta1, beta2 = group["betas"]
-    table = plan.upload()
-    partials = torch.empty(plan.num_partials, dtype=torch.float32, device=plan.device)
-    numbers = _numbers(plan, group, step, grad_scale, table)
-    hyperparameters = Hyperparameters(0.0, beta1, beta2, group["eps"], group["weight_decay"])
-    p, g, m = (TRITON_DTYPES[dtype] for dtype in plan.dtypes)
-    constants = {"P": p, "G": g, "M": m, "ON_DEVICE": numbers.on_device}
-    call = _Call(table, partials, numbers, hyperparameters, constants)
+    call = _call(plan, group, step, grad_scale, None)
     for launch in plan.launches:
-        _LAUNCHERS[launch.key.kind](call, launch)
+        if not launch.key.shared:
+            _FIRST.get(launch.key.kind, _nothing)(call, launch)
+        _LAST[launch.key.kind](call, launch)
+
+
+def launch_shared_sums(plan: Plan, group: dict[str, Any], *, grad_scale: GradScale, sums: torch.Tensor) -> None:
+    """Sum the squares of this rank's part of shared blocks.
+
+    Args:
+        plan: Made for the members of a batch.
+        group: The param group.
+        grad_scale: None, a number, or an fp32 scalar on the device.
+        sums: fp32, written where the plan says.
+    """
+    launches = [launch for launch in plan.launches if launch.key.shared]
+    if launches:
+        call = _call(plan, group, 1, grad_scale, sums)
+        for launch in launches:
+            _FIRST[launch.key.kind](call, launch)
+
+
+def _call(plan: Plan, group: dict[str, Any], step: int, grad_scale: GradScale, sums: torch.Tensor | None) -> _Call:
+    table = plan.upload()
+    partials = torch.empty(plan.num_partials, dtype=torch.float32, device=plan.device) if plan.num_partials else table
+    on_device = group["capturable"] or isinstance(grad_scale, torch.Tensor)
+    beta1, beta2 = group["betas"]
+    p, g, m = (TRITON_DTYPES[dtype] for dtype in plan.dtypes)
+    gradient = {"P": p, "G": g, "M": m, "ON_DEVICE": on_device}
+    return _Call(
+        table,
+        partials,
+        _numbers(plan, group, step, grad_scale, table),
+        (1 - beta1, beta2, 1 - beta2, group["eps"]),
+        gradient,
+        {**gradient, "STOCHASTIC": group["rounding"] == "stochastic"},
+        table if sums is None else sums,
+    )
 
 
 def _numbers(plan: Plan, group: dict[str, Any], step: int, grad_scale: GradScale, unused: torch.Tensor) -> StepNumbers:
     """The step's numbers as arguments, or on the device where the host cannot know one of them without waiting."""
+    seed = group["seed"] & 0x7FFFFFFF
     if not group["capturable"] and not isinstance(grad_scale, torch.Tensor):
         scale = 1.0 if grad_scale is None else grad_scale
         lr, (beta1, beta2) = float(group["lr"]), group["betas"]
         decay = 1 - lr * group["weight_decay"]
-        return StepNumbers(unused, decay, lr / (1 - beta1**step), (1 - beta2**step) ** -0.5, scale, False)
-    return StepNumbers(_device_values(plan, group, step, grad_scale), 1.0, 0.0, 1.0, 1.0, True)
+        return StepNumbers(unused, decay, lr / (1 - beta1**step), (1 - beta2**step) ** -0.5, scale, seed, step)
+    return StepNumbers(_device_values(plan, group, step, grad_scale), 1.0, 0.0, 1.0, 1.0, seed, 0)
 
 
 def _device_values(plan: Plan, group: dict[str, Any], step: int, grad_scale: GradScale) -> torch.Tensor:
-    """fp32 [tensors, 4], computed in fp64: near 1, fp32 loses the digits of 1 - beta2^t."""
+    """fp32 [tensors, 5], computed in fp64: near 1, fp32 loses the digits of 1 - beta2^t."""
     if group["capturable"]:
         steps = torch.stack([state["step"] for state in plan.states]).double()
     else:
@@ -113,8 +156,12 @@ def _device_values(plan: Plan, group: dict[str, Any], step: int, grad_scale: Gra
     beta1, beta2 = group["betas"]
     ones = torch.ones_like(steps)
     scale = ones if grad_scale is None else ones * grad_scale
-    columns = [ones - lr * group["weight_decay"], lr / (1 - beta1**steps), (1 - beta2**steps).rsqrt(), scale]
+    columns = [ones - lr * group["weight_decay"], lr / (1 - beta1**steps), (1 - beta2**steps).rsqrt(), scale, steps]
     return torch.stack(columns, dim=1).float()
+
+
+def _nothing(call: _Call, launch: Launch) -> None:
+    """Kinds of one pass sum where they update."""
 
 
 def _rows(call: _Call, launch: Launch) -> None:
@@ -122,57 +169,62 @@ def _rows(call: _Call, launch: Launch) -> None:
     width = triton.next_power_of_2(numel)
     tile_rows = max(1, _ROW_TILE_NUMEL // width)
     tiles = -(-max(1, ROW_CHUNK_NUMEL // numel) // tile_rows)
-    h = call.hyperparameters
     rows_kernel[(launch.num_chunks * tiles,)](
-        *_table(call, launch), *call.numbers[:5], 1 - h.beta1, h.beta2, 1 - h.beta2, h.eps, **call.constants,
+        call.table, launch.pieces_at, launch.chunks_at, *call.numbers, *call.weights, **call.update,
         ALIGNED=launch.key.aligned, NUMEL=numel, WIDTH=width, TILE_ROWS=tile_rows, TILES=tiles,
         num_warps=min(_MAX_WARPS, max(1, width * tile_rows // _ELEMENTS_PER_WARP)),
     )  # fmt: skip
 
 
 def _elements(call: _Call, launch: Launch) -> None:
-    h = call.hyperparameters
     elements_kernel[(launch.num_chunks,)](
-        *_table(call, launch), *call.numbers[:5], 1 - h.beta1, h.beta2, 1 - h.beta2, h.eps, **call.constants,
+        call.table, launch.pieces_at, launch.chunks_at, *call.numbers, *call.weights, **call.update,
         CHUNK=ELEMENT_CHUNK_NUMEL,
     )  # fmt: skip
 
 
-def _segments(call: _Call, launch: Launch) -> None:
-    pieces, chunks = _table(call, launch)
-    h, n = call.hyperparameters, call.numbers
-    partials = call.partials[launch.partials_at :]
-    constants = {**call.constants, "ALIGNED": launch.key.aligned, "CHUNK": ONE_PROGRAM_NUMEL, "TILE": _SEGMENT_TILE}
+def _segment_moments(call: _Call, launch: Launch) -> None:
+    _, beta2, beta2_rest, _ = call.weights
     segment_sums_kernel[(launch.num_chunks,)](
-        pieces, chunks, n.device_values, partials, n.scale, **constants, num_warps=_SEGMENT_WARPS
-    )
+        call.table, launch.pieces_at, launch.chunks_at, call.numbers.device_values, call.partials, launch.partials_at,
+        call.numbers.scale, **call.gradient, ALIGNED=launch.key.aligned, CHUNK=ONE_PROGRAM_NUMEL, TILE=_SEGMENT_TILE,
+        num_warps=_SEGMENT_WARPS,
+    )  # fmt: skip
     segment_moments_kernel[(launch.num_sums,)](
-        pieces, call.table[launch.sums_at :], partials, h.beta2, 1 - h.beta2, LANES=_SUM_LANES, num_warps=1
-    )
+        call.table, launch.pieces_at, launch.sums_at, call.partials, launch.partials_at, call.shared_sums,
+        beta2, beta2_rest, SHARED=launch.key.shared, LANES=_SUM_LANES, num_warps=1,
+    )  # fmt: skip
+
+
+def _segment_update(call: _Call, launch: Launch) -> None:
+    beta1_rest, _, _, eps = call.weights
     segment_update_kernel[(launch.num_chunks,)](
-        pieces, chunks, *n[:5], 1 - h.beta1, h.eps, **constants, num_warps=_SEGMENT_WARPS
-    )
+        call.table, launch.pieces_at, launch.chunks_at, *call.numbers, beta1_rest, eps, **call.update,
+        ALIGNED=launch.key.aligned, CHUNK=ONE_PROGRAM_NUMEL, TILE=_SEGMENT_TILE, num_warps=_SEGMENT_WARPS,
+    )  # fmt: skip
 
 
-def _columns(call: _Call, launch: Launch) -> None:
-    pieces, chunks = _table(call, launch)
-    h, n = call.hyperparameters, call.numbers
-    constants = {**call.constants, "ALIGNED": launch.key.aligned, "TILE": COLUMN_TILE, "ROWS": _COLUMN_ROWS}
+def _column_moments(call: _Call, launch: Launch) -> None:
+    _, beta2, beta2_rest, _ = call.weights
     column_sums_kernel[(launch.num_chunks,)](
-        pieces, chunks, n.device_values, call.partials, n.scale, **constants, num_warps=_COLUMN_WARPS
-    )
-    lanes = triton.next_power_of_2(launch.max_head_dim)
+        call.table, launch.pieces_at, launch.chunks_at, call.numbers.device_values, call.partials, call.numbers.scale,
+        **call.gradient, ALIGNED=launch.key.aligned, TILE=COLUMN_TILE, ROWS=_COLUMN_ROWS, num_warps=_COLUMN_WARPS,
+    )  # fmt: skip
     column_moments_kernel[(launch.num_sums,)](
-        pieces, call.table[launch.sums_at :], call.partials, h.beta2, 1 - h.beta2, TILE=COLUMN_TILE, LANES=lanes
-    )
+        call.table, launch.pieces_at, launch.sums_at, call.partials, call.shared_sums, beta2, beta2_rest,
+        SHARED=launch.key.shared, TILE=COLUMN_TILE, LANES=triton.next_power_of_2(launch.max_head_dim),
+    )  # fmt: skip
+
+
+def _column_update(call: _Call, launch: Launch) -> None:
+    beta1_rest, _, _, eps = call.weights
     column_update_kernel[(launch.num_chunks,)](
-        pieces, chunks, *n[:5], 1 - h.beta1, h.eps, **constants, num_warps=_COLUMN_WARPS
-    )
+        call.table, launch.pieces_at, launch.chunks_at, *call.numbers, beta1_rest, eps, **call.update,
+        ALIGNED=launch.key.aligned, TILE=COLUMN_TILE, ROWS=_COLUMN_ROWS, num_warps=_COLUMN_WARPS,
+    )  # fmt: skip
 
 
-def _table(call: _Call, launch: Launch) -> tuple[torch.Tensor, torch.Tensor]:
-    return call.table[launch.pieces_at :], call.table[launch.chunks_at :]
-
-
-_LAUNCHERS = {"rows": _rows, "elements": _elements, "segments": _segments, "columns": _columns}
-assert PIECE_WORDS == 11, "the kernels' columns are those of the table"
+_FIRST = {"segments": _segment_moments, "columns": _column_moments}
+"""What must be known of a block before its update."""
+_LAST = {"rows": _rows, "elements": _elements, "segments": _segment_update, "columns": _column_update}
+assert PIECE_WORDS == 14, "the kernels' columns are those of the table"

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self, get_args
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 import msgspec
 import torch
 from torch import nn
 
-from optplan.optim_impls.adam_mini.reference import Hyperparameters, adam_mini
+from optplan.optim_impls.adam_mini.layout import Layout, layout_of, new_second_moments
+from optplan.optim_impls.adam_mini.reference import Hyperparameters, adam_mini, block_square_sums
 from optplan.optim_impls.adam_mini.roles import describe_module
+from optplan.optim_impls.adam_mini.shared_blocks import SharedBlocks
 from optplan.optim_impls.checks import check_at_least_zero, check_betas, check_choice
-from optplan.optim_impls.optimizer_base import Batch, GradScale, KernelOptimizer, Member, local_tensor
+from optplan.optim_impls.fingerprint import local_tensor
+from optplan.optim_impls.optimizer_base import (
+    Batch,
+    GradScale,
+    GroupPlan,
+    KernelOptimizer,
+    Member,
+    as_scale,
+)
+from optplan.optim_impls.rounding import mix_seed, random_bits, store
 from optplan.optim_impls.step_counters import State
-from optplan.planner.optimizers.adam_mini_blocks import BlockKind, Blocks, blocks_of
+from optplan.planner.optimizers.adam_mini_blocks import BlockKind, blocks_of
 from optplan.planner.tensors import Parameter, Role
 
+if TYPE_CHECKING:
+    from optplan.optim_impls.adam_mini.plan import Plan
+
 STATE_DTYPES = (None, torch.float32, torch.bfloat16)
+ROUNDINGS = ("nearest", "stochastic")
 
 
 class PartitionRow(msgspec.Struct, frozen=True):
@@ -46,6 +61,10 @@ class AdamMini(KernelOptimizer):
     Half the state of AdamW, with AdamW's hyperparameters. `AdamMini.from_module(model)` reads the blocks off the
     model; `partition_table()` says what it found.
 
+    Parameters sharded by rows, as FSDP2's `fully_shard` makes them, keep the blocks of the whole tensor: where ranks
+    hold parts of a block, its sum of squares is taken over all of them, in one collective a param group, and its second
+    moment is kept on every rank.
+
     Args:
         params: Parameters or param groups; a group may override every number below.
         roles: What each parameter is for: a role (see `optplan.planner.tensors.Role`), or the planner's `Parameter`
@@ -55,6 +74,9 @@ class AdamMini(KernelOptimizer):
         eps: Added to the root of the corrected second moment.
         weight_decay: Decoupled: `lr * weight_decay` of the parameter is taken off each step.
         state_dtype: Dtype of the first moment: torch.float32, torch.bfloat16, or None for the parameter's.
+        rounding: How bf16 parameters are stored: `nearest`, or `stochastic`, up or down with the probability that keeps
+            the mean.
+        seed: Of stochastic rounding; the stream depends on it, the step and the element, on nothing else.
         backend: `auto`, `triton` or `torch`; see `KernelOptimizer`.
         capturable: Keep the step counters on the device, so that a CUDA graph may record `step()`.
 
@@ -75,13 +97,16 @@ class AdamMini(KernelOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         state_dtype: torch.dtype | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
         backend: str = "auto",
         capturable: bool = False,
     ) -> None:
-        self._blocks: dict[torch.Tensor, Blocks] = {}
+        self._layouts: dict[torch.Tensor, Layout] = {}
         self._rows: dict[torch.Tensor, PartitionRow] = {}
         self._roles = dict(roles)
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "state_dtype": state_dtype}
+        defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults |= {"state_dtype": state_dtype, "rounding": rounding, "seed": seed}
         super().__init__(params, defaults, backend=backend, capturable=capturable)
 
     @classmethod
@@ -127,14 +152,10 @@ class AdamMini(KernelOptimizer):
             raise
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_blocks": self._blocks, "_rows": self._rows, "_roles": self._roles}
+        return {**super().__getstate__(), "_layouts": self._layouts, "_rows": self._rows, "_roles": self._roles}
 
     def _describe(self, tensor: torch.Tensor, name: str) -> None:
         shape = tuple(tensor.shape)
-        if local_tensor(tensor) is not tensor:
-            raise ValueError(
-                f"parameter '{name}' is a DTensor; AdamMini takes whole tensors, whose blocks are not split"
-            )
         given = self._roles.get(tensor)
         if given is None:
             raise ValueError(
@@ -144,7 +165,8 @@ class AdamMini(KernelOptimizer):
         parameter = given if isinstance(given, Parameter) else _without_heads(given, name, shape)
         if parameter.shape != shape:
             raise ValueError(f"the role of parameter '{name}' is for shape {parameter.shape}, got {shape}")
-        blocks = self._blocks[tensor] = blocks_of(parameter)
+        blocks = blocks_of(parameter)
+        self._layouts[tensor] = layout_of(tensor, blocks)
         self._rows[tensor] = PartitionRow(
             parameter.name or name, shape, parameter.role, blocks.kind, blocks.num_blocks, "given"
         )
@@ -154,42 +176,84 @@ class AdamMini(KernelOptimizer):
             check_at_least_zero(name, group[name])
         check_betas(group["betas"])
         check_choice("state_dtype", group["state_dtype"], STATE_DTYPES)
+        check_choice("rounding", group["rounding"], ROUNDINGS)
 
     def _new_state(self, parameter: torch.Tensor, group: dict[str, Any]) -> State:
         work = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        shape = self._blocks[parameter].state_shape
         return {
             "exp_avg": torch.zeros_like(parameter, dtype=group["state_dtype"] or parameter.dtype),
-            "exp_avg_sq": torch.zeros(shape, dtype=work, device=parameter.device),
+            "exp_avg_sq": new_second_moments(parameter, self._layouts[parameter], work),
         }
 
-    def _blocks_of(self, batch: Batch) -> list[Blocks]:
-        """Blocks of the members, by their place among all parameters."""
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        return [self._blocks[parameters[member.ordinal]] for member in batch.members]
+    def _before_batches(self, plan: GroupPlan, group: dict[str, Any], grad_scale: GradScale) -> None:
+        """Bring the second moments of blocks that ranks share to this step."""
+        if "shared" not in plan.scratch:
+            parts = [part for part in plan.parts if self._layouts[part.parameter].shared]
+            layouts = [self._layouts[part.parameter] for part in parts]
+            plan.scratch["shared"] = SharedBlocks(parts, layouts) if parts else None
+        shared: SharedBlocks | None = plan.scratch["shared"]
+        if shared is None:
+            return
+        sums = shared.new_sums()
+        for batch in plan.batches:
+            batch.scratch["shared"] = shared
+            add = self._sum_triton if batch.triton else self._sum_torch
+            add(batch, group, as_scale(grad_scale, batch.device), sums)
+        shared.advance(sums, beta2=group["betas"][1])
+
+    def _sum_torch(self, batch: Batch, group: dict[str, Any], grad_scale: GradScale, sums: torch.Tensor) -> None:
+        del group
+        shared: SharedBlocks = batch.scratch["shared"]
+        for part, member in zip(batch.parts, batch.members, strict=True):
+            layout = self._layouts[part.parameter]
+            if layout.shared:
+                gradient = member.gradient.to(sums.dtype)
+                gradient = gradient if grad_scale is None else gradient * grad_scale
+                own = block_square_sums(gradient, layout.blocks, rows=layout.rows)
+                sums[shared.sums_at(part.ordinal) :][: len(own)] = own
+
+    def _sum_triton(self, batch: Batch, group: dict[str, Any], grad_scale: GradScale, sums: torch.Tensor) -> None:
+        # Triton is not there on every machine that can run the reference.
+        from optplan.optim_impls.adam_mini.launcher import launch_shared_sums
+
+        launch_shared_sums(self._plan_of(batch), group, grad_scale=grad_scale, sums=sums)
 
     def _step_torch(self, batch: Batch, group: dict[str, Any], grad_scale: GradScale) -> None:
         lr, (beta1, beta2) = float(group["lr"]), group["betas"]
         hyperparameters = Hyperparameters(lr, beta1, beta2, group["eps"], group["weight_decay"])
-        for member, blocks in zip(batch.members, self._blocks_of(batch), strict=True):
-            gradient, state = member.gradient, member.state
+        for part, (parameter, gradient, state, ordinal) in zip(batch.parts, batch.members, strict=True):
+            layout = self._layouts[part.parameter]
             m, v = local_tensor(state["exp_avg"]), local_tensor(state["exp_avg_sq"])
             scaled = gradient if grad_scale is None else gradient.to(v.dtype) * grad_scale
             step = batch.step or int(state["step"])
-            new = adam_mini(member.parameter, scaled, m, v, blocks=blocks, step=step, hyperparameters=hyperparameters)
-            member.parameter.copy_(new)
+            new = adam_mini(
+                parameter, scaled, m, v, blocks=layout.blocks, step=step, hyperparameters=hyperparameters,
+                rows=layout.rows if layout.shared else None,
+            )  # fmt: skip
+            bits = None
+            if group["rounding"] == "stochastic":
+                bits = random_bits(new, mix_seed(group["seed"], step, ordinal), first=layout.first) & 0xFFFF
+            store(parameter, new, bits)
 
     def _step_triton(self, batch: Batch, group: dict[str, Any], grad_scale: GradScale) -> None:
-        # Triton is not there on every machine that can run the reference.
         from optplan.optim_impls.adam_mini.launcher import launch_adam_mini
-        from optplan.optim_impls.adam_mini.plan import Plan
 
+        launch_adam_mini(self._plan_of(batch), group, step=batch.step, grad_scale=grad_scale)
+
+    def _plan_of(self, batch: Batch) -> Plan:
+        """Launches and table of a batch, kept until a tensor moves."""
         if "plan" not in batch.scratch:
-            batch.scratch["plan"] = Plan(batch.members, self._blocks_of(batch), aligned=batch.aligned)
-        launch_adam_mini(batch.scratch["plan"], group, step=batch.step, grad_scale=grad_scale)
+            from optplan.optim_impls.adam_mini.plan import Plan
+
+            shared: SharedBlocks | None = batch.scratch.get("shared")
+            sums_at = [0 if shared is None else shared.sums_at(part.ordinal) for part in batch.parts]
+            layouts = [self._layouts[part.parameter] for part in batch.parts]
+            batch.scratch["plan"] = Plan(batch.members, layouts, aligned=batch.aligned, sums_at=sums_at)
+        plan: Plan = batch.scratch["plan"]
+        return plan
 
     def _kernels_take(self, member: Member) -> bool:
-        return super()._kernels_take(member) and member.state["exp_avg"].is_contiguous()
+        return super()._kernels_take(member) and local_tensor(member.state["exp_avg"]).is_contiguous()
 
 
 def _without_heads(role: Role, name: str, shape: tuple[int, ...]) -> Parameter:

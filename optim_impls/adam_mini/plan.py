@@ -11,15 +11,9 @@ from typing import NamedTuple
 
 import torch
 
+from optplan.optim_impls.adam_mini.layout import Layout
 from optplan.optim_impls.optimizer_base import Member, local_tensor
-from optplan.planner.optimizers.adam_mini_blocks import Blocks
-from optplan.planner.optimizers.adam_mini_work import (
-    ELEMENT_CHUNK_NUMEL,
-    ONE_PROGRAM_NUMEL,
-    Piece,
-    PieceKind,
-    pieces,
-)
+from optplan.planner.optimizers.adam_mini_work import ELEMENT_CHUNK_NUMEL, ONE_PROGRAM_NUMEL, Piece, PieceKind
 
 _IMAGES_OF_GRAPHS: list[torch.Tensor] = []
 """Images that a CUDA graph reads at every replay; kept, because nothing tells when the graph dies."""
@@ -28,19 +22,34 @@ _VECTOR_NUMEL = 16
 
 
 class LaunchKey(NamedTuple):
-    """What is constant within a launch: its kind, whether its loads are whole vectors, elements of a block for rows."""
+    """What is constant within a launch: its kind, whether its loads are whole vectors, elements of a block for rows.
+
+    Attributes:
+        kind: Of the pieces.
+        aligned: Whether loads are whole vectors.
+        block_numel: Elements of a block, for rows.
+        shared: Whether other ranks hold parts of the blocks.
+    """
 
     kind: PieceKind
     aligned: bool
     block_numel: int
+    shared: bool
 
 
 class Placed(NamedTuple):
-    """A piece of a tensor: the tensor's place in the batch, and its pointers to the piece."""
+    """A piece of a tensor.
+
+    Attributes:
+        piece: The piece.
+        pointers: Parameter, gradient and both moments at the piece.
+        places: Words 10 to 13 of its row: the tensor's place in the batch and in the optimizer, the piece's first
+            element in the whole tensor, its first sum where ranks share blocks.
+    """
 
     piece: Piece
-    member: int
     pointers: tuple[int, int, int, int]
+    places: tuple[int, int, int, int]
 
 
 class Launch(NamedTuple):
@@ -70,6 +79,12 @@ class Launch(NamedTuple):
 class Plan:
     """Launches and table of a batch. It holds no gradient, so `zero_grad` frees their memory.
 
+    Args:
+        members: Of the batch.
+        layouts: Of the members.
+        aligned: Whether every tensor begins at 16 bytes.
+        sums_at: Of each member, where the sums over its shared blocks begin in the buffer for all.
+
     Attributes:
         device: Where the members are.
         dtypes: Of parameter, gradient and first moment.
@@ -78,19 +93,25 @@ class Plan:
         num_partials: fp32 partial sums that all launches need together.
     """
 
-    def __init__(self, members: Sequence[Member], blocks: Sequence[Blocks], *, aligned: bool) -> None:
+    def __init__(
+        self, members: Sequence[Member], layouts: Sequence[Layout], *, aligned: bool, sums_at: Sequence[int]
+    ) -> None:
         first = members[0]
         self.device = first.parameter.device
         self.dtypes = (first.parameter.dtype, first.gradient.dtype, local_tensor(first.state["exp_avg"]).dtype)
         self.states = [member.state for member in members]
+        self._captured = False
         self._words: list[torch.Tensor] = []
         self._num_words = self.num_partials = 0
         gathered: dict[LaunchKey, list[Placed]] = {}
-        for place, (member, of_member) in enumerate(zip(members, blocks, strict=True)):
-            for piece in pieces(of_member):
-                placed = Placed(piece, place, _pointers(member, piece))
-                gathered.setdefault(_key(piece, aligned=aligned), []).append(placed)
-        self.launches = [self._launch(key, gathered[key]) for key in sorted(gathered)]
+        for place, (member, layout) in enumerate(zip(members, layouts, strict=True)):
+            for piece in layout.pieces():
+                places = (place, member.ordinal, layout.first + piece.offset, sums_at[place] + piece.block_offset)
+                placed = Placed(piece, _pointers(member, piece), places)
+                gathered.setdefault(_key(piece, aligned=aligned, shared=layout.shared), []).append(placed)
+        # The largest first: while it runs, the host prepares the others.
+        order = sorted(gathered, key=lambda key: (-sum(map(_numel, gathered[key])), key))
+        self.launches = [self._launch(key, gathered[key]) for key in order]
         self._image = torch.empty(self._num_words, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         torch.cat(self._words, out=self._image)
         self._words = []
@@ -99,8 +120,9 @@ class Plan:
         """The table on the device, int64; the copy does not wait for the GPU."""
         if self.device.type == "cpu":
             return self._image
-        if torch.cuda.is_current_stream_capturing():
-            _IMAGES_OF_GRAPHS.append(self._image)  # the graph reads it at every replay
+        if torch.cuda.is_current_stream_capturing() and not self._captured:
+            self._captured = True
+            _IMAGES_OF_GRAPHS.append(self._image)
         return torch.empty_like(self._image, device=self.device).copy_(self._image, non_blocking=True)
 
     def _launch(self, key: LaunchKey, placed: list[Placed]) -> Launch:
@@ -115,12 +137,12 @@ class Plan:
         return Launch(key, pieces_at, chunks_at, sums_at, first_partial, len(chunks), len(sums), widest)
 
     def _piece_row(self, key: LaunchKey, placed: Placed) -> list[int]:
-        """Words of a piece: pointers, sizes as the kernels of its kind read them, the tensor's place."""
+        """Words of a piece: pointers, sizes as the kernels of its kind read them, its places."""
         piece = placed.piece
         sizes = [piece.num_blocks if key.kind in ("elements", "rows") else piece.block_numel]
         sizes += [piece.num_columns, self.num_partials, piece.head_dim, piece.num_grouped, piece.num_single]
         self.num_partials += piece.num_partials
-        return [*placed.pointers, *sizes, placed.member]
+        return [*placed.pointers, *sizes, *placed.places]
 
     def _append(self, words: torch.Tensor) -> int:
         at = self._num_words
@@ -129,10 +151,14 @@ class Plan:
         return at
 
 
-def _key(piece: Piece, *, aligned: bool) -> LaunchKey:
+def _numel(placed: Placed) -> int:
+    return placed.piece.num_blocks * placed.piece.block_numel
+
+
+def _key(piece: Piece, *, aligned: bool, shared: bool) -> LaunchKey:
     width = piece.num_columns if piece.kind == "columns" else piece.block_numel
     whole = aligned and piece.offset % _VECTOR_NUMEL == 0 and width % _VECTOR_NUMEL == 0
-    return LaunchKey(piece.kind, whole, piece.block_numel if piece.kind == "rows" else 0)
+    return LaunchKey(piece.kind, whole, piece.block_numel if piece.kind == "rows" else 0, shared)
 
 
 def _pointers(member: Member, piece: Piece) -> tuple[int, int, int, int]:

@@ -46,10 +46,30 @@ def block_mean_square(gradient: Tensor, blocks: Blocks) -> Tensor:
     squares = gradient.square()
     if blocks.kind == "element":
         return squares
-    sums = _neurons_first(squares, blocks).sum(dim=1).view(-1, blocks.neurons_per_period)
-    grouped, single = sums.tensor_split([blocks.num_grouped * blocks.head_dim], dim=1)
-    heads = grouped.reshape(len(sums), blocks.num_grouped, blocks.head_dim).sum(dim=2) / blocks.head_dim
-    return torch.cat([heads, single], dim=1).flatten() / blocks.fan_in
+    return _sum_of_blocks(_sum_of_neurons(squares, blocks), blocks) / block_numels(blocks, like=squares)
+
+
+def block_square_sums(gradient: Tensor, blocks: Blocks, *, rows: slice) -> Tensor:
+    """Sum of the squares of some rows of a gradient over each block of the whole tensor, `[num_blocks]`.
+
+    Args:
+        gradient: The rows.
+        blocks: Blocks of the whole tensor.
+        rows: Which rows of it they are.
+    """
+    sums = _sum_of_neurons(gradient.square(), blocks)
+    if 0 in blocks.output_axes:
+        of_row = blocks.num_neurons // blocks.shape[0]
+        own = sums
+        sums = own.new_zeros(blocks.num_neurons)
+        sums[rows.start * of_row : rows.stop * of_row] = own
+    return _sum_of_blocks(sums, blocks)
+
+
+def block_numels(blocks: Blocks, *, like: Tensor) -> Tensor:
+    """Elements of each block, `[num_blocks]`."""
+    period = [blocks.head_dim] * blocks.num_grouped + [1] * (blocks.num_single * blocks.head_dim)
+    return like.new_tensor(period).mul_(blocks.fan_in).repeat(blocks.num_periods)
 
 
 def spread(values: Tensor, blocks: Blocks) -> Tensor:
@@ -79,6 +99,7 @@ def adam_mini(
     blocks: Blocks,
     step: int,
     hyperparameters: Hyperparameters,
+    rows: slice | None = None,
 ) -> Tensor:
     """One step; the moments are updated in place, the new parameter is returned in the dtype of the arithmetic.
 
@@ -90,18 +111,33 @@ def adam_mini(
         blocks: Blocks of the parameter.
         step: Number of this step, from 1.
         hyperparameters: Of the param group.
+        rows: Which rows of the tensor parameter, gradient and first moment are; `blocks` and `exp_avg_sq` are of all,
+            and `exp_avg_sq` is already that of this step. None for a whole tensor.
     """
     h, dtype = hyperparameters, exp_avg_sq.dtype
     g = gradient.to(dtype)
     m = torch.lerp(exp_avg.to(dtype), g, 1 - h.beta1)
     exp_avg.copy_(m)
-    exp_avg_sq.mul_(h.beta2).add_(block_mean_square(g, blocks), alpha=1 - h.beta2)
+    if rows is None:
+        exp_avg_sq.mul_(h.beta2).add_(block_mean_square(g, blocks), alpha=1 - h.beta2)
     denominator = exp_avg_sq.sqrt().div_(math.sqrt(1 - h.beta2**step)).add_(h.eps)
-    update = m.div_(spread(denominator, blocks)).mul_(h.lr / (1 - h.beta1**step))
+    of_elements = spread(denominator, blocks)
+    if rows is not None and of_elements.dim() and of_elements.shape[0] > 1:
+        of_elements = of_elements[rows]
+    update = m.div_(of_elements).mul_(h.lr / (1 - h.beta1**step))
     return parameter.to(dtype) * (1 - h.lr * h.weight_decay) - update
 
 
-def _neurons_first(tensor: Tensor, blocks: Blocks) -> Tensor:
-    """The tensor as a matrix `[neurons, fan_in]`."""
-    front = tensor.movedim(blocks.output_axes, tuple(range(len(blocks.output_axes))))
-    return front.reshape(blocks.num_neurons, blocks.fan_in)
+def _sum_of_neurons(tensor: Tensor, blocks: Blocks) -> Tensor:
+    """The sum over each neuron, `[neurons]`."""
+    inputs = tuple(axis for axis in range(tensor.dim()) if axis not in blocks.output_axes)
+    return (tensor.sum(dim=inputs) if inputs else tensor).reshape(-1)
+
+
+def _sum_of_blocks(sums: Tensor, blocks: Blocks) -> Tensor:
+    """The sum over each block, `[num_blocks]`, from those over all neurons."""
+    grouped, single = sums.view(-1, blocks.neurons_per_period).tensor_split(
+        [blocks.num_grouped * blocks.head_dim], dim=1
+    )
+    heads = grouped.reshape(len(grouped), blocks.num_grouped, blocks.head_dim).sum(dim=2)
+    return torch.cat([heads, single], dim=1).flatten()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from optplan.optim_impls.rounding import counter_hash, to_bf16_stochastic
+from optplan.optim_impls.rounding import random_bits, store
 
 
 class Hyper(NamedTuple):
@@ -72,18 +72,6 @@ def adamw_step(
         store(parameter, (1 - lr * weight_decay) * p - update, None if bits is None else bits & 0xFFFF)
     else:
         add_with_kahan(parameter, -(lr * weight_decay) * p - update, compensation)
-
-
-def random_bits(like: torch.Tensor, seed: int) -> torch.Tensor:
-    """32 random bits for each element, int64, of the tensor's shape; counted in its logical order."""
-    return counter_hash(torch.arange(like.numel(), device=like.device), seed).view(like.shape)
-
-
-def store(target: torch.Tensor, value: torch.Tensor, random16: torch.Tensor | None) -> None:
-    """Write `value` to `target`: to nearest, or stochastically if it is bf16 and random bits are given."""
-    if random16 is not None and target.dtype == torch.bfloat16:
-        value = to_bf16_stochastic(value, random16)
-    target.copy_(value)
 
 
 def add_with_kahan(parameter: torch.Tensor, change: torch.Tensor, compensation: torch.Tensor) -> None:

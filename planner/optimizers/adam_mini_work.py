@@ -29,8 +29,9 @@ ROW_CHUNK_NUMEL = 65_536
 ELEMENT_CHUNK_NUMEL = 1_024
 COLUMN_TILE = 128
 """Rows and columns of the tile that one program sums in the column launch."""
-PIECE_WORDS = 11
-"""int64 words of a piece in the table: four pointers, six sizes, the tensor's place in the launch."""
+PIECE_WORDS = 14
+"""int64 words of a piece in the table: four pointers, six sizes, the tensor's place in the launch and in the optimizer,
+its first element, the place of its sums where ranks share blocks."""
 CHUNK_WORDS = 2
 SEGMENT_WORDS = 4
 
@@ -122,13 +123,13 @@ def pieces(blocks: Blocks) -> Iterator[Piece]:
     if blocks.kind == "element":
         yield Piece("elements", 0, 0, blocks.num_neurons * blocks.fan_in, 1)
     elif blocks.output_axes == tuple(range(len(blocks.output_axes))):
-        yield from _contiguous(blocks)
+        yield from runs(blocks)
     else:
         yield from _columns(blocks)
 
 
-def _contiguous(blocks: Blocks) -> Iterator[Piece]:
-    """Neurons one after another: the grouped heads of each period, then its single neurons."""
+def runs(blocks: Blocks) -> Iterator[Piece]:
+    """Blocks of one size that lie one after another: the grouped heads of each period, then its single neurons."""
     head_numel = blocks.head_dim * blocks.fan_in
     if not blocks.num_single:
         yield _run(0, 0, blocks.num_periods * blocks.num_grouped, head_numel)

@@ -20,11 +20,13 @@ from triton.compiler import ASTSource
 from optplan.optim_impls.adam_mini import column_kernels, kernels, launcher, segment_kernels
 from optplan.planner.optimizers import adam_mini_work as work
 
-POINTERS = dict(pieces="*i64", chunks="*i64", sums="*i64", partials="*fp32", device_values="*fp32")
+KINDS = dict(table="*i64", partials="*fp32", device_values="*fp32", shared_sums="*fp32") | dict.fromkeys(
+    kernels.UNSPECIALIZED, "i32"
+)
 
 def figures(kernel, num_warps, **constants):
     names = kernel.arg_names
-    kinds = dict.fromkeys(names, "fp32") | {name: kind for name, kind in POINTERS.items() if name in names}
+    kinds = dict.fromkeys(names, "fp32") | {name: kind for name, kind in KINDS.items() if name in names}
     kinds |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(
         fn=kernel, signature=kinds, constexprs={(names.index(name),): value for name, value in constants.items()}
@@ -44,23 +46,27 @@ def figures(kernel, num_warps, **constants):
 found = {}
 for name, dtype in (("bfloat16", tl.bfloat16), ("float32", tl.float32)):
     kinds = dict(P=dtype, G=dtype, M=dtype, ON_DEVICE=False)
-    aligned = dict(kinds, ALIGNED=True)
+    updating = dict(kinds, STOCHASTIC=False)
+    aligned = dict(updating, ALIGNED=True)
     for numel, width in ((4096, 4096), (11008, 16384)):
         found[f"rows of {numel}, {name}"] = figures(
             kernels.rows_kernel, launcher._MAX_WARPS, **aligned, NUMEL=numel, WIDTH=width, TILE_ROWS=1, TILES=5
         )
-    chunk = dict(aligned, CHUNK=work.ONE_PROGRAM_NUMEL, TILE=launcher._SEGMENT_TILE)
-    tile = dict(aligned, TILE=work.COLUMN_TILE, ROWS=launcher._COLUMN_ROWS)
+    chunk = dict(kinds, ALIGNED=True, CHUNK=work.ONE_PROGRAM_NUMEL, TILE=launcher._SEGMENT_TILE)
+    tile = dict(kinds, ALIGNED=True, TILE=work.COLUMN_TILE, ROWS=launcher._COLUMN_ROWS)
+    rounding = dict(STOCHASTIC=False)
     for title, kernel, warps, constants in (
         ("segment sums", segment_kernels.segment_sums_kernel, launcher._SEGMENT_WARPS, chunk),
-        ("segment update", segment_kernels.segment_update_kernel, launcher._SEGMENT_WARPS, chunk),
+        ("segment update", segment_kernels.segment_update_kernel, launcher._SEGMENT_WARPS, chunk | rounding),
         ("column sums", column_kernels.column_sums_kernel, launcher._COLUMN_WARPS, tile),
-        ("column update", column_kernels.column_update_kernel, launcher._COLUMN_WARPS, tile),
-        ("elements", kernels.elements_kernel, 4, dict(kinds, CHUNK=work.ELEMENT_CHUNK_NUMEL)),
+        ("column update", column_kernels.column_update_kernel, launcher._COLUMN_WARPS, tile | rounding),
+        ("elements", kernels.elements_kernel, 4, dict(updating, CHUNK=work.ELEMENT_CHUNK_NUMEL)),
     ):
         found[f"{title}, {name}"] = figures(kernel, warps, **constants)
-found["segment moments"] = figures(segment_kernels.segment_moments_kernel, 1, LANES=launcher._SUM_LANES)
-found["column moments"] = figures(column_kernels.column_moments_kernel, 4, TILE=work.COLUMN_TILE, LANES=128)
+found["segment moments"] = figures(segment_kernels.segment_moments_kernel, 1, SHARED=False, LANES=launcher._SUM_LANES)
+found["column moments"] = figures(
+    column_kernels.column_moments_kernel, 4, SHARED=False, TILE=work.COLUMN_TILE, LANES=128
+)
 print(json.dumps(found))
 """
 

@@ -300,14 +300,19 @@ def test_a_refused_group_leaves_the_optimizer_as_it_was() -> None:
     assert [row.kind for row in optimizer.partition_table()] == ["row", "tensor"]
 
 
-def test_sharded_parameters_are_refused() -> None:
+def test_columns_on_different_ranks_are_refused() -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         mesh = torch.distributed.init_device_mesh("cpu", (1,))
-        tensor = torch.distributed.tensor.distribute_tensor(torch.zeros(4, 6), mesh)
+        tensor = torch.distributed.tensor.distribute_tensor(
+            torch.zeros(4, 6), mesh, [torch.distributed.tensor.Shard(1)]
+        )
         sharded = torch.nn.Parameter(tensor)
         with pytest.raises(ValueError) as caught:
             AdamMini([sharded], roles={sharded: "mlp"})
     finally:
         torch.distributed.destroy_process_group()
-    assert str(caught.value) == ("parameter '0' is a DTensor; AdamMini takes whole tensors, whose blocks are not split")
+    assert str(caught.value) == (
+        "AdamMini takes DTensors whose dimension 0 is sharded over one mesh dimension, "
+        "got placements (Shard(dim=1),) for shape (4, 6)"
+    )
