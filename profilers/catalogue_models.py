@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import logging
 from collections.abc import Iterator
@@ -59,8 +58,15 @@ def _class_and_config(spec: ModelSpec) -> tuple[Any, Any]:
     cls = getattr(transformers, spec.architecture, None)
     if cls is None:
         raise ConfigError(f"transformers has no class for {spec.name} ({spec.architecture}): it cannot be traced")
-    config = cls.config_class.from_dict({**copy.deepcopy(spec.config), "use_cache": False})
+    config = cls.config_class.from_dict({**_plain(spec.config), "use_cache": False})
     return cls, config
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON would hold it: lists for tuples, nothing shared with the original."""
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def _built(cls: Any, config: Any, options: StepOptions) -> nn.Module:

@@ -9,16 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import msgspec
 import torch
 
 from optplan.planner.footprint import optimizer_footprint
 from optplan.planner.optimizers.base import OptimizerContext, OptimizerModel
 from optplan.planner.tensors import Parameter
-from optplan.planner.timeline import TimelineBuilder
+from optplan.planner.timeline import Timeline, TimelineBuilder
 from optplan.profilers.runs import OptimizerPart
 
 Factory = Callable[[Sequence[torch.nn.Parameter]], torch.optim.Optimizer]
 """Makes an optimizer for parameters."""
+
+_FIRST_MODELLED_ID = 1 << 40
 
 _IMPLEMENTATIONS = {"fused": {"fused": True}, "foreach": {"foreach": True}, "for-loop": {"foreach": False}}
 
@@ -67,4 +70,9 @@ def modelled_part(
         first.alloc(num_bytes, "optimizer_state", f"{model.id} state")
     model.write_step(first, parameters, context)
     model.write_step(steady, parameters, context)
-    return OptimizerPart(first.events, steady.events)
+    return OptimizerPart(_renumbered(first.events), _renumbered(steady.events))
+
+
+def _renumbered(timeline: Timeline) -> Timeline:
+    """The events with ids that no traced allocation has."""
+    return [msgspec.structs.replace(event, id=event.id + _FIRST_MODELLED_ID) for event in timeline]

@@ -6,7 +6,7 @@ first step in which the optimizer makes its state, then steady steps, the last o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -22,10 +22,26 @@ NUM_STEPS = 3
 
 
 class OptimizerPart(NamedTuple):
-    """What an optimizer allocates and frees in its first `step()`, state included, and in every later one."""
+    """What an optimizer allocates and frees in its first `step()`, state included, and in every later one.
+
+    Attributes:
+        first: The first step.
+        steady: A later one.
+        renewed: State that a later step replaces by a new tensor: the id that ends, by the id that takes its place.
+    """
 
     first: Timeline
     steady: Timeline
+    renewed: dict[int, int] = {}
+
+    @classmethod
+    def of(cls, first: Timeline, steady: Timeline) -> OptimizerPart:
+        """The part, with what is renewed paired in order."""
+        made = {event.id for event in steady if isinstance(event, Allocation)}
+        ended = {event.id for event in steady if isinstance(event, Free)}
+        outside = [event.id for event in steady if isinstance(event, Free) and event.id not in made]
+        kept = [event.id for event in steady if isinstance(event, Allocation) and event.id not in ended]
+        return cls(first, steady, dict(zip(kept, outside, strict=True)))
 
 
 class Pieces(NamedTuple):
@@ -79,10 +95,14 @@ def run_timeline(pieces: Pieces, optimizer: OptimizerPart, *, num_steps: int = N
     for piece in run_pieces(pieces, optimizer, num_steps=num_steps):
         for event in piece:
             if isinstance(event, Allocation):
-                current[event.id] = len(timeline) + 1
-                timeline.append(msgspec.structs.replace(event, id=len(timeline) + 1))
+                current[event.id] = id_ = len(timeline) + 1
+                timeline.append(
+                    Allocation(id_, event.bytes, event.category, event.name, event.phase, event.itemsize)
+                )
             else:
                 timeline.append(Free(current.pop(event.id), event.phase))
+        if piece is optimizer.steady:
+            current |= {old: current.pop(new) for new, old in optimizer.renewed.items()}
     return timeline
 
 
@@ -127,6 +147,7 @@ class RunSimulator:
         for _ in range(num_steps - 2):
             for piece in (*self._steady, step, self._zero):
                 device.run(piece)
+            device.rename(optimizer.renewed)
         return device.measure([*self._steady, step], first_peak)
 
 
@@ -167,6 +188,10 @@ class _Device:
             else:
                 free(blocks.pop(-id_)[0])
         return most
+
+    def rename(self, renewed: Mapping[int, int]) -> None:
+        """Let what took another's place be known by the other's id."""
+        self._blocks |= {old: self._blocks.pop(new) for new, old in renewed.items()}
 
     def measure(self, pieces: Sequence[_Events], first_peak: int) -> SimulatedRun:
         """Run a step and tell the peak of each phase; of forward and backward, those that come last."""

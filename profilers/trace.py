@@ -143,7 +143,7 @@ class TracedStep:
             for key, value in state.items():
                 if isinstance(value, torch.Tensor) and value.device.type == "meta":
                     tracer.recorder.label(value, "optimizer_state", f"{names[id(parameter)]} {key}")
-        return OptimizerPart(tracer.timeline(first), tracer.timeline(steady))
+        return OptimizerPart.of(tracer.timeline(first), tracer.timeline(steady))
 
 
 def _fill_gradients(tracer: StepTracer) -> None:
