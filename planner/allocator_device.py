@@ -131,6 +131,13 @@ class DeviceAllocator:
         elif was_split and plain:
             counters.inactive_split_bytes -= block.size
             counters.num_inactive_split -= 1
+        self.adopt(block, num_bytes)
+        self.note_peaks()
+        return block
+
+    def adopt(self, block: DeviceBlock, num_bytes: int) -> None:
+        """Count a block as in use for a request of `num_bytes`."""
+        counters = block.pool.counters
         block.in_use = True
         block.requested = num_bytes
         counters.allocated_bytes += block.size
@@ -138,8 +145,6 @@ class DeviceAllocator:
         counters.requested_bytes += num_bytes
         counters.num_allocated += 1
         counters.num_active += 1
-        self._note_peaks()
-        return block
 
     def free(self, block: DeviceBlock | None) -> None:
         """Return what `alloc` gave; the block joins free neighbours of its segment at once."""
@@ -199,7 +204,8 @@ class DeviceAllocator:
         found = [pool for pool in self._pools.values() if pool.small is small and pool.owner == NO_OWNER]
         return sorted(found, key=lambda pool: pool.stream)
 
-    def _note_peaks(self) -> None:
+    def note_peaks(self) -> None:
+        """Take the counters' values into their peaks."""
         small, large = self.small, self.large
         allocated = small.allocated_bytes + large.allocated_bytes
         if allocated > self.allocated_peak_bytes:
@@ -211,10 +217,20 @@ class DeviceAllocator:
         if requested > self.requested_peak_bytes:
             self.requested_peak_bytes = requested
 
+    def must_grow(self, num_bytes: int, *, stream: int = 0, owner: tuple[int, int] = NO_OWNER) -> bool:
+        """Whether no cached block may serve a request."""
+        size = self.settings.rounded(num_bytes)
+        pool = self.pool(stream, owner, size <= SMALL_LIMIT)
+        return self._best(pool, size) is None
+
     def _find(self, pool: DevicePool, size: int) -> DeviceBlock | None:
         """Take the best cached block for a request out of the pool; None if none may serve it."""
         if self._collects and not pool.small:
             self._searches += 1
+        index = self._best(pool, size)
+        return None if index is None else pool.cached.pop(index)[2]
+
+    def _best(self, pool: DevicePool, size: int) -> int | None:
         cached = pool.cached
         index = bisect_left(cached, (size,))
         if index == len(cached):
@@ -226,7 +242,7 @@ class DeviceAllocator:
         found, limit = cached[index][0], self._max_split
         if found >= limit and (size < limit or found >= size + self.settings.max_non_split_rounding_bytes):
             return None
-        return cached.pop(index)[2]
+        return index
 
     def _obtain(self, pool: DevicePool, size: int) -> DeviceBlock:
         """New memory for a request, at need after giving back what is cached."""

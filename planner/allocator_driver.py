@@ -6,8 +6,9 @@ from typing import NamedTuple, Protocol
 
 from optplan.planner.units import GIB, MIB, round_up
 
-_TOP = 1 << 47
-_RANGES = 1 << 48
+# Beyond all addresses that real devices use, so that made-up addresses never meet recorded ones.
+_TOP = 1 << 60
+_RANGES = 1 << 61
 _DEFAULT_TOTAL_BYTES = 160 * GIB
 
 
@@ -31,8 +32,8 @@ class Addresses(Protocol):
     def of_segment(self, size: int, /) -> int | None:
         """The address of the next segment, which has `size` bytes."""
 
-    def of_range(self, page: int, span: int, /) -> int | None:
-        """The first of the `span` addresses of the next expandable range, mapped in pages of `page` bytes."""
+    def of_range(self, stream: int, small: bool, span: int, /) -> int | None:
+        """The first of the `span` addresses of the next expandable range of a stream's small or large pool."""
 
     def range_ended(self, start: int, /) -> None:
         """The range that begins at `start` is no more: its addresses may come again."""
@@ -90,9 +91,9 @@ class Driver:
             address = self._low
         return address
 
-    def range_address(self, page: int, span: int) -> int:
-        """Where a new expandable range of `span` bytes in pages of `page` bytes begins."""
-        address = self._addresses.of_range(page, span) if self._addresses is not None else None
+    def range_address(self, stream: int, small: bool, span: int) -> int:
+        """Where a new expandable range of `span` bytes begins that is for a stream's small or large pool."""
+        address = self._addresses.of_range(stream, small, span) if self._addresses is not None else None
         if address is None:
             address = self._next_range
             self._next_range += span

@@ -79,7 +79,7 @@ class ExpandableRanges:
                 return block
         page = self._page(pool)
         span = round_up(self._driver.span_bytes, page)
-        address = self._driver.range_address(page, span)
+        address = self._driver.range_address(pool.stream, pool.small, span)
         whole = DeviceBlock(address, span, pool, address, mapped=False)
         pool.add_unmapped(whole)
         return whole

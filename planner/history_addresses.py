@@ -7,44 +7,50 @@ from collections.abc import Iterable
 
 from optplan.planner.allocator import SMALL_SEGMENT
 from optplan.planner.allocator_driver import SegmentEvent
+from optplan.planner.history import HistoryEvent
+
+GIVEN = ("segment_alloc", "segment_map")
+"""Actions by which a driver gives memory."""
 
 
 class RecordedAddresses:
     """Answers with the addresses of a history's `segment_alloc` and `segment_map` entries, one after the other."""
 
-    def __init__(self, moves: Iterable[SegmentEvent]) -> None:
-        self._given = deque(move for move in moves if move.action in ("segment_alloc", "segment_map"))
-        self._ranges: dict[int, int] = {}
+    def __init__(self, events: Iterable[HistoryEvent]) -> None:
+        self._given = deque(event for event in events if event.action in GIVEN)
+        self._ranges: dict[int, tuple[int, bool]] = {}
 
     def of_segment(self, size: int) -> int | None:
         """The address of the next segment recorded, if it has that size."""
-        return next((move.address for move in self._given if move == ("segment_alloc", move.address, size)), None)
+        first = self._given[0] if self._given else None
+        return first.address if first is not None and (first.action, first.size) == ("segment_alloc", size) else None
 
-    def of_range(self, page: int, span: int) -> int | None:
-        """Where the next range begins: at the first mapping, in pages of that size, that lies in no range so far.
+    def of_range(self, stream: int, small: bool, span: int) -> int | None:
+        """Where the next range of a pool begins: at its first mapping that lies in none of its ranges so far.
 
         None if there is none: a range made for a request that then failed leaves no trace.
         """
-        for action, address, size in self._given:
-            fits = size == page if page == SMALL_SEGMENT else size % page == 0
-            if (
-                action == "segment_map"
-                and fits
-                and not any(low <= address < high for low, high in self._ranges.items())
-            ):
-                self.add_range(address, span)
-                return address
+        known = [(low, low + span) for low, pool in self._ranges.items() if pool == (stream, small)]
+        for event in self._given:
+            fits = event.action == "segment_map" and event.stream == stream and (event.size == SMALL_SEGMENT) == small
+            if fits and not any(low <= event.address < high for low, high in known):
+                self.add_range(event.address, stream, small)
+                return event.address
         return None
 
     def range_ended(self, start: int) -> None:
         """Let the addresses of a range be given again."""
         self._ranges.pop(start, None)
 
-    def add_range(self, start: int, span: int) -> None:
+    def add_range(self, start: int, stream: int, small: bool) -> None:
         """Note a range that exists already."""
-        self._ranges[start] = start + span
+        self._ranges[start] = (stream, small)
 
     def passed(self, move: SegmentEvent) -> None:
         """Forget the address of a recorded move that has been reached."""
-        if self._given and self._given[0] == move:
+        if self._given and self._given[0][:3] == move:
             self._given.popleft()
+
+    def forget(self) -> None:
+        """Know no more addresses: what is simulated has left what was recorded."""
+        self._given.clear()

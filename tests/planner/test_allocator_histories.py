@@ -13,6 +13,7 @@ from optplan.planner.allocator_device import DeviceAllocator, OutOfMemory
 from optplan.planner.allocator_driver import Driver, SegmentEvent
 from optplan.planner.allocator_settings import parse_alloc_conf
 from optplan.planner.history_addresses import RecordedAddresses
+from optplan.planner.history_reader import parse_history
 
 HISTORIES = Path(__file__).parents[1] / "records" / "h200_histories"
 NAMES = sorted(path.name.removesuffix(".json.gz") for path in HISTORIES.glob("*.json.gz"))
@@ -35,7 +36,7 @@ class Recording:
 
     def __init__(self, record):
         self.entries = deque(record["snapshot"]["device_traces"][0])
-        self.addresses = RecordedAddresses(moves_of(self.entries))
+        self.addresses = RecordedAddresses(parse_history(record, where="record").events)
 
     def up_to(self, *actions):
         taken = []

@@ -1,0 +1,180 @@
+"""What a history found when its recording began, worked out backwards from what it left.
+
+A snapshot tells the segments and blocks at the end; undoing the entries from the last to the first leads to those at
+the start. Of a block that is there at the start and freed later only the request is known, not its size. Blocks of the
+large pool are never smaller than 1 MiB, so a smaller gap above such a block belongs to it; a larger gap is taken for a
+cached block, though up to 1 MiB of it may belong to the block below.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from typing import NamedTuple
+
+from optplan.planner.allocator import SMALL_LIMIT, SMALL_SEGMENT
+from optplan.planner.allocator_settings import AllocatorSettings
+from optplan.planner.errors import ConfigError
+from optplan.planner.history import DeviceHistory, HistoryEvent
+
+Owner = tuple[int, int]
+
+
+class StartBlock(NamedTuple):
+    """A block in use at the start.
+
+    Attributes:
+        address: Where it begins.
+        requested: The bytes asked for.
+        size: Its bytes; None where only the request is known.
+        waiting: Whether its tensor was gone already and only other streams still used it.
+    """
+
+    address: int
+    requested: int
+    size: int | None
+    waiting: bool
+
+
+class StartSegment(NamedTuple):
+    """A segment, or a stretch of an expandable range with memory behind it, at the start."""
+
+    address: int
+    size: int
+    stream: int
+    owner: Owner
+    small: bool
+    expandable: bool
+
+
+class Part(NamedTuple):
+    """A stretch of a segment or range at the start: a block in use, or a cached one, or addresses without memory."""
+
+    address: int
+    size: int
+    block: StartBlock | None
+    mapped: bool = True
+
+
+class StartState:
+    """Segments and blocks at one moment of a history; begins at its end."""
+
+    def __init__(self, history: DeviceHistory) -> None:
+        self._source = history.source
+        self.blocks = {
+            block.address: StartBlock(block.address, block.requested, block.size, block.waiting)
+            for segment in history.segments
+            for block in segment.blocks
+        }
+        self._segments = {s.address: StartSegment(*s[:6]) for s in history.segments if not s.expandable}
+        self._mapped = [StartSegment(*s[:6]) for s in history.segments if s.expandable]
+
+    @property
+    def segments(self) -> list[StartSegment]:
+        """All segments and mapped stretches, in order of addresses."""
+        return sorted([*self._segments.values(), *self._mapped])
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes of all segments."""
+        return sum(segment.size for segment in self.segments)
+
+    def undo(self, event: HistoryEvent) -> None:
+        """Go back behind an event.
+
+        Raises:
+            ConfigError: The event cannot have led to this state.
+        """
+        action, address, size = event.action, event.address, event.size
+        if action == "alloc":
+            self._undo_alloc(event)
+        elif action == "free_completed":
+            self.blocks[address] = StartBlock(address, size, None, True)
+        elif action == "free_requested":
+            if address not in self.blocks:
+                raise self._contradiction(event)
+            self.blocks[address] = self.blocks[address]._replace(waiting=False)
+        elif action == "segment_alloc":
+            if self._segments.pop(address, None) is None:
+                raise self._contradiction(event)
+        elif action == "segment_free":
+            self._segments[address] = _segment(event, expandable=False)
+        elif action == "segment_map":
+            self._unmap(event)
+        elif action == "segment_unmap":
+            self._mapped.append(_segment(event, expandable=True))
+
+    def _undo_alloc(self, event: HistoryEvent) -> None:
+        if self.blocks.pop(event.address, None) is None:
+            raise self._contradiction(event)
+
+    def _unmap(self, event: HistoryEvent) -> None:
+        """Cut the addresses of a mapping out of the mapped stretches."""
+        low, high = event.address, event.address + event.size
+        kept, num_cut = [], 0
+        for stretch in self._mapped:
+            start, end = stretch.address, stretch.address + stretch.size
+            num_cut += max(0, min(end, high) - max(start, low))
+            if start < min(end, low):
+                kept.append(stretch._replace(size=min(end, low) - start))
+            if max(start, high) < end:
+                kept.append(stretch._replace(address=max(start, high), size=end - max(start, high)))
+        if num_cut != event.size:
+            raise self._contradiction(event)
+        self._mapped = kept
+
+    def _contradiction(self, event: HistoryEvent) -> ConfigError:
+        return ConfigError(
+            f"{self._source} contradicts itself: {event.action} of {event.size} bytes at {event.address:#x} does not"
+            " lead to its segments; record all actions and dump the snapshot before the recording is stopped"
+        )
+
+
+def start_state(history: DeviceHistory) -> StartState:
+    """The state before a history's first event.
+
+    Raises:
+        ConfigError: The history cannot have led to its own segments.
+    """
+    state = StartState(history)
+    for event in reversed(history.events):
+        state.undo(event)
+    return state
+
+
+def parts_of(
+    segment: StartSegment, blocks: list[StartBlock], settings: AllocatorSettings, *, source: str
+) -> list[Part]:
+    """A segment at the start, cut into blocks in use and cached ones.
+
+    Args:
+        blocks: All blocks in use, in order of addresses.
+
+    Raises:
+        ConfigError: Two blocks overlap.
+    """
+    parts, position, end = [], segment.address, segment.address + segment.size
+    first, last = bisect_left(blocks, (segment.address,)), bisect_left(blocks, (end,))
+    for index in range(first, last):
+        block = blocks[index]
+        room = (blocks[index + 1].address if index + 1 < last else end) - block.address
+        size = block.size or _size(segment, settings.rounded(block.requested), room, settings)
+        if block.address < position or size > room:
+            raise ConfigError(f"{source} contradicts itself: blocks overlap at {block.address:#x} when it begins")
+        if block.address > position:
+            parts.append(Part(position, block.address - position, None))
+        parts.append(Part(block.address, size, block))
+        position = block.address + size
+    return [*parts, Part(position, end - position, None)] if position < end else parts
+
+
+def _size(segment: StartSegment, rounded: int, room: int, settings: AllocatorSettings) -> int:
+    """Bytes of a block of which only the request is known, `room` bytes below the next one."""
+    if segment.small or segment.expandable:
+        return rounded
+    never_split = settings.max_split_bytes is not None and rounded >= settings.max_split_bytes
+    return room if never_split or room - rounded <= SMALL_LIMIT else rounded
+
+
+def _segment(event: HistoryEvent, *, expandable: bool) -> StartSegment:
+    small = event.size == SMALL_SEGMENT
+    return StartSegment(event.address, event.size, event.stream, event.owner, small, expandable)
