@@ -9,12 +9,18 @@ from typing import Any
 RECORDS = Path(__file__).resolve().parent.parent / "benchmarks" / "records" / "h200_optimizers.jsonl"
 
 
-def speed_page() -> str:
-    """The whole page."""
+def newest_rows() -> dict[tuple[str, str, str], dict[str, Any]]:
+    """The newest row of each optimizer, model and dtype."""
     newest: dict[tuple[str, str, str], dict[str, Any]] = {}
     for line in RECORDS.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         newest[row["optimizer"], row["model"], row["dtype"]] = row
+    return newest
+
+
+def speed_page() -> str:
+    """The whole page."""
+    newest = newest_rows()
     lines = [
         "# Speed of the optimizers",
         "",

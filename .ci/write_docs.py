@@ -1,4 +1,4 @@
-"""Write the generated documents: the README's picture, the command reference, the optimizers' table.
+"""Write the generated documents: the README's picture and table, the command reference, the pages of records.
 
 `--check` compares instead and exits 1 if one of them is stale.
 """
@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from accuracy_page import accuracy_page
+from readme_page import readme_page
 from speed_page import speed_page
+from training_page import training_page
 
 if TYPE_CHECKING:
     from optplan.planner.listings import ImplementationItem
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("estimate", "explain", "compare", "show", "models", "gpus", "optimizers", "published")
+COMMANDS = ("estimate", "explain", "compare", "show", "models", "gpus", "optimizers", "published", "replay")
 
 
 def picture() -> str:
@@ -73,6 +75,7 @@ SCHEMAS = {
     "gpus": "optplan.planner.listings:GpuListing",
     "optimizers": "optplan.planner.listings:OptimizerListing",
     "published": "optplan.planner.published:PublishedReport",
+    "replay": "optplan.planner.history_report:HistoryReport",
 }
 
 
@@ -128,10 +131,12 @@ def _help(args: list[str]) -> str:
 
 
 DOCUMENTS: dict[str, Callable[[], str]] = {
+    "README.md": readme_page,
     "docs/estimate.svg": picture,
     "docs/accuracy.md": accuracy_page,
     "docs/cli.md": command_reference,
     "docs/speed.md": speed_page,
+    "docs/training.md": training_page,
     "docs/optimizers.md": optimizer_table,
     **{f"docs/schemas/{name}.json": partial(json_schema, path) for name, path in SCHEMAS.items()},
 }
