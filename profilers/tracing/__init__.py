@@ -1,0 +1,1 @@
+"""Tracing: a training step on tensors without contents, allocation by allocation."""

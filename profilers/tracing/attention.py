@@ -1,0 +1,104 @@
+"""`F.scaled_dot_product_attention` as CUDA runs it: the kernel that would be chosen, and what precedes it.
+
+Source: pytorch `aten/src/ATen/native/transformers/cuda/sdp_utils.cpp` (choice), `native/transformers/attention.cpp`
+(`scaled_dot_product_attention`, `convert_boolean_attn_mask`, `pad_bias`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch.nn import functional as F
+
+from optplan.planner.dtypes import Dtype
+from optplan.planner.step.attention import AttentionShape, Backend, choose_backend
+from optplan.profilers.tracing.accumulation import overwriting_sums
+
+aten = torch.ops.aten
+
+_BIAS_ALIGNMENT = 8
+"""Elements to a multiple of which the memory-efficient kernel wants the rows of a mask padded."""
+
+
+def backend_of(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    capability: tuple[int, int],
+    value: torch.Tensor | None = None,
+) -> Backend:
+    """The kernel that CUDA takes.
+
+    Args:
+        query: `[batch, heads, tokens, width]`.
+        key: The same with the key heads and the tokens attended to.
+        mask: Boolean or additive mask, if one is given.
+        capability: Compute capability of the GPU.
+        value: Values, where their heads may differ in width from the keys'.
+    """
+    if mask is not None and mask.requires_grad or query.dim() != 4:
+        return "math"
+    batch, heads, seq, width = query.shape
+    shape = AttentionShape(batch, seq, heads, key.shape[1], width)
+    dtype = cast(Dtype, str(query.dtype).removeprefix("torch."))
+    chosen = choose_backend(dtype, shape, masked=mask is not None, capability=capability)
+    if chosen in ("flash", "cudnn") and value is not None and value.shape[-1] != width:
+        return "efficient" if key.shape[1] == heads else "math"
+    return chosen
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    capability: tuple[int, int],
+) -> Any:
+    """The attention's result, by the operations that CUDA would run."""
+    backend = backend_of(query, key, attn_mask, capability=capability, value=value)
+    if backend == "flash":
+        return aten._scaled_dot_product_flash_attention.default(
+            query, key, value, dropout_p, is_causal, False, scale=scale
+        )[0]
+    if backend == "math":
+        with overwriting_sums():
+            return aten._scaled_dot_product_attention_math.default(
+                query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
+            )[0]
+    keeps = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    bias = _bias(attn_mask, query.dtype)
+    if backend == "cudnn":
+        return aten._scaled_dot_product_cudnn_attention.default(
+            query, key, value, bias, keeps, dropout_p, is_causal, False, scale=scale
+        )[0]
+    bias = _padded(bias, query, key)
+    return aten._scaled_dot_product_efficient_attention.default(
+        query, key, value, bias, keeps, dropout_p, is_causal, scale=scale
+    )[0]
+
+
+def _bias(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """A boolean mask as numbers added to the scores."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    zero = torch.scalar_tensor(0.0, dtype=dtype, device=mask.device)
+    lowest = torch.scalar_tensor(float("-inf"), dtype=dtype, device=mask.device)
+    return torch.where(mask, zero, lowest)
+
+
+def _padded(bias: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
+    """The bias with rows of a length that the kernel can load, for every head without copying."""
+    if bias is None:
+        return None
+    length = bias.shape[-1]
+    if length % _BIAS_ALIGNMENT:
+        padded = F.pad(bias, (0, _BIAS_ALIGNMENT - length % _BIAS_ALIGNMENT))
+        bias = padded[..., :length]
+    return bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])

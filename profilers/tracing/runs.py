@@ -1,0 +1,252 @@
+"""A training run put together from its pieces, and what it occupies on a device of unlimited memory.
+
+What an allocation occupies depends on what came before it, so a run is followed from the empty device: placement, a
+first step in which the optimizer makes its state, then steady steps, the last of which is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import msgspec
+
+from optplan.planner.allocator import Block, CachingAllocator
+from optplan.planner.timeline import Allocation, Category, Free, Phase, Timeline
+
+Order = Literal["ascending", "descending"]
+ORDERS: tuple[Order, ...] = ("descending", "ascending")
+"""Where the driver may put each new segment relative to the last; descending is what drivers mostly do."""
+
+NUM_STEPS = 3
+
+
+class OptimizerPart(NamedTuple):
+    """What an optimizer allocates and frees in its first `step()`, state included, and in every later one.
+
+    Attributes:
+        first: The first step.
+        steady: A later one.
+        renewed: State that a later step replaces by a new tensor: the id that ends, by the id that takes its place.
+    """
+
+    first: Timeline
+    steady: Timeline
+    renewed: dict[int, int] = {}
+
+    @classmethod
+    def of(cls, first: Timeline, steady: Timeline) -> OptimizerPart:
+        """The part, with what is renewed paired in order."""
+        made = {event.id for event in steady if isinstance(event, Allocation)}
+        ended = {event.id for event in steady if isinstance(event, Free)}
+        outside = [event.id for event in steady if isinstance(event, Free) and event.id not in made]
+        kept = [event.id for event in steady if isinstance(event, Allocation) and event.id not in ended]
+        return cls(first, steady, dict(zip(kept, outside, strict=True)))
+
+
+class Pieces(NamedTuple):
+    """The pieces of a training run, all but the optimizer's.
+
+    Attributes:
+        load: Placement of the module and its inputs.
+        first: Micro-steps of the first step.
+        steady: Micro-steps of a later step.
+        clip: Gradient clipping.
+        zero: The end of the gradients.
+    """
+
+    load: Timeline
+    first: tuple[Timeline, ...]
+    steady: tuple[Timeline, ...]
+    clip: Timeline
+    zero: Timeline
+
+
+class SimulatedRun(msgspec.Struct, frozen=True):
+    """A run on the simulated device; bytes.
+
+    Attributes:
+        phases: Largest number of allocated bytes in each phase of the last step.
+        categories: Allocated bytes by category at the largest of them.
+        first_peak_bytes: Largest number of allocated bytes in the first step.
+        reserved_bytes: Largest number of bytes held from the driver, over the whole run.
+    """
+
+    phases: dict[Phase, int]
+    categories: dict[Category, int]
+    first_peak_bytes: int
+    reserved_bytes: int
+
+    @property
+    def peak_phase(self) -> Phase:
+        """The phase with the largest peak, of equal ones the earliest."""
+        return max(self.phases, key=lambda phase: self.phases[phase])
+
+    @property
+    def peak_bytes(self) -> int:
+        """The largest of the phases' peaks."""
+        return max(self.phases.values())
+
+
+def run_timeline(pieces: Pieces, optimizer: OptimizerPart, *, num_steps: int = NUM_STEPS) -> Timeline:
+    """The whole run as one timeline with ids of its own; steps follow one another in it."""
+    current: dict[int, int] = {}
+    timeline: Timeline = []
+    for piece in run_pieces(pieces, optimizer, num_steps=num_steps):
+        for event in piece:
+            if isinstance(event, Allocation):
+                current[event.id] = id_ = len(timeline) + 1
+                timeline.append(
+                    Allocation(id_, event.bytes, event.category, event.name, event.phase, event.itemsize)
+                )
+            else:
+                timeline.append(Free(current.pop(event.id), event.phase))
+        if piece is optimizer.steady:
+            current |= {old: current.pop(new) for new, old in optimizer.renewed.items()}
+    return timeline
+
+
+def run_pieces(pieces: Pieces, optimizer: OptimizerPart, *, num_steps: int = NUM_STEPS) -> Iterator[Timeline]:
+    """The pieces in the order in which the run goes through them."""
+    yield pieces.load
+    yield from (*pieces.first, pieces.clip, optimizer.first, pieces.zero)
+    for _ in range(num_steps - 1):
+        yield from (*pieces.steady, pieces.clip, optimizer.steady, pieces.zero)
+
+
+class _Event(NamedTuple):
+    """An allocation with its bytes, or with a negative id its end."""
+
+    id: int
+    num_bytes: int
+    category: Category
+    phase: Phase
+
+
+_Events = Sequence[_Event]
+
+
+class RunSimulator:
+    """Simulates runs that differ only in the optimizer; what they share is simulated once."""
+
+    def __init__(self, pieces: Pieces, order: Order = "descending") -> None:
+        self._steady = [_compact(piece) for piece in (*pieces.steady, pieces.clip) if piece]
+        self._zero = _compact(pieces.zero)
+        self._start = _Device(order)
+        self._start.run(_compact(pieces.load))
+        self._first_peak = 0
+        for piece in (*pieces.first, pieces.clip):
+            self._first_peak = max(self._first_peak, self._start.run(_compact(piece)))
+
+    def simulate(self, optimizer: OptimizerPart, *, num_steps: int = NUM_STEPS) -> SimulatedRun:
+        """The run with one optimizer."""
+        device = self._start.copy()
+        first_peak = max(self._first_peak, device.run(_compact(optimizer.first)))
+        device.run(self._zero)
+        step = _compact(optimizer.steady)
+        for _ in range(num_steps - 2):
+            for piece in (*self._steady, step, self._zero):
+                device.run(piece)
+            device.rename(optimizer.renewed)
+        return device.measure([*self._steady, step], first_peak)
+
+
+def _compact(timeline: Iterable[Allocation | Free]) -> _Events:
+    return [
+        _Event(event.id, event.bytes, event.category, event.phase)
+        if isinstance(event, Allocation)
+        else _Event(-event.id, 0, "workspace", event.phase)
+        for event in timeline
+    ]
+
+
+class _Device:
+    """An allocator, and the blocks that serve what is alive."""
+
+    def __init__(self, order: Order) -> None:
+        self._allocator = CachingAllocator(segment_addresses=order)
+        self._blocks: dict[int, tuple[Block | None, Category]] = {}
+
+    def copy(self) -> _Device:
+        """A device in the same state."""
+        other = object.__new__(_Device)
+        live = [block for block, _ in self._blocks.values() if block is not None]
+        other._allocator, twins = self._allocator.copy(live)
+        other._blocks = {
+            id_: (block and twins[block], category) for id_, (block, category) in self._blocks.items()
+        }
+        return other
+
+    def run(self, events: _Events) -> int:
+        """Run events; the largest number of allocated bytes after one of them."""
+        blocks, allocator = self._blocks, self._allocator
+        alloc, free, most = allocator.alloc, allocator.free, allocator.allocated_bytes
+        for id_, num_bytes, category, _ in events:
+            if id_ > 0:
+                blocks[id_] = (alloc(num_bytes), category)
+                most = max(most, allocator.allocated_bytes)
+            else:
+                free(blocks.pop(-id_)[0])
+        return most
+
+    def rename(self, renewed: Mapping[int, int]) -> None:
+        """Let what took another's place be known by the other's id."""
+        self._blocks |= {old: self._blocks.pop(new) for new, old in renewed.items()}
+
+    def measure(self, pieces: Sequence[_Events], first_peak: int) -> SimulatedRun:
+        """Run a step and tell the peak of each phase; of forward and backward, those that come last."""
+        allocator, peaks = self._allocator, _Peaks(self._categories(), self._allocator.allocated_bytes)
+        for piece in pieces:
+            peaks.begin_piece(piece[0].phase if piece else "step")
+            for id_, num_bytes, category, phase in piece:
+                if id_ > 0:
+                    block = allocator.alloc(num_bytes)
+                    self._blocks[id_] = (block, category)
+                    peaks.change(phase, category, block.size if block else 0)
+                else:
+                    block, category = self._blocks.pop(-id_)
+                    peaks.change(phase, category, -block.size if block else 0)
+                    allocator.free(block)
+        return SimulatedRun(peaks.phases, peaks.categories(), first_peak, allocator.reserved_bytes)
+
+    def _categories(self) -> dict[Category, int]:
+        totals: dict[Category, int] = {}
+        for block, category in self._blocks.values():
+            totals[category] = totals.get(category, 0) + (block.size if block else 0)
+        return totals
+
+
+class _Peaks:
+    """Follows allocated bytes through a step; a phase begins with what the one before it has left."""
+
+    def __init__(self, in_use: dict[Category, int], allocated: int) -> None:
+        self.phases: dict[Phase, int] = {}
+        self._in_use = in_use
+        self._allocated = allocated
+        self._phase: Phase | None = None
+        self._most = 0
+        self._at_peak: dict[Category, int] = {}
+
+    def begin_piece(self, phase: Phase) -> None:
+        """Begin a piece with this phase: its phases count anew."""
+        self._phase = phase
+        self.phases[phase] = self._allocated
+        if not self._at_peak:
+            self._most, self._at_peak = self._allocated, dict(self._in_use)
+
+    def change(self, phase: Phase, category: Category, num_bytes: int) -> None:
+        """Note that allocated bytes change."""
+        if phase != self._phase:
+            self._phase = phase
+            self.phases[phase] = self._allocated
+        self._allocated += num_bytes
+        self._in_use[category] = self._in_use.get(category, 0) + num_bytes
+        if self._allocated > self.phases[phase]:
+            self.phases[phase] = self._allocated
+        if self._allocated > self._most:
+            self._most = self._allocated
+            self._at_peak = dict(self._in_use)
+
+    def categories(self) -> dict[Category, int]:
+        """Bytes by category at the peak."""
+        return {category: size for category, size in self._at_peak.items() if size}

@@ -1,0 +1,92 @@
+"""Watches every operation of a step on tensors without contents and records the memory it would take on a GPU.
+
+Source: `torch.utils._python_dispatch.TorchDispatchMode`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from optplan.planner.errors import ConfigError
+from optplan.planner.timeline import Category
+from optplan.profilers.tracing.accumulation import overwritten
+from optplan.profilers.tracing.kernels import KERNELS, Call
+from optplan.profilers.tracing.recorder import Recorder
+from optplan.profilers.tracing.scopes import Scopes
+from optplan.profilers.tracing.workspaces import Workspaces
+
+aten = torch.ops.aten
+
+_EXISTENCE = {aten.any.default, aten.any.dim, aten.any.dims}
+
+
+class Tracer(TorchDispatchMode):
+    """Records the memory of all operations run within it.
+
+    Questions about contents that a module asks with `.all()` are answered yes, with `.any()` no: nothing is masked,
+    nothing is infinite. Any other value that Python would read off the GPU cannot be had.
+    """
+
+    def __init__(
+        self, recorder: Recorder, scopes: Scopes, *, capability: tuple[int, int], resident_threads: int
+    ) -> None:
+        super().__init__()
+        self._recorder = recorder
+        self._scopes = scopes
+        self._resident_threads = resident_threads
+        self._workspaces = Workspaces(recorder, capability)
+        self._last_is_existence = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation and record it."""
+        kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default and args[0].device.type == "meta":
+            return self._answer(args[0])
+        if func is aten.equal.default:
+            return True
+        node = None if torch.is_grad_enabled() else torch._C._current_autograd_node()  # type: ignore[attr-defined]
+        target = overwritten(func, args, node)
+        kernel = KERNELS.get(func)
+        if kernel is not None:
+            category, name = self._describe(func, node)
+            return kernel(Call(self._recorder, func, args, kwargs, category, name, self._resident_threads))
+        out = func(*args, **kwargs)
+        if target is not None and self._recorder.inherit(target, out):
+            return out
+        self._record(func, args, node, out)
+        return out
+
+    def _record(self, func: Any, args: Any, node: Any, out: Any) -> None:
+        self._last_is_existence = func in _EXISTENCE
+        if isinstance(out, torch.Tensor):
+            if not self._recorder.knows(out):
+                self._recorder.track(out, *self._describe(func, node))
+        elif isinstance(out, list | tuple):
+            category, name = self._describe(func, node)
+            for part in out:
+                if isinstance(part, torch.Tensor):
+                    self._recorder.track(part, category, name)
+        self._workspaces.serve(func, args)
+
+    def _describe(self, func: Any, node: Any) -> tuple[Category, str]:
+        """What the results of an operation are for, and their name."""
+        if self._recorder.phase in ("step", "clip"):
+            return "optimizer_temporaries", func.__name__.partition(".")[0].strip("_")
+        operation = func.__name__.partition(".")[0].strip("_")
+        if node is None:
+            scope = self._scopes.current
+            return scope.category, f"{scope.path} {operation}".lstrip()
+        scope = self._scopes.of_node(node)
+        return scope.category, f"{scope.path} {operation} (backward)".lstrip()
+
+    def _answer(self, tensor: torch.Tensor) -> Any:
+        if tensor.dtype == torch.bool:
+            return not self._last_is_existence
+        where = self._scopes.current.path or "the step"
+        raise ConfigError(
+            f"{where} reads a number off the GPU ({str(tensor.dtype).removeprefix('torch.')}), and a trace has none; "
+            f"a step whose memory depends on values cannot be traced"
+        )

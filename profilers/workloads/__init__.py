@@ -1,0 +1,1 @@
+"""Models to train with their inputs: of the catalogue, or of the user."""

@@ -1,0 +1,93 @@
+"""transformers models without contents, from the configurations that the planner reads."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from optplan.planner.errors import ConfigError
+from optplan.planner.models.spec import ModelSpec
+from optplan.planner.step.options import StepOptions
+from optplan.profilers.workloads.inputs import model_inputs
+from optplan.profilers.workloads.subject import Subject
+
+_CHECKPOINTING = {"full": {"use_reentrant": False}, "full-reentrant": {"use_reentrant": True}}
+_IMPLEMENTATIONS = {"sdpa": "sdpa", "eager": "eager", "flash": "sdpa"}
+"""What transformers is told; flash attention needs a package of its own, and is played by a kernel chosen here."""
+
+
+def build_subject(spec: ModelSpec, options: StepOptions) -> Subject:
+    """The transformers model of a specification in training mode, on the meta device, with one micro-batch.
+
+    Raises:
+        ConfigError: transformers is not installed, or has no class for the model, or its class refuses the options.
+    """
+    module = build_model(spec, options)
+    inputs = model_inputs(module, batch_size=options.batch_size, seq_len=options.seq_len)
+    head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+    return Subject(module, inputs, head=head)
+
+
+def build_model(spec: ModelSpec, options: StepOptions) -> Any:
+    """The module alone; see `build_subject`."""
+    with _quiet():
+        cls, config = _class_and_config(spec)
+        try:
+            module = _built(cls, config, options)
+        except (ValueError, ImportError) as error:
+            raise ConfigError(f"transformers cannot build {spec.name}: {' '.join(str(error).split())}") from None
+    if options.checkpointing != "none":
+        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs=_CHECKPOINTING[options.checkpointing])
+    return module.train()
+
+
+def _class_and_config(spec: ModelSpec) -> tuple[Any, Any]:
+    try:
+        import transformers
+    except ImportError:
+        raise ConfigError(
+            "--engine trace builds models with transformers, which is not installed: pip install 'optplan[gpu,hf]'"
+        ) from None
+    cls = getattr(transformers, spec.architecture, None)
+    if cls is None:
+        raise ConfigError(f"transformers has no class for {spec.name} ({spec.architecture}): it cannot be traced")
+    config = cls.config_class.from_dict({**_plain(spec.config), "use_cache": False})
+    return cls, config
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON would hold it: lists for tuples, nothing shared with the original."""
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def _built(cls: Any, config: Any, options: StepOptions) -> nn.Module:
+    from transformers.initialization import no_init_weights
+
+    dtype = getattr(torch, options.parameter_dtype)
+    implementation = _IMPLEMENTATIONS[options.attention]
+    with torch.device("meta"), no_init_weights():
+        module = cls._from_config(config, attn_implementation=implementation, dtype=dtype)
+    module.tie_weights()
+    return module  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' remarks about configurations to itself."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
