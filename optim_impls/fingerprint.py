@@ -18,6 +18,9 @@ _PLAIN = {torch.Tensor, torch.nn.Parameter}
 class Fingerprint:
     """Where the tensors of a param group lie, and what may change of a gradient that stays in its place.
 
+    Step counters, views of a buffer of ours, are told by their identity alone: each tensor that is looked into costs
+    the host several misses of its caches before the GPU has anything to do.
+
     Args:
         optimizer: Name of the class, for errors.
         params: The parameters of the group.
@@ -31,12 +34,19 @@ class Fingerprint:
         gradients = list(map(_GRADIENT, params))
         self._present = list(map(is_not, gradients, repeat(None)))
         self._all_present = all(self._present)
+        gradients = list(compress(gradients, self._present))
         self._taking = list(compress(params, self._present))
-        self._read = self._of(list(compress(gradients, self._present)))
+        self._values = list(chain.from_iterable(map(dict.values, states)))
+        counters = {id(state["step"]) for state in states}
+        self._moments = [value for value in self._values if id(value) not in counters]
+        self._plain = set(map(type, chain(self._taking, gradients, self._moments))) <= _PLAIN
+        self._read = self._of(gradients)
 
     def holds(self, params: Sequence[torch.Tensor]) -> bool:
         """Whether nothing moved since."""
         if not same_objects(params, self._params):
+            return False
+        if not same_objects(chain.from_iterable(map(dict.values, self._states)), self._values):
             return False
         gradients: Any = list(map(_GRADIENT, params))
         if list(map(is_not, gradients, repeat(None))) != self._present:
@@ -46,9 +56,8 @@ class Fingerprint:
         return self._of(gradients) == self._read
 
     def _of(self, gradients: list[torch.Tensor]) -> list[Any]:
-        values = list(chain.from_iterable(map(dict.values, self._states)))
-        tensors = [*self._taking, *gradients, *values]
-        if not set(map(type, tensors)) <= _PLAIN:
+        tensors = chain(self._taking, gradients, self._moments)
+        if not self._plain:
             gradients = list(map(local_tensor, gradients))
             pointers = list(map(_address, tensors))
         else:

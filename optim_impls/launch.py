@@ -8,8 +8,8 @@ The table's image in pinned host memory is kept and written anew only when a poi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -87,6 +87,45 @@ class TableImage:
             buffer,
         )
 
+
+class BoundKernel:
+    """A Triton kernel with its grid and constants, launched past Triton's dispatch, which takes longer than the launch.
+
+    The first call compiles and launches as usual. All later calls must give arguments of the same types, pointers as
+    well aligned as the first time, and no integers but those that the kernel does not specialize.
+
+    Args:
+        kernel: Its constants are its last arguments.
+        num_programs: Of the grid.
+        constants: All its constants by name, and options such as `num_warps`.
+    """
+
+    def __init__(self, kernel: Any, num_programs: int, **constants: Any) -> None:
+        self._kernel, self._grid, self._options = kernel, (num_programs, 1, 1), constants
+        self._constants: tuple[Any, ...] = ()
+        self._launch: Callable[..., None] | None = None
+
+    def __call__(self, *arguments: Any) -> None:
+        """Launch on the current stream."""
+        if self._launch is not None:
+            self._launch(*arguments, *self._constants)
+            return
+        compiled = self._kernel[self._grid](*arguments, **self._options)
+        if compiled is not None and TAKES_CONSTANTS:
+            self._constants = tuple(self._options[name] for name in self._kernel.arg_names if name in self._options)
+            self._launch = compiled[self._grid]
+
+
+def _takes_constants() -> bool:
+    """Whether a compiled kernel of this Triton is called with its constants, as that of 3.6 is."""
+    try:
+        from triton import __version__
+    except ImportError:
+        return False
+    return tuple(map(int, __version__.split(".")[:2])) >= (3, 6)
+
+
+TAKES_CONSTANTS = _takes_constants()
 
 _IMAGES_OF_GRAPHS: list[torch.Tensor] = []
 """Images that a CUDA graph reads at every replay; kept, because nothing tells when the graph dies."""

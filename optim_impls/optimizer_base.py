@@ -225,7 +225,7 @@ class KernelOptimizer(Optimizer):
             self._known_states = list(self.state.values())
         if plan is None:
             return
-        steps = plan.counters.advance()
+        steps = plan.counters.begin()
         if plan.lags != (lags := lags_of(steps)):  # somebody wrote to a counter
             plan = self._plans[index] = plan._replace(lags=lags, batches=self._divide(plan.parts, steps))
         self._before_batches(plan, group, grad_scale)
@@ -236,6 +236,7 @@ class KernelOptimizer(Optimizer):
                 run(batch, group, as_scale(grad_scale, batch.device))
             finally:
                 batch.release()
+        plan.counters.finish()
 
     def _new_plan(self, group: dict[str, Any], first: int) -> GroupPlan | None:
         parts = []
@@ -249,8 +250,8 @@ class KernelOptimizer(Optimizer):
             parts.append(Part(parameter, state, ordinal))
         if not parts:
             return None
-        counters = StepCounters([part.state for part in parts])
-        steps = [] if self.defaults["capturable"] else [float(part.state["step"]) for part in parts]
+        counters = StepCounters([part.state for part in parts], capturable=self.defaults["capturable"])
+        steps: list[float] = []  # as if none were ahead; the step to come divides again if one is
         fingerprint = Fingerprint(type(self).__name__, group["params"], [part.state for part in parts])
         return GroupPlan(fingerprint, parts, counters, lags_of(steps), self._divide(parts, steps), {})
 

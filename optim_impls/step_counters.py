@@ -14,18 +14,36 @@ class StepCounters:
     """Advances many scalar counters at once.
 
     Hundreds of scalar tensors are slow to add to and to read one by one, so `state["step"]` of each parameter is made a
-    view of one buffer.
+    view of one buffer. Counters on the host are read while the GPU works, for the step after; what others write to one
+    in between shows in the buffer's version.
 
     Args:
         states: The state of each parameter that takes part in a step; at least one.
+        capturable: Whether kernels read the counters.
     """
 
-    def __init__(self, states: Sequence[State]) -> None:
+    def __init__(self, states: Sequence[State], *, capturable: bool) -> None:
         self._flat = torch.stack([state["step"] for state in states])
+        self._capturable = capturable
         for state, view in zip(states, self._flat.unbind(), strict=True):
             state["step"] = view
+        self._read_next()
 
-    def advance(self) -> list[float]:
-        """Add one step to every counter and return them; none for counters on a GPU, which are not read back."""
-        self._flat.add_(1)
-        return [] if self._flat.is_cuda else self._flat.tolist()
+    def begin(self) -> list[float]:
+        """The number of the step about to be taken, of every counter; none where kernels read them."""
+        if self._capturable:
+            self._flat.add_(1)
+            return []
+        if self._flat._version != self._version:
+            self._read_next()
+        return self._next
+
+    def finish(self) -> None:
+        """Count the step that was taken."""
+        if not self._capturable:
+            self._flat.add_(1)
+            self._read_next()
+
+    def _read_next(self) -> None:
+        self._version = self._flat._version
+        self._next = [] if self._capturable else [count + 1 for count in self._flat.tolist()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from optplan.optim_impls.adam_mini.segment_kernels import (
     segment_sums_kernel,
     segment_update_kernel,
 )
+from optplan.optim_impls.launch import BoundKernel
 from optplan.optim_impls.optimizer_base import GradScale
 from optplan.planner.optimizers.adam_mini_work import (
     COLUMN_TILE,
@@ -71,18 +73,35 @@ class _Call(NamedTuple):
         partials: fp32 partial sums.
         numbers: Of the step.
         weights: 1 - beta1, beta2, 1 - beta2, eps.
-        gradient: Constants of kernels that read the gradient alone.
-        update: Constants of kernels that update.
         shared_sums: Where the sums over this rank's part of shared blocks go.
+        on_device: Whether the step's numbers are read from `device_values`.
+        stochastic: Whether bf16 parameters are rounded stochastically.
+        plan: Of the batch.
     """
 
     table: torch.Tensor
     partials: torch.Tensor
     numbers: StepNumbers
     weights: tuple[float, float, float, float]
-    gradient: dict[str, Any]
-    update: dict[str, Any]
     shared_sums: torch.Tensor
+    on_device: bool
+    stochastic: bool
+    plan: Plan
+
+    def bound(self, launch: Launch, kernel: Any, constants: Callable[[Launch], dict[str, Any]]) -> BoundKernel:
+        """The kernel of a launch, with its constants from the second time on."""
+        key = (launch.pieces_at, kernel.fn.__name__, self.on_device, self.stochastic, self.shared_sums is self.table)
+        found = self.plan.bound.get(key)
+        if found is None:
+            p, g, m = (TRITON_DTYPES[dtype] for dtype in self.plan.dtypes)
+            known = {"P": p, "G": g, "M": m, "ON_DEVICE": self.on_device, "STOCHASTIC": self.stochastic}
+            known |= {"ALIGNED": launch.key.aligned, "SHARED": launch.key.shared}
+            taken = {name: value for name, value in known.items() if name in kernel.arg_names}
+            programs = launch.num_sums if "SHARED" in taken else launch.num_chunks
+            options = constants(launch)
+            programs *= options.get("TILES", 1)
+            found = self.plan.bound[key] = BoundKernel(kernel, programs, **taken, **options)
+        return found
 
 
 def launch_adam_mini(plan: Plan, group: dict[str, Any], *, step: int, grad_scale: GradScale) -> None:
@@ -122,17 +141,10 @@ def _call(plan: Plan, group: dict[str, Any], step: int, grad_scale: GradScale, s
     partials = torch.empty(plan.num_partials, dtype=torch.float32, device=plan.device) if plan.num_partials else table
     on_device = group["capturable"] or isinstance(grad_scale, torch.Tensor)
     beta1, beta2 = group["betas"]
-    p, g, m = (TRITON_DTYPES[dtype] for dtype in plan.dtypes)
-    gradient = {"P": p, "G": g, "M": m, "ON_DEVICE": on_device}
-    return _Call(
-        table,
-        partials,
-        _numbers(plan, group, step, grad_scale, table),
-        (1 - beta1, beta2, 1 - beta2, group["eps"]),
-        gradient,
-        {**gradient, "STOCHASTIC": group["rounding"] == "stochastic"},
-        table if sums is None else sums,
-    )
+    weights = (float(1 - beta1), float(beta2), float(1 - beta2), float(group["eps"]))
+    numbers = _numbers(plan, group, step, grad_scale, table)
+    shared_sums, stochastic = table if sums is None else sums, group["rounding"] == "stochastic"
+    return _Call(table, partials, numbers, weights, shared_sums, on_device, stochastic, plan)
 
 
 def _numbers(plan: Plan, group: dict[str, Any], step: int, grad_scale: GradScale, unused: torch.Tensor) -> StepNumbers:
@@ -141,8 +153,8 @@ def _numbers(plan: Plan, group: dict[str, Any], step: int, grad_scale: GradScale
     if not group["capturable"] and not isinstance(grad_scale, torch.Tensor):
         scale = 1.0 if grad_scale is None else grad_scale
         lr, (beta1, beta2) = float(group["lr"]), group["betas"]
-        decay = 1 - lr * group["weight_decay"]
-        return StepNumbers(unused, decay, lr / (1 - beta1**step), (1 - beta2**step) ** -0.5, scale, seed, step)
+        decay = 1.0 - lr * group["weight_decay"]
+        return StepNumbers(unused, decay, lr / (1 - beta1**step), float((1 - beta2**step) ** -0.5), scale, seed, step)
     return StepNumbers(_device_values(plan, group, step, grad_scale), 1.0, 0.0, 1.0, 1.0, seed, 0)
 
 
@@ -165,63 +177,81 @@ def _nothing(call: _Call, launch: Launch) -> None:
 
 
 def _rows(call: _Call, launch: Launch) -> None:
+    run = call.bound(launch, rows_kernel, _rows_constants)
+    run(call.table, launch.pieces_at, launch.chunks_at, *call.numbers, *call.weights)
+
+
+def _rows_constants(launch: Launch) -> dict[str, Any]:
     numel = launch.key.block_numel
     width = triton.next_power_of_2(numel)
     tile_rows = max(1, _ROW_TILE_NUMEL // width)
-    tiles = -(-max(1, ROW_CHUNK_NUMEL // numel) // tile_rows)
-    rows_kernel[(launch.num_chunks * tiles,)](
-        call.table, launch.pieces_at, launch.chunks_at, *call.numbers, *call.weights, **call.update,
-        ALIGNED=launch.key.aligned, NUMEL=numel, WIDTH=width, TILE_ROWS=tile_rows, TILES=tiles,
-        num_warps=min(_MAX_WARPS, max(1, width * tile_rows // _ELEMENTS_PER_WARP)),
-    )  # fmt: skip
+    return {
+        "NUMEL": numel,
+        "WIDTH": width,
+        "TILE_ROWS": tile_rows,
+        "TILES": -(-max(1, ROW_CHUNK_NUMEL // numel) // tile_rows),
+        "num_warps": min(_MAX_WARPS, max(1, width * tile_rows // _ELEMENTS_PER_WARP)),
+    }
 
 
 def _elements(call: _Call, launch: Launch) -> None:
-    elements_kernel[(launch.num_chunks,)](
-        call.table, launch.pieces_at, launch.chunks_at, *call.numbers, *call.weights, **call.update,
-        CHUNK=ELEMENT_CHUNK_NUMEL,
-    )  # fmt: skip
+    run = call.bound(launch, elements_kernel, _element_constants)
+    run(call.table, launch.pieces_at, launch.chunks_at, *call.numbers, *call.weights)
+
+
+def _element_constants(_: Launch) -> dict[str, Any]:
+    return {"CHUNK": ELEMENT_CHUNK_NUMEL}
 
 
 def _segment_moments(call: _Call, launch: Launch) -> None:
     _, beta2, beta2_rest, _ = call.weights
-    segment_sums_kernel[(launch.num_chunks,)](
-        call.table, launch.pieces_at, launch.chunks_at, call.numbers.device_values, call.partials, launch.partials_at,
-        call.numbers.scale, **call.gradient, ALIGNED=launch.key.aligned, CHUNK=ONE_PROGRAM_NUMEL, TILE=_SEGMENT_TILE,
-        num_warps=_SEGMENT_WARPS,
-    )  # fmt: skip
-    segment_moments_kernel[(launch.num_sums,)](
+    device_values, *_, scale, _, _ = call.numbers
+    call.bound(launch, segment_sums_kernel, _segment_constants)(
+        call.table, launch.pieces_at, launch.chunks_at, device_values, call.partials, launch.partials_at, scale
+    )
+    call.bound(launch, segment_moments_kernel, _sum_constants)(
         call.table, launch.pieces_at, launch.sums_at, call.partials, launch.partials_at, call.shared_sums,
-        beta2, beta2_rest, SHARED=launch.key.shared, LANES=_SUM_LANES, num_warps=1,
+        beta2, beta2_rest,
     )  # fmt: skip
 
 
 def _segment_update(call: _Call, launch: Launch) -> None:
     beta1_rest, _, _, eps = call.weights
-    segment_update_kernel[(launch.num_chunks,)](
-        call.table, launch.pieces_at, launch.chunks_at, *call.numbers, beta1_rest, eps, **call.update,
-        ALIGNED=launch.key.aligned, CHUNK=ONE_PROGRAM_NUMEL, TILE=_SEGMENT_TILE, num_warps=_SEGMENT_WARPS,
-    )  # fmt: skip
+    run = call.bound(launch, segment_update_kernel, _segment_constants)
+    run(call.table, launch.pieces_at, launch.chunks_at, *call.numbers, beta1_rest, eps)
+
+
+def _segment_constants(_: Launch) -> dict[str, Any]:
+    return {"CHUNK": ONE_PROGRAM_NUMEL, "TILE": _SEGMENT_TILE, "num_warps": _SEGMENT_WARPS}
+
+
+def _sum_constants(_: Launch) -> dict[str, Any]:
+    return {"LANES": _SUM_LANES, "num_warps": 1}
 
 
 def _column_moments(call: _Call, launch: Launch) -> None:
     _, beta2, beta2_rest, _ = call.weights
-    column_sums_kernel[(launch.num_chunks,)](
-        call.table, launch.pieces_at, launch.chunks_at, call.numbers.device_values, call.partials, call.numbers.scale,
-        **call.gradient, ALIGNED=launch.key.aligned, TILE=COLUMN_TILE, ROWS=_COLUMN_ROWS, num_warps=_COLUMN_WARPS,
-    )  # fmt: skip
-    column_moments_kernel[(launch.num_sums,)](
-        call.table, launch.pieces_at, launch.sums_at, call.partials, call.shared_sums, beta2, beta2_rest,
-        SHARED=launch.key.shared, TILE=COLUMN_TILE, LANES=triton.next_power_of_2(launch.max_head_dim),
-    )  # fmt: skip
+    device_values, *_, scale, _, _ = call.numbers
+    call.bound(launch, column_sums_kernel, _column_constants)(
+        call.table, launch.pieces_at, launch.chunks_at, device_values, call.partials, scale
+    )
+    call.bound(launch, column_moments_kernel, _head_constants)(
+        call.table, launch.pieces_at, launch.sums_at, call.partials, call.shared_sums, beta2, beta2_rest
+    )
 
 
 def _column_update(call: _Call, launch: Launch) -> None:
     beta1_rest, _, _, eps = call.weights
-    column_update_kernel[(launch.num_chunks,)](
-        call.table, launch.pieces_at, launch.chunks_at, *call.numbers, beta1_rest, eps, **call.update,
-        ALIGNED=launch.key.aligned, TILE=COLUMN_TILE, ROWS=_COLUMN_ROWS, num_warps=_COLUMN_WARPS,
-    )  # fmt: skip
+    run = call.bound(launch, column_update_kernel, _column_constants)
+    run(call.table, launch.pieces_at, launch.chunks_at, *call.numbers, beta1_rest, eps)
+
+
+def _column_constants(_: Launch) -> dict[str, Any]:
+    return {"TILE": COLUMN_TILE, "ROWS": _COLUMN_ROWS, "num_warps": _COLUMN_WARPS}
+
+
+def _head_constants(launch: Launch) -> dict[str, Any]:
+    return {"TILE": COLUMN_TILE, "LANES": triton.next_power_of_2(launch.max_head_dim)}
 
 
 _FIRST = {"segments": _segment_moments, "columns": _column_moments}

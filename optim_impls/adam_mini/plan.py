@@ -7,11 +7,12 @@ array whose host image is kept for as long as no tensor moves.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from optplan.optim_impls.adam_mini.layout import Layout
+from optplan.optim_impls.launch import BoundKernel
 from optplan.optim_impls.optimizer_base import Member, local_tensor
 from optplan.planner.optimizers.adam_mini_work import ELEMENT_CHUNK_NUMEL, ONE_PROGRAM_NUMEL, Piece, PieceKind
 
@@ -91,6 +92,7 @@ class Plan:
         states: The members' states.
         launches: In the order they run; they are independent of each other.
         num_partials: fp32 partial sums that all launches need together.
+        bound: The launches' kernels with their constants.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class Plan:
         self.device = first.parameter.device
         self.dtypes = (first.parameter.dtype, first.gradient.dtype, local_tensor(first.state["exp_avg"]).dtype)
         self.states = [member.state for member in members]
+        self.bound: dict[tuple[Any, ...], BoundKernel] = {}
         self._captured = False
         self._words: list[torch.Tensor] = []
         self._num_words = self.num_partials = 0

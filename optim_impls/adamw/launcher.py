@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 
 from optplan.optim_impls.adamw.kernels import KAHAN, NEAREST, STOCHASTIC, adamw_kernel
-from optplan.optim_impls.launch import TableImage
+from optplan.optim_impls.launch import BoundKernel, TableImage
 from optplan.optim_impls.optimizer_base import GradScale, interpreted
 from optplan.planner.optimizers.launch import CHUNK_NUMEL
 
@@ -49,7 +49,8 @@ class AdamWLaunch:
         self.kahan = kahan
         self._capturable = capturable
         self._image = TableImage(rows, ordinals, chunk_numel=CHUNK_NUMEL)
-        self._run = adamw_kernel[(self._image.num_chunks * (CHUNK_NUMEL // SPAN),)]
+        self._num_programs = self._image.num_chunks * (CHUNK_NUMEL // SPAN)
+        self._bound: dict[tuple[Any, ...], BoundKernel] = {}
         kinds = dict(zip(("P", "G", "M", "V"), (TRITON_DTYPES[tensor.dtype] for tensor in rows[0]), strict=False))
         self._constants = kinds | {"CAPTURABLE": capturable, "ALIGNED": aligned, **_SHAPE}
 
@@ -61,33 +62,46 @@ class AdamWLaunch:
             step: Steps, this one included; unused if capturable.
             grad_scale: None, a number or a scalar on the device.
         """
+        scale: Any = 1.0 if grad_scale is None else grad_scale
+        scale_on_device = isinstance(scale, torch.Tensor)
+        lr_on_device = self._capturable and isinstance(group["lr"], torch.Tensor)
+        run = self._kernel(group["rounding"], scale_on_device, lr_on_device)
         table = self._image.upload()
-        self._run(
+        run(
             table.rows,
             table.chunk_offset,
             table.chunk_row,
-            1.0 if grad_scale is None else grad_scale,
+            scale if scale_on_device else float(scale),
             *_numbers(group, step, capturable=self._capturable),
             group["seed"] & 0x7FFFFFFF,
             step,
-            ROUNDING=_ROUNDINGS[group["rounding"]],
-            SCALE_ON_DEVICE=isinstance(grad_scale, torch.Tensor),
-            LR_ON_DEVICE=self._capturable and isinstance(group["lr"], torch.Tensor),
-            **self._constants,
         )
+
+    def _kernel(self, rounding: str, scale_on_device: bool, lr_on_device: bool) -> BoundKernel:
+        key = (rounding, scale_on_device, lr_on_device)
+        if key not in self._bound:
+            self._bound[key] = BoundKernel(
+                adamw_kernel,
+                self._num_programs,
+                ROUNDING=_ROUNDINGS[rounding],
+                SCALE_ON_DEVICE=scale_on_device,
+                LR_ON_DEVICE=lr_on_device,
+                **self._constants,
+            )
+        return self._bound[key]
 
 
 def _numbers(group: dict[str, Any], step: int, *, capturable: bool) -> tuple[Any, ...]:
     """lr, weight decay, step size, decay, and what else the kernel takes as numbers, in its order."""
     beta1, beta2 = group["betas"]
-    lr, weight_decay = group["lr"], group["weight_decay"]
+    lr, weight_decay = group["lr"], float(group["weight_decay"])
     step_size = decay = root_scale = 1.0
-    if not capturable:
+    if not isinstance(lr, torch.Tensor) or not capturable:
         lr = float(lr)
+    if not capturable:
         step_size = lr / (1 - beta1**step)
         root_scale = (1 - beta2**step) ** -0.5
         decay = -lr * weight_decay if group["rounding"] == "kahan" else 1 - lr * weight_decay
     logarithms = (math.log(beta) if beta else -math.inf for beta in (beta1, beta2))
-    return (
-        lr, weight_decay, step_size, decay, 1 - beta1, beta2, 1 - beta2, root_scale, group["eps"], *logarithms,
-    )  # fmt: skip
+    numbers = map(float, (1 - beta1, beta2, 1 - beta2, root_scale, group["eps"], *logarithms))
+    return (lr, weight_decay, float(step_size), float(decay), *numbers)
