@@ -20,6 +20,7 @@ def _read(fields: Fields) -> dict[str, Any]:
         **decoder.expert_fields(fields),
         "attention_bias": fields.boolean("attention_bias", False),
         "clip_qkv": fields.number("clip_qkv", None),
+        "norm_topk_prob": fields.boolean("norm_topk_prob", False),
         "rotary_width": decoder.rotary_width(fields, config["head_dim"]),
     }
 

@@ -37,6 +37,7 @@ def _read_moe(fields: Fields) -> dict[str, Any]:
         **config,
         **decoder.expert_fields(fields),
         "moe_intermediate_size": fields.integer("moe_intermediate_size"),
+        "norm_topk_prob": fields.boolean("norm_topk_prob", False),
         "dense_layers": _dense_layers(fields, config["num_hidden_layers"]),
     }
 

@@ -14,7 +14,8 @@ from optplan.planner.step import operations as op
 from optplan.planner.step import projections, vocabulary
 from optplan.planner.step.attention import AttentionShape, attend
 from optplan.planner.step.causal_lm import StepModel, kind_of
-from optplan.planner.step.decoder_config import SLIDING, DecoderConfig
+from optplan.planner.step.decoder_config import DENSE, SLIDING, DecoderConfig, mask_of
+from optplan.planner.step.experts import mixture
 from optplan.planner.step.graph import Tensor
 from optplan.planner.step.masks import causal_mask
 from optplan.planner.step.norms import rms_norm
@@ -47,8 +48,9 @@ class Decoder(StepModel[DecoderConfig]):
             kind: rotary_tables(t, seq, c.rotary_width, self._rotary_dtype(hidden.dtype)) for kind in c.rotary_kinds
         }
         for layer, kind in enumerate(map(kind_of, self.kinds)):
-            rope = tables.get(kind) or tables[""]
-            run = partial(self._layer_at, positions=positions, rope=rope, mask=masks[kind])
+            rope = tables.get(mask_of(kind)) or tables[""]
+            mixes = c.experts is not None and not kind.endswith(DENSE)
+            run = partial(self._layer_at, positions=positions, rope=rope, mask=masks[mask_of(kind)], mixes=mixes)
             hidden = self.run_layer(layer, run, hidden)
             del run, rope
         t.enter(None)
@@ -74,7 +76,7 @@ class Decoder(StepModel[DecoderConfig]):
             for kind in self.c.mask_kinds
         }
 
-    def _layer_at(self, hidden: Tensor, *, positions: Tensor, rope: Tables, mask: Tensor | None) -> Tensor:
+    def _layer_at(self, hidden: Tensor, *, positions: Tensor, rope: Tables, mask: Tensor | None, mixes: bool) -> Tensor:
         del positions  # a checkpointed layer holds on to them
         t, c = self.t, self.c
         residual = hidden
@@ -88,7 +90,7 @@ class Decoder(StepModel[DecoderConfig]):
         residual = hidden
         if c.norms_before:
             hidden = rms_norm(t, hidden, c.second_norm, c.hidden, c.norm)
-        hidden = self._mlp(hidden)
+        hidden = self._mlp(hidden) if not mixes or c.experts is None else mixture(t, hidden, c.experts)
         if c.norms_after:
             hidden = rms_norm(t, hidden, "post_feedforward_layernorm", c.hidden, c.norm)
         t.path = "residual"

@@ -7,13 +7,25 @@ from typing import Literal
 import msgspec
 
 from optplan.planner.models.spec import ModelSpec
+from optplan.planner.step.experts import ExpertsConfig
 from optplan.planner.step.norms import NormStyle
 
-DECODERS = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "olmo2")
+DECODERS = (
+    "llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "olmo2",
+    "mixtral", "olmoe", "qwen3_moe",
+)  # fmt: skip
+DENSE = "dense"
+"""Second part of the kind of a layer that has an MLP in a model whose other layers have experts."""
 FULL, SLIDING = "full_attention", "sliding_attention"
-_WINDOW_FOR_ALL = ("mistral", "phi3")
+_WINDOW_FOR_ALL = ("mistral", "phi3", "mixtral")
 _GEMMAS = ("gemma", "gemma2", "gemma3_text")
-_QK_NORM: dict[str, Literal["head", "late", "flat"]] = {"qwen3": "head", "gemma3_text": "late", "olmo2": "flat"}
+_QK_NORM: dict[str, Literal["head", "late", "flat"]] = {
+    "qwen3": "head",
+    "qwen3_moe": "head",
+    "gemma3_text": "late",
+    "olmo2": "flat",
+    "olmoe": "flat",
+}
 
 
 class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,6 +44,7 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
         norms_after: Whether they are followed by one.
         second_norm: Name of the norm before the MLP.
         qk_norm: Norm on queries and keys: over each head, over each head once all are projected, or over all heads.
+        experts: The mixture in the place of an MLP, None for none.
         is_fused: Whether query, key and value are one projection, and gate and up another.
     """
 
@@ -56,6 +69,7 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
     norms_after: bool
     second_norm: str
     qk_norm: Literal["head", "late", "flat"] | None
+    experts: ExpertsConfig | None
     is_fused: bool
     scales_embedding: bool
     caps_scores: bool
@@ -87,7 +101,7 @@ def decoder_config(spec: ModelSpec) -> DecoderConfig:
         mlp_bias="model.layers.0.mlp.up_proj.bias" in names,
         rotary_width=2 * c["rotary_width"] if family == "phi3" else c["head_dim"],
         rotates_in_float32=family == "olmo2",
-        rotary_kinds=tuple(dict.fromkeys(kinds)) if family == "gemma3_text" else ("",),
+        rotary_kinds=tuple(dict.fromkeys(map(mask_of, kinds))) if family == "gemma3_text" else ("",),
         mask_kinds=_mask_kinds(family, kinds),
         window=c.get("sliding_window"),
         norm="gemma" if family in _GEMMAS else "olmo2" if family == "olmo2" else "llama",
@@ -95,6 +109,7 @@ def decoder_config(spec: ModelSpec) -> DecoderConfig:
         norms_after=family in ("gemma2", "gemma3_text", "olmo2"),
         second_norm="pre_feedforward_layernorm" if family in _GEMMAS[1:] else "post_attention_layernorm",
         qk_norm=_QK_NORM.get(family),
+        experts=_experts(spec),
         is_fused=family == "phi3",
         scales_embedding=family in _GEMMAS,
         caps_scores=c.get("attn_logit_softcapping") is not None,
@@ -105,15 +120,39 @@ def decoder_config(spec: ModelSpec) -> DecoderConfig:
 
 
 def decoder_layers(spec: ModelSpec) -> tuple[str, ...]:
-    """Kind of each layer: the mask that its attention takes."""
+    """Kind of each layer: the mask that its attention takes, and whether it is dense where others are not."""
+    if "dense_layers" in spec.config:
+        dense, mask = set(spec.config["dense_layers"]), SLIDING if spec.config["sliding_window"] else FULL
+        return tuple(f"{mask}/{DENSE}" if layer in dense else mask for layer in range(spec.config["num_hidden_layers"]))
     if "layer_types" in spec.config:
         return tuple(spec.config["layer_types"])
     windowed = spec.model_type in _WINDOW_FOR_ALL and spec.config.get("sliding_window") is not None
     return (SLIDING if windowed else FULL,) * int(spec.config["num_hidden_layers"])
 
 
+def mask_of(kind: str) -> str:
+    """The mask that a layer of this kind takes."""
+    return kind.split("/")[0]
+
+
+def _experts(spec: ModelSpec) -> ExpertsConfig | None:
+    c, is_mixtral = spec.config, spec.model_type == "mixtral"
+    if "num_experts" not in c:
+        return None
+    return ExpertsConfig(
+        experts=c["num_experts"],
+        visits=c["num_experts_per_tok"],
+        hidden=c["hidden_size"],
+        intermediate=c.get("moe_intermediate_size", c["intermediate_size"]),
+        activation=c["hidden_act"],
+        normalises=is_mixtral or c.get("norm_topk_prob", False),
+        casts=not is_mixtral,
+    )
+
+
 def _mask_kinds(family: str, kinds: tuple[str, ...]) -> tuple[str, ...]:
     """Gemma makes both masks whatever the layers look at, Qwen the full one always, the others what they need."""
+    kinds = tuple(map(mask_of, kinds))
     if family in ("gemma2", "gemma3_text"):
         return (FULL, SLIDING)
     if family in ("qwen2", "qwen3"):

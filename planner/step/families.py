@@ -17,6 +17,7 @@ from optplan.planner.step.gpt_neox import GptNeox, gpt_neox_config
 from optplan.planner.step.opt import Opt, opt_config
 from optplan.planner.step.options import StepOptions
 from optplan.planner.step.tape import Tape
+from optplan.planner.step.vit import Vit, vit_config
 
 
 class StepFamily(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,6 +86,9 @@ FAMILIES: dict[str, StepFamily] = {
         layers=_alike("num_hidden_layers"),
         layer_name="model.decoder.layers.{}".format,
         activation="activation_function",
+    ),
+    "vit": StepFamily(
+        model=Vit, config=vit_config, layers=_alike("num_hidden_layers"), layer_name="vit.layers.{}".format
     ),
 }
 """By `model_type`."""

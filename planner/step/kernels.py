@@ -11,6 +11,14 @@ from optplan.planner.units import round_up
 
 SCAN_SCRATCH = 1279
 """What cub's scan allocates, where a cumulative sum has one row."""
+NARROW_SCAN_SCRATCH = 1023
+"""The same where 32-bit integers are summed."""
+SMALL_SORT = 4096
+"""Up to this many elements `torch.sort` takes no scratch."""
+_ONE_TILE = 2304
+"""Up to this many 64-bit keys with 64-bit values, one thread block sorts them all."""
+_GROUP_BYTES = 60
+"""What a grouped product keeps of each group: pointers, shapes and strides."""
 _EMBEDDING_SORT_LIMIT = 3072
 """Up to this many tokens the gradient of an embedding is made by a kernel that needs no scratch."""
 
@@ -25,6 +33,19 @@ def embedding_partial_sums(num_tokens: int, num_rows: int) -> int | None:
 def radix_sort_scratch(num_keys: int) -> int:
     """Scratch of cub's radix sort of 64-bit keys with 64-bit values: two buffers and histograms."""
     return 2 * round_up(8 * num_keys, 256) + 16_895 + 1024 * -(-num_keys // 5120)
+
+
+def pair_sort_scratch(count: int, num_rows: int) -> int:
+    """Scratch of cub's radix sort of row numbers with positions: it looks at as many bits as the rows need."""
+    if count <= _ONE_TILE:
+        return 1
+    passes = -(-max(num_rows - 1, 1).bit_length() // 8)
+    return 2 * round_up(8 * count, 256) + 511 + 2048 * passes + 1024 * -(-count // 5120)
+
+
+def grouped_product_scratch(num_groups: int, resident_threads: int) -> tuple[int, int]:
+    """What a grouped product in 16 bits takes: the groups' arguments, and 512 bytes for each multiprocessor."""
+    return _GROUP_BYTES * num_groups, 512 * (resident_threads // 2048)
 
 
 def flash_backward_scratch(batch: int, heads: int, kv_heads: int, seq: int, head_dim: int) -> tuple[int, ...]:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from optplan.planner.dtypes import Dtype
 from optplan.planner.step.graph import Tensor
-from optplan.planner.step.operations import cast
+from optplan.planner.step.operations import cast, promote
 from optplan.planner.step.options import StepOptions
 from optplan.planner.step.tape import Tape
 
@@ -204,5 +205,48 @@ def concatenated(t: Tape, parts: Sequence[Tensor], operation: str, *, heads: int
 
     node = t.node(parts, backward)
     out = t.new(sum(sizes), dtype, operation, permuted=heads > 1)
+    out.node = node
+    return out
+
+
+def patch_projection(t: Tape, num_pixels: int, numel: int, patch: int, width: int) -> Tensor:
+    """The current module's convolution that cuts images into patches and projects each to `width` elements.
+
+    Args:
+        t: The tape.
+        num_pixels: Elements of all images, which are resident.
+        numel: Elements of the result.
+        patch: Elements of one patch.
+        width: Elements that a patch becomes.
+    """
+    added = autocast_parameter(t, f"{t.path}.bias", width)
+    weight = autocast_parameter(t, f"{t.path}.weight", patch * width)
+    dtype: Dtype = t.autocast or t.parameter_dtype
+    images = Tensor(None, num_pixels, t.parameter_dtype)
+    if dtype != images.dtype:
+        images = t.new(num_pixels, dtype, f"input in {dtype}")
+
+    def backward(_: list[Tensor]) -> list[Tensor]:
+        contiguous = t.new(numel, dtype, "gradient of the patches")
+        of_weight = t.new(patch * width, dtype, "weight gradient", "gradients")
+        del contiguous
+        return [of_weight, t.new(width, dtype, "bias gradient", "gradients")]
+
+    node = t.node([weight, added], backward, [images, weight])
+    out = t.new(numel, dtype, "output")
+    out.node = node
+    return out
+
+
+def joined_rows(t: Tape, row: Tensor, rows: Tensor, numel: int) -> Tensor:
+    """`torch.cat` of one row, the same in every sequence, and of the others of each sequence."""
+    sizes = row.numel, rows.numel
+
+    def backward(gradients: list[Tensor]) -> list[Tensor]:
+        whole, dtype = gradients[0].storage, gradients[0].dtype
+        return [t.new(sizes[0], dtype, "gradient", "gradients"), Tensor(whole, sizes[1], dtype, None, 0, False, True)]
+
+    node = t.node([row, rows], backward)
+    out = t.new(numel, promote(row.dtype, rows.dtype), "joined rows")
     out.node = node
     return out

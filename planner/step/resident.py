@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 
 from optplan.planner.allocator import ROUNDING
 from optplan.planner.dtypes import ITEMSIZE_BYTES
@@ -38,7 +39,7 @@ def model_tensors(spec: ModelSpec, options: StepOptions) -> Iterator[tuple[str, 
 
 
 def surroundings(spec: ModelSpec, options: StepOptions) -> Iterator[tuple[str, int, Category]]:
-    """Name, bytes and category of the token ids and of the workspaces that the first step leaves.
+    """Name, bytes and category of the inputs and of the workspaces that the first step leaves.
 
     The thread of the forward and that of the backward each make a cuBLAS handle. A product with a bias added in the
     same kernel takes a cuBLASLt workspace too, in the threads that run such: the backward's when it recomputes layers.
@@ -46,12 +47,25 @@ def surroundings(spec: ModelSpec, options: StepOptions) -> Iterator[tuple[str, i
     Source: pytorch `aten/src/ATen/cuda/CublasHandlePool.cpp` (`parseChosenWorkspaceSize`), `CUDABlas.cpp`; sizes as
     recorded on an H200.
     """
-    yield "token ids", INDEX_BYTES * options.batch_size * options.seq_len, "activations"
+    yield from inputs(spec, options)
     size = _HOPPER_WORKSPACE if options.compute_capability == HOPPER else _WORKSPACE
     for thread in ("forward", "backward"):
         yield f"cuBLAS workspace of the {thread}", size, "workspace"
         if _adds_bias(spec) and (thread == "forward" or options.recomputes):
             yield f"cuBLASLt workspace of the {thread}", _LT_WORKSPACE, "workspace"
+
+
+def inputs(spec: ModelSpec, options: StepOptions) -> Iterator[tuple[str, int, Category]]:
+    """Name, bytes and category of what the model is called with; token ids are their own labels."""
+    if spec.model_type == "vit":
+        images = options.batch_size * spec.config["num_channels"] * prod(spec.config["image_size"])
+        yield "images", images * ITEMSIZE_BYTES[options.parameter_dtype], "activations"
+        yield "labels", INDEX_BYTES * options.batch_size, "activations"
+        return
+    num_bytes = INDEX_BYTES * options.batch_size * options.seq_len
+    yield "token ids", num_bytes, "activations"
+    if options.padding_mask:
+        yield "padding mask", num_bytes, "activations"
 
 
 def _adds_bias(spec: ModelSpec) -> bool:

@@ -78,9 +78,39 @@ def check_step(spec: ModelSpec, options: StepOptions) -> None:
         raise ConfigError(
             f"{spec.name} sets reorder_and_upcast_attn, which the step rules do not model; use attention sdpa"
         )
+    _check_family(spec, options)
     activation = config[FAMILIES[spec.model_type].activation]
     if activation not in ACTIVATIONS:
         raise unknown("activation for the step rules", activation, ACTIVATIONS)
+
+
+_UNMODELLED = {"clip_qkv": "clips queries, keys and values", "router_jitter_noise": "adds noise to the router"}
+LIGER_FAMILIES = (
+    "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "phi3", "gemma", "gemma2", "gemma3_text", "olmo2",
+)  # fmt: skip
+"""The families for which Liger's package has a forward with the fused loss."""
+
+
+def _check_family(spec: ModelSpec, options: StepOptions) -> None:
+    """Refuse the options that a family does not take, and configurations with operations that no rule describes."""
+    for field, what in _UNMODELLED.items():
+        if spec.config.get(field):
+            raise ConfigError(f"{spec.name} {what} ({field}), which the step rules do not model")
+    if spec.config.get("layer_norm_elementwise_affine") is False:
+        raise ConfigError(f"{spec.name} has norms without weights, which the step rules do not model")
+    if options.fused_loss == "liger" and spec.model_type not in LIGER_FAMILIES:
+        raise unknown("family with a fused loss by Liger", spec.model_type, LIGER_FAMILIES)
+    if spec.model_type == "vit":
+        _check_images(spec, options)
+
+
+def _check_images(spec: ModelSpec, options: StepOptions) -> None:
+    if options.seq_len != spec.max_seq_len:
+        raise ConfigError(
+            f"{spec.name} cuts every image into {spec.max_seq_len} positions; seq_len must be that, got {options.seq_len}"
+        )
+    if options.padding_mask or options.fused_loss != "none":
+        raise ConfigError(f"{spec.name} classifies images: it takes no padding mask and no fused loss")
 
 
 def head_width(config: dict[str, Any]) -> int:
