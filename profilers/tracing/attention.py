@@ -17,39 +17,48 @@ from optplan.profilers.tracing.accumulation import overwriting_sums
 
 aten = torch.ops.aten
 
+_NUM_DIMS = 4
 _BIAS_ALIGNMENT = 8
 """Elements to a multiple of which the memory-efficient kernel wants the rows of a mask padded."""
 
 
-def backend_of(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    mask: torch.Tensor | None,
-    *,
-    capability: tuple[int, int],
-    value: torch.Tensor | None = None,
-) -> Backend:
-    """The kernel that CUDA takes.
+class Chooser:
+    """Chooses the attention kernel as a GPU does, and remembers what it chose.
 
-    Args:
-        query: `[batch, heads, tokens, width]`.
-        key: The same with the key heads and the tokens attended to.
-        mask: Boolean or additive mask, if one is given.
-        capability: Compute capability of the GPU.
-        value: Values, where their heads may differ in width from the keys'.
+    Attributes:
+        chosen: Every choice, in order.
     """
-    if mask is not None and mask.requires_grad or query.dim() != 4:
-        return "math"
-    batch, heads, seq, width = query.shape
-    shape = AttentionShape(batch, seq, heads, key.shape[1], width)
-    dtype = cast(Dtype, str(query.dtype).removeprefix("torch."))
-    chosen = choose_backend(dtype, shape, masked=mask is not None, capability=capability)
-    if chosen in ("flash", "cudnn") and value is not None and value.shape[-1] != width:
-        return "efficient" if key.shape[1] == heads else "math"
-    return chosen
+
+    def __init__(self, capability: tuple[int, int], *, always: Backend | None = None) -> None:
+        """Choose for a GPU of this compute capability, or `always` the same kernel."""
+        self.chosen: list[Backend] = []
+        self._capability = capability
+        self._always = always
+
+    def choose(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> Backend:
+        """The kernel for queries `[batch, heads, tokens, width]`, keys, values and a mask."""
+        backend = self._always or self._by_sizes(query, key, value, mask)
+        self.chosen.append(backend)
+        return backend
+
+    def _by_sizes(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> Backend:
+        if query.dim() != _NUM_DIMS or (mask is not None and mask.requires_grad):
+            return "math"
+        batch, heads, seq, width = query.shape
+        shape = AttentionShape(batch, seq, heads, key.shape[1], width)
+        dtype = cast(Dtype, str(query.dtype).removeprefix("torch."))
+        chosen = choose_backend(dtype, shape, masked=mask is not None, capability=self._capability)
+        if chosen in ("flash", "cudnn") and value.shape[-1] != width:
+            return "efficient" if key.shape[1] == heads else "math"
+        return chosen
 
 
 def attend(
+    chooser: Chooser,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -59,10 +68,9 @@ def attend(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-    capability: tuple[int, int],
 ) -> Any:
     """The attention's result, by the operations that CUDA would run."""
-    backend = backend_of(query, key, attn_mask, capability=capability, value=value)
+    backend = chooser.choose(query, key, value, attn_mask)
     if backend == "flash":
         return aten._scaled_dot_product_flash_attention.default(
             query, key, value, dropout_p, is_causal, False, scale=scale

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.library import Library, fallthrough_kernel
 
-from optplan.profilers.tracing.attention import attend
+from optplan.profilers.tracing.attention import Chooser, attend
 from optplan.profilers.tracing.autocast import CAST_LISTS, cast_arguments
 
 aten = torch.ops.aten
@@ -27,11 +27,11 @@ _LIBRARIES: list[Library] = []
 
 
 @contextmanager
-def as_on_cuda(capability: tuple[int, int]) -> Iterator[None]:
-    """Let operations on tensors without contents be composed as on a GPU of this compute capability."""
-    global _capability
+def as_on_cuda(chooser: Chooser) -> Iterator[None]:
+    """Let operations on tensors without contents be composed as on a GPU, with the attention that `chooser` chooses."""
+    global _chooser
     _register()
-    previous, _capability = _capability, capability
+    previous, _chooser = _chooser, chooser
     key = getattr(torch._C.DispatchKey, _KEY)
     torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
     try:
@@ -39,10 +39,10 @@ def as_on_cuda(capability: tuple[int, int]) -> Iterator[None]:
             yield
     finally:
         torch._C._dispatch_tls_set_dispatch_key_excluded(key, True)
-        _capability = previous
+        _chooser = previous
 
 
-_capability = (8, 0)
+_chooser = Chooser((8, 0))
 
 
 @cache
@@ -98,7 +98,7 @@ def _attention(operation: Any, *args: Any, **kwargs: Any) -> Any:
     del operation
     if torch.is_autocast_enabled("cuda"):
         args, kwargs = cast_arguments("lower", args, kwargs)
-    return attend(*args, capability=_capability, **kwargs)
+    return attend(_chooser, *args, **kwargs)
 
 
 def _dropout(operation: Any, source: torch.Tensor, p: float, train: bool) -> Any:

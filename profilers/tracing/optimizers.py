@@ -9,19 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import msgspec
 import torch
 
+from optplan.planner.dtypes import Dtype
 from optplan.planner.footprint import optimizer_footprint
 from optplan.planner.optimizers.base import OptimizerContext, OptimizerModel
+from optplan.planner.step.optimizer_step import write_optimizer_step
 from optplan.planner.tensors import Parameter
-from optplan.planner.timeline import Timeline, TimelineBuilder
+from optplan.planner.timeline import TimelineBuilder
 from optplan.profilers.tracing.runs import OptimizerPart
 
 Factory = Callable[[Sequence[torch.nn.Parameter]], torch.optim.Optimizer]
 """Makes an optimizer for parameters."""
-
-_FIRST_MODELLED_ID = 1 << 40
 
 _IMPLEMENTATIONS = {"fused": {"fused": True}, "foreach": {"foreach": True}, "for-loop": {"foreach": False}}
 
@@ -55,7 +54,11 @@ _FACTORIES: dict[str, Callable[[OptimizerModel], Factory | None]] = {"adamw": _a
 
 
 def modelled_part(
-    model: OptimizerModel, parameters: Sequence[Parameter], context: OptimizerContext
+    model: OptimizerModel,
+    parameters: Sequence[Parameter],
+    context: OptimizerContext,
+    *,
+    master: Dtype | None = None,
 ) -> OptimizerPart:
     """The optimizer's steps as the planner describes them.
 
@@ -63,16 +66,12 @@ def modelled_part(
         model: Bound to the parameters.
         parameters: The model's parameters, tied aliases left out.
         context: The dtypes that the optimizer meets.
+        master: Dtype of the master weights that the optimizer updates instead, None without them.
     """
     first, steady = TimelineBuilder("step"), TimelineBuilder("step")
     footprint = optimizer_footprint(model, parameters, context)
     for num_bytes in footprint.device_sizes(parameters):
         first.alloc(num_bytes, "optimizer_state", f"{model.id} state")
-    model.write_step(first, parameters, context)
-    model.write_step(steady, parameters, context)
-    return OptimizerPart(_renumbered(first.events), _renumbered(steady.events))
-
-
-def _renumbered(timeline: Timeline) -> Timeline:
-    """The events with ids that no traced allocation has."""
-    return [msgspec.structs.replace(event, id=event.id + _FIRST_MODELLED_ID) for event in timeline]
+    for timeline in (first, steady):
+        write_optimizer_step(timeline, model, parameters, context, master=master)
+    return OptimizerPart.of(first.events, steady.events).apart()

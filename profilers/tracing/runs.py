@@ -19,6 +19,7 @@ ORDERS: tuple[Order, ...] = ("descending", "ascending")
 """Where the driver may put each new segment relative to the last; descending is what drivers mostly do."""
 
 NUM_STEPS = 3
+_APART = 1 << 40
 
 
 class OptimizerPart(NamedTuple):
@@ -42,6 +43,15 @@ class OptimizerPart(NamedTuple):
         outside = [event.id for event in steady if isinstance(event, Free) and event.id not in made]
         kept = [event.id for event in steady if isinstance(event, Allocation) and event.id not in ended]
         return cls(first, steady, dict(zip(kept, outside, strict=True)))
+
+
+    def apart(self) -> OptimizerPart:
+        """The same part with ids that no piece of a run has, so that it goes with the pieces of any run."""
+        first, steady = (
+            [msgspec.structs.replace(event, id=event.id + _APART) for event in timeline]
+            for timeline in (self.first, self.steady)
+        )
+        return OptimizerPart(first, steady, {new + _APART: old + _APART for new, old in self.renewed.items()})
 
 
 class Pieces(NamedTuple):

@@ -1,8 +1,8 @@
 """Runs training steps on tensors without contents, phase by phase, and keeps what was recorded in pieces.
 
 A training run is made of few distinct pieces: the model's placement, the very first micro-step, micro-steps that find
-gradients or not, the optimizer's first step and later ones. Each is run once; `optplan.profilers.tracing.runs` strings them
-together.
+gradients, clipping, the optimizer's first step and later ones. Each is run once; `optplan.profilers.tracing.runs`
+strings them together.
 """
 
 from __future__ import annotations
@@ -13,14 +13,18 @@ from typing import Any
 
 import msgspec
 import torch
+from torch import nn
 
+from optplan.planner.step.attention import Backend
 from optplan.planner.timeline import Phase, Timeline
+from optplan.profilers.tracing.attention import Chooser
 from optplan.profilers.tracing.composites import as_on_cuda
 from optplan.profilers.tracing.cuda_environment import cuda_environment
 from optplan.profilers.tracing.recorder import Recorder
+from optplan.profilers.tracing.scaling import TracedScaler
 from optplan.profilers.tracing.scopes import Scopes
-from optplan.profilers.workloads.subject import Subject, placed_tensors
 from optplan.profilers.tracing.tracer import Tracer
+from optplan.profilers.workloads.subject import Subject, placed_tensors
 
 
 class Device(msgspec.Struct, frozen=True):
@@ -29,10 +33,12 @@ class Device(msgspec.Struct, frozen=True):
     Attributes:
         capability: Compute capability; it decides the attention kernel and the size of cuBLAS' workspaces.
         resident_threads: Threads that the whole GPU holds at once; they decide how sums are split.
+        attention: The attention kernel that is taken without choice.
     """
 
     capability: tuple[int, int] = (9, 0)
     resident_threads: int = 132 * 2048
+    attention: Backend | None = None
 
 
 class StepTracer:
@@ -41,6 +47,8 @@ class StepTracer:
     Attributes:
         subject: What is trained.
         recorder: Where everything is recorded.
+        updated: What the optimizer updates, by name: the parameters, or their master weights.
+        scaler: Scales the loss, where the lower dtype of autocast is fp16.
     """
 
     def __init__(
@@ -49,20 +57,28 @@ class StepTracer:
         device: Device,
         *,
         autocast: torch.dtype | None = None,
-        progress: Callable[[str], None] = lambda _: None,
+        master: torch.dtype | None = None,
     ) -> None:
         """Prepare; nothing is recorded yet.
 
         Args:
             autocast: Lower dtype of autocast around the forward, None without it.
-            progress: Told what is being traced.
+            master: Dtype of the master weights, None without them.
         """
         self.subject = subject
         self.recorder = Recorder()
-        self.device = device
+        self.updated: dict[str, nn.Parameter] = subject.trainable()
+        self.scaler = TracedScaler() if autocast == torch.float16 else None
+        self._device = device
+        self._chooser = Chooser(device.capability, always=device.attention)
         self._autocast = autocast
-        self._progress = progress
+        self._master = master
         self._scopes = Scopes(subject.module, subject.head)
+
+    @property
+    def attention(self) -> list[Backend]:
+        """The attention kernels chosen so far."""
+        return self._chooser.chosen
 
     @contextmanager
     def tracing(self) -> Iterator[None]:
@@ -70,33 +86,38 @@ class StepTracer:
         tracer = Tracer(
             self.recorder,
             self._scopes,
-            capability=self.device.capability,
-            resident_threads=self.device.resident_threads,
+            capability=self._device.capability,
+            resident_threads=self._device.resident_threads,
         )
         with ExitStack() as stack:
             stack.enter_context(cuda_environment())
-            stack.enter_context(as_on_cuda(self.device.capability))
+            stack.enter_context(as_on_cuda(self._chooser))
             stack.enter_context(self._scopes.following())
             stack.enter_context(tracer)
             yield
 
     def place(self) -> slice:
-        """Place the module and its inputs on the device."""
+        """Place the module, its master weights and its inputs on the device."""
         with self._piece("load") as piece:
             for name, tensor in placed_tensors(self.subject.module):
                 self.recorder.track(tensor, "parameters", name)
+            if self._master is not None:
+                self.updated = {name: self._master_of(name, p) for name, p in self.updated.items()}
             for name, value in self.subject.inputs.items():
                 if isinstance(value, torch.Tensor):
                     self.recorder.track(value, "activations", name)
         return piece()
 
+    def _master_of(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
+        master = nn.Parameter(parameter.detach().to(self._master))
+        self.recorder.label(master, "master_weights", f"{name} master")
+        return master
+
     def micro_step(self) -> slice:
         """Forward and backward once."""
-        self._progress("forward")
         with self._piece("forward") as piece:
             loss = self._forward()
-            self._progress("backward")
-            self._enter("backward")
+            self.recorder.phase = "backward"
             self._scopes.begin_backward()
             loss.backward()
             del loss
@@ -110,7 +131,25 @@ class StepTracer:
         if self._autocast is not None:
             context = torch.autocast("cuda", self._autocast)
         with context:
-            return self.subject.loss(self.subject.module, self.subject.inputs)
+            loss = self.subject.loss(self.subject.module, self.subject.inputs)
+        return loss if self.scaler is None else self.scaler.scaled(loss)
+
+    def optimizer_step(self, optimizer: torch.optim.Optimizer) -> slice:
+        """The optimizer's step; with master weights the gradients are copied in their dtype first."""
+        with self._piece("step") as piece:
+            if self._master is not None:
+                for name, parameter in self.subject.trainable().items():
+                    gradient = parameter.grad
+                    self.updated[name].grad = None if gradient is None else gradient.to(self._master)
+                    del gradient
+            if self.scaler is None:
+                optimizer.step()
+            else:
+                self.scaler.step(optimizer)
+            if self._master is not None:
+                for master in self.updated.values():
+                    master.grad = None
+        return piece()
 
     def run(self, phase: Phase, action: Callable[[], Any]) -> slice:
         """Run something as a phase of its own."""
@@ -122,11 +161,8 @@ class StepTracer:
         """What a piece recorded."""
         return self.recorder.timeline(piece.start, piece.stop)
 
-    def _enter(self, phase: Phase) -> None:
-        self.recorder.phase = phase
-
     @contextmanager
     def _piece(self, phase: Phase) -> Iterator[Callable[[], slice]]:
         start = len(self.recorder.events)
-        self._enter(phase)
+        self.recorder.phase = phase
         yield lambda: slice(start, len(self.recorder.events))

@@ -1,14 +1,13 @@
 """Tracing: the memory of a training step, from the real module run on tensors without contents.
 
-The module's own code runs, three steps long, on torch's meta device: every operation knows the shapes of its results
-and nothing is computed. What is allocated and freed is recorded in order, with what CUDA does differently put right,
-and followed through torch's caching allocator.
+The module's own code runs on torch's meta device: every operation knows the shapes of its results and nothing is
+computed. What is allocated and freed is recorded in order, with what CUDA does differently put right, and followed
+through torch's caching allocator for three steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import msgspec
 import torch
@@ -19,14 +18,22 @@ from optplan.planner.optimizers.base import OptimizerContext, OptimizerModel
 from optplan.planner.optimizers.registry import build_optimizer
 from optplan.planner.precision import PRECISIONS
 from optplan.planner.step.options import StepOptions
-from optplan.planner.timeline import Phase, Timeline
-from optplan.profilers.workloads.catalogue import build_subject
+from optplan.planner.tensors import Parameter
+from optplan.planner.timeline import Allocation, Event, Phase, Timeline
 from optplan.profilers.tracing.optimizers import Factory, modelled_part, optimizer_factory
-from optplan.profilers.tracing.runs import ORDERS, OptimizerPart, Pieces, RunSimulator, SimulatedRun, run_timeline
+from optplan.profilers.tracing.runs import (
+    ORDERS,
+    OptimizerPart,
+    Order,
+    Pieces,
+    RunSimulator,
+    SimulatedRun,
+    run_timeline,
+)
 from optplan.profilers.tracing.steps import Device, StepTracer
+from optplan.profilers.workloads.catalogue import build_subject
+from optplan.profilers.workloads.described import described_parameters
 from optplan.profilers.workloads.subject import Subject
-
-Progress = Callable[[str], None]
 
 
 class StepExtras(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,7 +63,7 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     timeline: Timeline
     run: SimulatedRun
     reserved_range_bytes: tuple[int, int]
-    attention: tuple[str, ...] = ()
+    attention: tuple[str, ...]
 
     @property
     def phases(self) -> dict[Phase, int]:
@@ -70,7 +77,6 @@ def trace_step(
     *,
     optimizer: OptimizerModel | Factory | str = "adamw",
     extras: StepExtras | None = None,
-    progress: Progress = lambda _: None,
 ) -> Trace:
     """Trace three training steps of a model with one optimizer.
 
@@ -79,14 +85,12 @@ def trace_step(
         options: How the step is run; batch and sequence matter only where the inputs are made from them.
         optimizer: A name of the registry, a model of an optimizer, or what makes a `torch.optim.Optimizer`.
         extras: Clipping and what becomes of the gradients.
-        progress: Told what is being done.
 
     Raises:
         ConfigError: The model cannot be built or traced, or the optimizer is unknown.
     """
-    tracer = trace_pieces(model, options, extras=extras, progress=progress)
-    part = tracer.optimizer_part(build_optimizer(optimizer) if isinstance(optimizer, str) else optimizer)
-    return tracer.trace(part)
+    step = TracedStep(model if isinstance(model, Subject) else build_subject(model, options), options, extras)
+    return step.trace(step.part(build_optimizer(optimizer) if isinstance(optimizer, str) else optimizer))
 
 
 class TracedStep:
@@ -94,80 +98,82 @@ class TracedStep:
 
     Attributes:
         pieces: All that is recorded but the optimizer's.
-        notes: Findings in words.
+        attention: The attention kernels that were chosen, each once.
     """
 
-    def __init__(self, tracer: StepTracer, spec: ModelSpec | None, options: StepOptions, pieces: Pieces) -> None:
-        self.pieces = pieces
-        self._tracer = tracer
-        self._spec = spec
-        self._options = options
-        self._simulators: dict[str, RunSimulator] = {}
-        self._master_dtype = PRECISIONS[options.precision].master_dtype
+    def __init__(self, subject: Subject, options: StepOptions, extras: StepExtras | None = None) -> None:
+        """Trace placement, micro-steps and clipping.
 
-    def optimizer_part(self, optimizer: OptimizerModel | Factory) -> OptimizerPart:
-        """The optimizer's steps, traced if they can be."""
+        Raises:
+            ConfigError: The step's memory depends on values.
+        """
+        self._master = PRECISIONS[options.precision].master_dtype
+        self._dtype = options.parameter_dtype
+        self._simulators: dict[Order, RunSimulator] = {}
+        self._tracer = StepTracer(
+            subject,
+            Device(
+                options.compute_capability,
+                options.resident_threads,
+                "flash" if options.attention == "flash" else None,
+            ),
+            autocast=getattr(torch, options.autocast_dtype) if options.autocast_dtype else None,
+            master=getattr(torch, self._master) if self._master else None,
+        )
+        self.pieces = _run_pieces(self._tracer, options, extras or StepExtras())
+        self.attention = tuple(dict.fromkeys(self._tracer.attention))
+
+    def part(self, optimizer: OptimizerModel | Factory, parameters: Sequence[Parameter] = ()) -> OptimizerPart:
+        """The optimizer's steps: traced if its class can be run without contents, else as the planner has them.
+
+        Args:
+            optimizer: An optimizer, or what makes one.
+            parameters: The module's parameters in the planner's words; read off the module if left out.
+        """
         factory = optimizer_factory(optimizer) if isinstance(optimizer, OptimizerModel) else optimizer
         if factory is not None:
             return self._traced_part(factory)
-        assert isinstance(optimizer, OptimizerModel) and self._spec is not None
-        parameters = self._spec.unique_parameters
-        dtype = self._options.parameter_dtype
-        bound = optimizer.bind(parameters)
-        return modelled_part(bound, parameters, OptimizerContext(dtype, dtype))
+        assert isinstance(optimizer, OptimizerModel)
+        parameters = parameters or described_parameters(self._tracer.subject.module)
+        context = OptimizerContext(self._master or self._dtype, self._master or self._dtype)
+        return modelled_part(optimizer.bind(parameters), parameters, context, master=self._master)
 
     def trace(self, part: OptimizerPart) -> Trace:
         """The whole run with one optimizer."""
-        runs = [self.simulator(order).simulate(part) for order in ORDERS]
+        runs = self.simulate(part)
         reserved = [run.reserved_bytes for run in runs]
         return Trace(
             timeline=run_timeline(self.pieces, part),
             run=runs[0],
             reserved_range_bytes=(min(reserved), max(reserved)),
+            attention=self.attention,
         )
 
-    def simulator(self, order: str) -> RunSimulator:
-        """What replays runs on a device whose segments come in this order of addresses."""
-        if order not in self._simulators:
-            self._simulators[order] = RunSimulator(self.pieces, order)  # type: ignore[arg-type]
-        return self._simulators[order]
+    def simulate(self, part: OptimizerPart) -> list[SimulatedRun]:
+        """The run with one optimizer for each order of segment addresses, the usual one first."""
+        for order in ORDERS:
+            if order not in self._simulators:
+                self._simulators[order] = RunSimulator(self.pieces, order)
+        return [self._simulators[order].simulate(part) for order in ORDERS]
 
     def _traced_part(self, factory: Factory) -> OptimizerPart:
-        tracer, names = self._tracer, {id(p): name for name, p in self._tracer.subject.trainable().items()}
+        tracer = self._tracer
         with tracer.tracing():
-            _fill_gradients(tracer)
-            optimizer = factory(list(tracer.subject.trainable().values()))
-            first = tracer.run("step", optimizer.step)
-            steady = tracer.run("step", optimizer.step)
-        for parameter, state in optimizer.state.items():
-            for key, value in state.items():
-                if isinstance(value, torch.Tensor) and value.device.type == "meta":
-                    tracer.recorder.label(value, "optimizer_state", f"{names[id(parameter)]} {key}")
-        return OptimizerPart.of(tracer.timeline(first), tracer.timeline(steady))
+            for parameter in tracer.subject.trainable().values():
+                parameter.grad = torch.empty_like(parameter)
+            optimizer = factory(list(tracer.updated.values()))
+            first, steady = tracer.optimizer_step(optimizer), tracer.optimizer_step(optimizer)
+        _label_state(tracer, optimizer)
+        _end_gradients(list(tracer.subject.trainable().values()))
+        return OptimizerPart.of(tracer.timeline(first), tracer.timeline(steady)).apart()
 
 
-def _fill_gradients(tracer: StepTracer) -> None:
-    for parameter in tracer.subject.trainable().values():
-        if parameter.grad is None:
-            parameter.grad = torch.empty_like(parameter)
-
-
-def trace_pieces(
-    model: ModelSpec | Subject,
-    options: StepOptions,
-    *,
-    extras: StepExtras | None = None,
-    progress: Progress = lambda _: None,
-) -> TracedStep:
-    """Trace everything of a step but the optimizer; see `trace_step`."""
-    extras = extras or StepExtras()
-    spec = model if isinstance(model, ModelSpec) else None
-    progress("building the model")
-    subject = build_subject(model, options) if isinstance(model, ModelSpec) else model
-    device = Device(options.compute_capability, options.resident_threads)
-    autocast = getattr(torch, options.autocast_dtype) if options.autocast_dtype else None
-    tracer = StepTracer(subject, device, autocast=autocast, progress=progress)
-    return TracedStep(tracer, spec, options, _run_pieces(tracer, options, extras))
+def _label_state(tracer: StepTracer, optimizer: torch.optim.Optimizer) -> None:
+    names = {id(parameter): name for name, parameter in tracer.updated.items()}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor) and value.device.type == "meta":
+                tracer.recorder.label(value, "optimizer_state", f"{names[id(parameter)]} {key}")
 
 
 def _run_pieces(tracer: StepTracer, options: StepOptions, extras: StepExtras) -> Pieces:
@@ -180,13 +186,18 @@ def _run_pieces(tracer: StepTracer, options: StepOptions, extras: StepExtras) ->
             more = tracer.micro_step()
         if extras.clip_grad_norm is not None:
             clip = tracer.run("clip", lambda: _clip(parameters, extras))
-        if not extras.keeps_gradients:
+        if extras.keeps_gradients:
+            again = more
+        else:
             zero = tracer.run("zero", lambda: _end_gradients(parameters))
+            again = first
     added = (tracer.timeline(more),) * (options.grad_accum - 1)
-    made = tracer.timeline(first)
-    again = tracer.timeline(more) if extras.keeps_gradients else _without_workspaces(made)
     return Pieces(
-        tracer.timeline(load), (made, *added), (again, *added), tracer.timeline(clip), tracer.timeline(zero)
+        load=tracer.timeline(load),
+        first=(tracer.timeline(first), *added),
+        steady=(_without_workspaces(tracer.timeline(again)), *added),
+        clip=tracer.timeline(clip),
+        zero=tracer.timeline(zero),
     )
 
 
@@ -201,12 +212,10 @@ def _end_gradients(parameters: Sequence[nn.Parameter]) -> None:
 
 
 def _without_workspaces(timeline: Timeline) -> Timeline:
-    """A micro-step after the first, which finds the libraries' workspaces in place."""
-    ended = {event.id for event in timeline if not hasattr(event, "bytes")}
-    return [
-        event
-        for event in timeline
-        if not (hasattr(event, "bytes") and event.category == "workspace" and event.id not in ended)
-    ]
+    """A micro-step after the first, which finds in place what the first has made for good."""
+    ended = {event.id for event in timeline if not isinstance(event, Allocation)}
 
+    def is_made_for_good(event: Event) -> bool:
+        return isinstance(event, Allocation) and event.category == "workspace" and event.id not in ended
 
+    return [event for event in timeline if not is_made_for_good(event)]
