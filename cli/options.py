@@ -61,5 +61,13 @@ Attention = Annotated[
 Gpus = Annotated[int, _count("--gpus", help="Number of GPUs.")]
 Sharding = Annotated[str, typer.Option(help="Sharding strategy: none.")]
 Engine = Annotated[str, typer.Option(help="Where the step's timeline comes from: rules.")]
+AllocConf = Annotated[
+    str | None,
+    typer.Option(
+        "--alloc-conf",
+        metavar="SETTINGS",
+        help="Settings of torch's allocator as in PYTORCH_CUDA_ALLOC_CONF, such as expandable_segments:True.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Filter = Annotated[str | None, typer.Option("--filter", "-f", help="Show only rows that contain this text.")]

@@ -16,14 +16,24 @@ GIVEN = ("segment_alloc", "segment_map")
 class RecordedAddresses:
     """Answers with the addresses of a history's `segment_alloc` and `segment_map` entries, one after the other."""
 
-    def __init__(self, events: Iterable[HistoryEvent]) -> None:
+    def __init__(self, events: Iterable[HistoryEvent], *, once: bool = False) -> None:
+        """Begin before the first entry.
+
+        Args:
+            once: Give the address of each segment a single time, in place of waiting for `passed`.
+        """
+        self._once = once
         self._given = deque(event for event in events if event.action in GIVEN)
         self._ranges: dict[int, tuple[int, bool]] = {}
 
     def of_segment(self, size: int) -> int | None:
         """The address of the next segment recorded, if it has that size."""
         first = self._given[0] if self._given else None
-        return first.address if first is not None and (first.action, first.size) == ("segment_alloc", size) else None
+        if first is None or (first.action, first.size) != ("segment_alloc", size):
+            return None
+        if self._once:
+            self._given.popleft()
+        return first.address
 
     def of_range(self, stream: int, small: bool, span: int) -> int | None:
         """Where the next range of a pool begins: at its first mapping that lies in none of its ranges so far.

@@ -9,7 +9,7 @@ from optplan.planner.allocator import SMALL_SEGMENT
 from optplan.planner.allocator_device import DeviceAllocator
 from optplan.planner.allocator_pools import DeviceBlock, DevicePool
 from optplan.planner.errors import ConfigError
-from optplan.planner.history import DeviceHistory
+from optplan.planner.history import DeviceHistory, HistoryEvent
 from optplan.planner.history_addresses import RecordedAddresses
 from optplan.planner.history_start import Part, StartBlock, StartSegment, StartState, parts_of
 from optplan.planner.units import round_up
@@ -54,20 +54,23 @@ def _ranges(
     """The expandable ranges: where each begins, as far as its mappings tell, and its mapped stretches."""
     stretches = sorted((segment for segment in segments if segment.expandable), key=_pool_key)
     ranges: list[tuple[int, list[StartSegment]]] = []
-    for (stream, owner, small), found in groupby(stretches, key=_pool_key):
+    for key, found in groupby(stretches, key=_pool_key):
+        mapped = [event.address for event in history.events if event.action == "segment_map" and _of_pool(event, key)]
+        floor = 0
         for stretch in sorted(found):
-            if ranges and ranges[-1][1][0][2:5] == (stream, owner, small) and stretch.address < ranges[-1][0] + span:
+            if floor and stretch.address < ranges[-1][0] + span:
                 ranges[-1][1].append(stretch)
-                continue
-            mapped = [
-                event.address
-                for event in history.events
-                if event.action == "segment_map"
-                and (event.stream, event.owner, event.size == SMALL_SEGMENT) == (stream, owner, small)
-                and stretch.address - span < event.address < stretch.address
-            ]
-            ranges.append((min([stretch.address, *mapped]), [stretch]))
+            else:
+                below = [
+                    address for address in mapped if max(floor, stretch.address - span) < address < stretch.address
+                ]
+                ranges.append((min([stretch.address, *below]), [stretch]))
+            floor = stretch.address + stretch.size
     return ranges
+
+
+def _of_pool(event: HistoryEvent, key: tuple[int, tuple[int, int], bool]) -> bool:
+    return (event.stream, event.owner, event.size == SMALL_SEGMENT) == key
 
 
 def _pool_key(segment: StartSegment) -> tuple[int, tuple[int, int], bool]:

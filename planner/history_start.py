@@ -1,14 +1,16 @@
 """What a history found when its recording began, worked out backwards from what it left.
 
 A snapshot tells the segments and blocks at the end; undoing the entries from the last to the first leads to those at
-the start. Of a block that is there at the start and freed later only the request is known, not its size. Blocks of the
-large pool are never smaller than 1 MiB, so a smaller gap above such a block belongs to it; a larger gap is taken for a
-cached block, though up to 1 MiB of it may belong to the block below.
+the start. Of a block that is there at the start and freed later only the request is known, not its size, which is up to
+1 MiB larger in the large pool. Two things tell more. Blocks of that pool are never smaller than 1 MiB, so a smaller gap
+above a block belongs to it. And a cached block is used from its low end, so the first allocation in a gap above a block
+lies where the block ends. What is left open is whether a gap that stays unused until the block below it ends was the
+block's own, which matters to nothing but the allocated bytes.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from typing import NamedTuple
 
 from optplan.planner.allocator import SMALL_LIMIT, SMALL_SEGMENT
@@ -67,11 +69,49 @@ class StartState:
         }
         self._segments = {s.address: StartSegment(*s[:6]) for s in history.segments if not s.expandable}
         self._mapped = [StartSegment(*s[:6]) for s in history.segments if s.expandable]
+        # A request maps one page of 2 MiB or a number of large pages; what is unmapped may be any number of either.
+        maps = [event for event in history.events if event.action == "segment_map"]
+        self._pages = {event.address: event.size == SMALL_SEGMENT for event in maps}
+        self._pages |= {stretch.address: stretch.small for stretch in self._mapped}
+        self._large_page = history.settings.large_segment_bytes
 
     @property
     def segments(self) -> list[StartSegment]:
-        """All segments and mapped stretches, in order of addresses."""
-        return sorted([*self._segments.values(), *self._mapped])
+        """All segments and mapped stretches, in order of addresses; stretches that touch are one."""
+        stretches: list[StartSegment] = []
+        for stretch in sorted(self._mapped):
+            last = stretches[-1] if stretches else None
+            if last is not None and (last.address + last.size, *last[2:]) == (stretch.address, *stretch[2:]):
+                stretches[-1] = last._replace(size=last.size + stretch.size)
+            else:
+                stretches.append(stretch)
+        return sorted([*self._segments.values(), *stretches])
+
+    def learn_sizes(self, history: DeviceHistory) -> None:
+        """Take the sizes of blocks from the first allocations above them."""
+        in_use, segments = sorted(self.blocks), self.segments
+        starts = [segment.address for segment in segments]
+        unknown = {address for address, block in self.blocks.items() if block.size is None}
+        for action, address, *_ in history.events:
+            if not unknown:
+                return
+            index = bisect_left(in_use, address)
+            if action == "free_completed":
+                unknown.discard(address)
+                del in_use[index : index + 1]
+            elif action == "alloc":
+                in_use.insert(index, address)
+                below = in_use[index - 1] if index else -1
+                if below in unknown:
+                    segment = segments[bisect_right(starts, below) - 1]
+                    if address < segment.address + segment.size:
+                        unknown.remove(below)
+                        self._learn(self.blocks[below], address - below, history.settings)
+
+    def _learn(self, block: StartBlock, size: int, settings: AllocatorSettings) -> None:
+        rounded = settings.rounded(block.requested)
+        if rounded <= size <= rounded + SMALL_LIMIT:
+            self.blocks[block.address] = block._replace(size=size)
 
     @property
     def reserved_bytes(self) -> int:
@@ -97,11 +137,13 @@ class StartState:
             if self._segments.pop(address, None) is None:
                 raise self._contradiction(event)
         elif action == "segment_free":
-            self._segments[address] = _segment(event, expandable=False)
+            small = size == SMALL_SEGMENT
+            self._segments[address] = StartSegment(address, size, event.stream, event.owner, small, False)
         elif action == "segment_map":
             self._unmap(event)
         elif action == "segment_unmap":
-            self._mapped.append(_segment(event, expandable=True))
+            small = self._is_small(event)
+            self._mapped.append(StartSegment(address, size, event.stream, event.owner, small, True))
 
     def _undo_alloc(self, event: HistoryEvent) -> None:
         if self.blocks.pop(event.address, None) is None:
@@ -122,6 +164,12 @@ class StartState:
             raise self._contradiction(event)
         self._mapped = kept
 
+    def _is_small(self, event: HistoryEvent) -> bool:
+        """Whether unmapped pages are of a small pool: by their size, or as the pages mapped nearest to them are."""
+        if event.size % self._large_page or not self._pages:
+            return True
+        return self._pages[min(self._pages, key=lambda address: abs(address - event.address))]
+
     def _contradiction(self, event: HistoryEvent) -> ConfigError:
         return ConfigError(
             f"{self._source} contradicts itself: {event.action} of {event.size} bytes at {event.address:#x} does not"
@@ -138,6 +186,7 @@ def start_state(history: DeviceHistory) -> StartState:
     state = StartState(history)
     for event in reversed(history.events):
         state.undo(event)
+    state.learn_sizes(history)
     return state
 
 
@@ -173,8 +222,3 @@ def _size(segment: StartSegment, rounded: int, room: int, settings: AllocatorSet
         return rounded
     never_split = settings.max_split_bytes is not None and rounded >= settings.max_split_bytes
     return room if never_split or room - rounded <= SMALL_LIMIT else rounded
-
-
-def _segment(event: HistoryEvent, *, expandable: bool) -> StartSegment:
-    small = event.size == SMALL_SEGMENT
-    return StartSegment(event.address, event.size, event.stream, event.owner, small, expandable)

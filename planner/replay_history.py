@@ -11,7 +11,7 @@ from optplan.planner.allocator_pools import DeviceBlock
 from optplan.planner.allocator_settings import AllocatorSettings, parse_alloc_conf
 from optplan.planner.history import DeviceHistory
 from optplan.planner.history_addresses import RecordedAddresses
-from optplan.planner.history_limits import find_limits
+from optplan.planner.history_limits import Limits, find_limits
 from optplan.planner.history_load import load_start
 from optplan.planner.history_reader import read_history
 from optplan.planner.history_replay import RecordedReplay
@@ -43,19 +43,20 @@ def replay_history(
     memory_bytes = parse_size(memory) if isinstance(memory, str) else memory
     history = read_history(path, device=device)
     start = start_state(history)
-    recorded = RecordedReplay(history, start, find_limits(history, start_reserved_bytes=start.reserved_bytes))
+    limits = find_limits(history, start_reserved_bytes=start.reserved_bytes)
+    recorded = RecordedReplay(history, start, limits)
     recorded.run()
     what_if = None
     if settings is not None or memory_bytes is not None:
-        trial = _Trial(history, start, settings or history.settings, memory_bytes)
+        trial = _Trial(history, start, settings or history.settings, memory_bytes, follows=limits == Limits())
         what_if = trial.run(recorded.flushes, alloc_conf=history.alloc_conf or "" if alloc_conf is None else alloc_conf)
     return HistoryReport(
         version=VERSION,
-        history=_facts(history, start),
+        history=_facts(history, start, source=os.fspath(path)),
         replay=_outcome(recorded.allocator, alloc_conf=history.alloc_conf or "", memory_bytes=None, failure=None),
         agreement=_agreement(history, recorded, start),
         what_if=what_if,
-        notes=[*_notes(history, start), *_setting_notes(settings, memory_bytes)],
+        notes=[*_notes(history, start), *_setting_notes(settings or history.settings, memory_bytes)],
     )
 
 
@@ -63,18 +64,31 @@ class _Trial:
     """A history's requests against an allocator that need not be the one recorded."""
 
     def __init__(
-        self, history: DeviceHistory, start: StartState, settings: AllocatorSettings, memory_bytes: int | None
+        self,
+        history: DeviceHistory,
+        start: StartState,
+        settings: AllocatorSettings,
+        memory_bytes: int | None,
+        *,
+        follows: bool,
     ) -> None:
+        """Prepare the allocator.
+
+        Args:
+            follows: Whether nothing but the program decided when memory was given back, so that under the recorded
+                settings the recorded addresses hold until the device is full.
+        """
         self._history = history
         self._start = start
         self._memory_bytes = memory_bytes
         self._is_recorded = settings == history.settings
-        addresses = RecordedAddresses(history.events)
-        driver = Driver(capacity_bytes=memory_bytes, addresses=addresses if self._is_recorded else None)
+        self._addresses = RecordedAddresses(history.events, once=True)
+        if not (follows and self._is_recorded):
+            self._addresses.forget()
+        driver = Driver(capacity_bytes=memory_bytes, addresses=self._addresses)
         self._allocator = DeviceAllocator(settings, driver=driver)
         self._live: dict[int, DeviceBlock | None] = {}
         self._waiting: dict[int, DeviceBlock | None] = {}
-        self._addresses = addresses
 
     def run(self, flushes: Iterable[int], *, alloc_conf: str) -> Outcome:
         """Run the history up to the first request that fails and did not when recorded."""
@@ -122,6 +136,8 @@ class _Trial:
         except OutOfMemory:
             allocator = self._allocator
             return Failure(index, num_allocations, size, allocator.allocated_bytes, allocator.reserved_bytes)
+        if self._allocator.num_alloc_retries:
+            self._addresses.forget()
         return None
 
 
@@ -141,11 +157,11 @@ def _outcome(
     )
 
 
-def _facts(history: DeviceHistory, start: StartState) -> HistoryFacts:
+def _facts(history: DeviceHistory, start: StartState, *, source: str) -> HistoryFacts:
     actions = [event.action for event in history.events]
     blocks = start.blocks.values()
     return HistoryFacts(
-        source=history.source,
+        source=source,
         device=history.device,
         num_events=len(actions),
         num_allocations=actions.count("alloc"),
@@ -210,10 +226,8 @@ def _notes(history: DeviceHistory, start: StartState) -> list[str]:
     return notes
 
 
-def _setting_notes(settings: AllocatorSettings | None, memory_bytes: int | None) -> list[str]:
-    """What of the settings asked for does nothing."""
-    if settings is None:
-        return []
+def _setting_notes(settings: AllocatorSettings, memory_bytes: int | None) -> list[str]:
+    """What of the settings does nothing in what is asked."""
     notes = [f"{key} has no effect on the memory simulated here" for key in settings.ignored]
     limited = settings.memory_fraction < 1 and memory_bytes is not None
     if settings.garbage_collection_threshold and not limited:
