@@ -70,7 +70,7 @@ def _head(rows: dict[str, list[Row]]) -> list[str]:
         f" {corpus['python']}'s standard library: {corpus['num_files']} files, {corpus['train_bytes']:,} bytes to train on"
         f" and {corpus['validation_bytes']:,} of other files to validate on, SHA-256 `{corpus['sha256'][:16]}…`."
         f" {recipe['num_steps']} steps of {recipe['batch']} × {size['context']} bytes; fp32 parameters, bf16 autocast;"
-        f" betas {tuple(row['betas'])}, weight decay {row['weight_decay']} on matrices, gradients clipped to norm"
+        f" weight decay {row['weight_decay']} on matrices, gradients clipped to norm"
         f" {recipe['clip_norm']:g}; the learning rate rises over the first {recipe['warm_up'] * 100:g} % of the steps and falls along a cosine"
         f" to a tenth. Data order, initial values and validation set are the same for every optimizer."
     )
@@ -97,8 +97,8 @@ def _results(rows: dict[str, list[Row]]) -> list[str]:
     lines = [
         "## Loss after the last step",
         "",
-        "| optimizer | learning rate | loss of each seed | mean ± deviation | beside torch's AdamW | state bytes a parameter |",
-        "|---|---|---|---|---|---|",
+        "| optimizer | betas | learning rate | loss of each seed | mean ± deviation | beside torch's AdamW | state bytes a parameter |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, runs in rows.items():
         summary = summary_of(runs)
@@ -107,7 +107,7 @@ def _results(rows: dict[str, list[Row]]) -> list[str]:
             seeds = " ".join(f"{loss:.4f}" for loss in summary.losses)
             state = runs[0]["state_bytes"] / runs[0]["num_parameters"]
             lines.append(
-                f"| {name} | {summary.lr:g} | {seeds} | {mean:.4f} ± {spread:.4f} | {difference(mean, yardstick)}"
+                f"| {name} | {' '.join(map(str, runs[0]['betas']))} | {summary.lr:g} | {seeds} | {mean:.4f} ± {spread:.4f} | {difference(mean, yardstick)}"
                 f" | {state:.2f} |"
             )
     return lines

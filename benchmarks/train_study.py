@@ -16,6 +16,7 @@ import multiprocessing
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,7 +117,8 @@ def seed_plans(name: str, lr: float, study: Study) -> list[Plan]:
 def plan_of(name: str, recipe: Recipe, lr: float, seed: int) -> Plan:
     """One run of a subject."""
     subject = SUBJECTS[name]
-    return Plan(name, subject.build, lr, seed, subject.dtype, round(subject.part * recipe.num_steps))
+    build = partial(subject.build, betas=subject.betas)
+    return Plan(name, build, lr, seed, subject.dtype, round(subject.part * recipe.num_steps))
 
 
 def sweep(name: str, study: Study, corpus: Corpus) -> list[Outcome]:

@@ -1,6 +1,7 @@
 """The optimizers of `train_study.py`: how each is built, which learning rates it tries, and whose it takes over.
 
-All have betas (0.9, 0.95) and weight decay 0.1 on matrices, none on vectors. A new one is a row of `SUBJECTS`.
+Betas are (0.9, 0.95), as is usual for language models, but for MicroAdam's, whose short window of gradients wants the
+slow decay of its paper; weight decay is 0.1 on matrices, none on vectors. A new optimizer is a row of `SUBJECTS`.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 from train_study_model import ByteGPT
-from train_study_runs import Build
 
 from optplan import optim_impls
 
-BETAS = (0.9, 0.95)
+Betas = tuple[float, float]
+Build = Callable[[ByteGPT, float, Betas], torch.optim.Optimizer]
+
+BETAS: Betas = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
 
 
@@ -23,13 +26,14 @@ class Subject(NamedTuple):
     """One optimizer of the study.
 
     Attributes:
-        build: Makes it for a model and a learning rate.
+        build: Makes it for a model, a learning rate and betas.
         options: What distinguishes it, for the record.
         learning_rates: Tried with the first seed, from low to high; empty to take over those of `follows`.
         follows: The subject whose best learning rate this one runs with, as a control.
         num_seeds: Runs at the best learning rate.
         dtype: Of the parameters; the passes are bf16 (autocast) in every case.
         package: What must be importable; without it the subject is left out.
+        betas: Decays of the moments.
         part: Length of its runs, as part of the study's.
     """
 
@@ -40,6 +44,7 @@ class Subject(NamedTuple):
     num_seeds: int = 3
     dtype: torch.dtype = torch.float32
     package: str = ""
+    betas: Betas = BETAS
     part: float = 1.0
 
     def is_available(self) -> bool:
@@ -57,36 +62,37 @@ def param_groups(model: ByteGPT) -> list[dict[str, Any]]:
 
 
 def _plain(make: Callable[..., torch.optim.Optimizer], **options: Any) -> Build:
-    return lambda model, lr: make(param_groups(model), lr=lr, betas=BETAS, **options)
+    return lambda model, lr, betas: make(param_groups(model), lr=lr, betas=betas, **options)
 
 
-def _torch_adamw(model: ByteGPT, lr: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(param_groups(model), lr=lr, betas=BETAS, fused=True)
+def _torch_adamw(model: ByteGPT, lr: float, betas: Betas) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(param_groups(model), lr=lr, betas=betas, fused=True)
 
 
-def _adam_mini(model: ByteGPT, lr: float) -> torch.optim.Optimizer:
-    return optim_impls.AdamMini.from_module(model, params=param_groups(model), lr=lr, betas=BETAS)
+def _adam_mini(model: ByteGPT, lr: float, betas: Betas) -> torch.optim.Optimizer:
+    return optim_impls.AdamMini.from_module(model, params=param_groups(model), lr=lr, betas=betas)
 
 
-def _adam_mini_official(model: ByteGPT, lr: float) -> torch.optim.Optimizer:
+def _adam_mini_official(model: ByteGPT, lr: float, betas: Betas) -> torch.optim.Optimizer:
     """The authors' package; it takes roles from names, and exempts what is called a norm from weight decay."""
     from adam_mini import Adam_mini
 
     size, named = model.size, list(model.named_parameters())
     how = {"weight_decay": WEIGHT_DECAY, "dim": size.width, "n_heads": size.heads, "verbose": False}
-    return Adam_mini(named, lr=lr, betas=BETAS, **how)
+    return Adam_mini(named, lr=lr, betas=betas, **how)
 
 
-def _micro_adam_official(model: ByteGPT, lr: float) -> torch.optim.Optimizer:
+def _micro_adam_official(model: ByteGPT, lr: float, betas: Betas) -> torch.optim.Optimizer:
     """The authors' package, which takes bf16 alone; window, density and buckets as ours."""
     from ista_daslab_optimizers import MicroAdam
 
-    return MicroAdam(param_groups(model), m=10, lr=lr, quant_block_size=64, k_init=0.01, betas=BETAS)
+    return MicroAdam(param_groups(model), m=10, lr=lr, quant_block_size=64, k_init=0.01, betas=betas)
 
 
 _RATES = (1e-3, 2e-3, 4e-3)
 _MICRO = {"window": 10, "density": 0.01}
 _DENSE = {"window": 10, "density": 0.1}
+_SLOW = (0.9, 0.999)
 _BF16 = {"parameters": "bfloat16"}
 _FAST, _PAPER = {"mode": "fast", "rank": 32}, {"mode": "paper", "rank": 32}
 
@@ -106,15 +112,15 @@ SUBJECTS = {
     "adapprox-paper": Subject(
         _plain(optim_impls.Adapprox, **_PAPER), _PAPER, follows="adapprox", num_seeds=1, part=0.2
     ),
-    "micro-adam": Subject(_plain(optim_impls.MicroAdam, **_MICRO), _MICRO, _RATES),
-    "micro-adam-dense": Subject(_plain(optim_impls.MicroAdam, **_DENSE), _DENSE, _RATES),
+    "micro-adam": Subject(_plain(optim_impls.MicroAdam, **_MICRO), _MICRO, _RATES, betas=_SLOW),
+    "micro-adam-dense": Subject(_plain(optim_impls.MicroAdam, **_DENSE), _DENSE, _RATES, betas=_SLOW),
     "micro-adam-bf16": Subject(
         _plain(optim_impls.MicroAdam, **_MICRO), {**_MICRO, **_BF16}, follows="micro-adam", num_seeds=1,
-        dtype=torch.bfloat16,
+        dtype=torch.bfloat16, betas=_SLOW,
     ),
     "micro-adam-official": Subject(
         _micro_adam_official, {"implementation": "ista-daslab-optimizers 1.1.15", **_MICRO, **_BF16},
-        follows="micro-adam", num_seeds=1, dtype=torch.bfloat16, package="ista_daslab_optimizers",
+        follows="micro-adam", num_seeds=1, dtype=torch.bfloat16, package="ista_daslab_optimizers", betas=_SLOW,
     ),
 }  # fmt: skip
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import triton
 from train_study_corpus import Corpus
-from train_study_optimizers import BETAS, WEIGHT_DECAY, Subject
+from train_study_optimizers import WEIGHT_DECAY, Subject
 from train_study_runs import Outcome, Recipe
 
 SCHEMA = "optplan.training/1"
@@ -32,7 +32,7 @@ def row_of(outcome: Outcome, subject: Subject, stage: str, recipe: Recipe, corpu
     return {
         "schema": SCHEMA, "optimizer": plan.name, "options": subject.options, "follows": subject.follows,
         "stage": stage, "lr": plan.lr, "seed": plan.seed, "num_steps": plan.num_steps,
-        "betas": BETAS, "weight_decay": WEIGHT_DECAY,
+        "betas": subject.betas, "weight_decay": WEIGHT_DECAY,
         "parameter_dtype": str(plan.dtype).removeprefix("torch."), "autocast": "bfloat16",
         "final_validation_loss": outcome.validation_losses[-1][1],
         "train_losses": outcome.train_losses, "validation_losses": outcome.validation_losses,
