@@ -43,16 +43,18 @@ class DeviceAllocator:
     Attributes:
         settings: How it deals out memory.
         driver: The device beneath it.
+        allowed_bytes: Most bytes of segments that may exist, None for no limit.
         allocated_peak_bytes: The most bytes that tensors held at once.
         requested_peak_bytes: The most bytes asked for by active blocks at once.
         active_peak_bytes: The most bytes in active blocks at once.
         num_alloc_retries: How often a request was tried again after all cached segments went back.
         num_ooms: How often a request failed.
+        num_searches: How often a block was looked for in a large pool, while garbage may be collected.
     """
 
     __slots__ = (
-        "_allowed", "_collects", "_max_split", "_pools", "_ranges", "_rounded", "_searches", "_waiting",
-        "active_peak_bytes", "allocated_peak_bytes", "driver", "large", "num_alloc_retries", "num_ooms",
+        "_collects", "_max_split", "_pools", "_ranges", "_rounded", "_waiting", "active_peak_bytes",
+        "allocated_peak_bytes", "allowed_bytes", "driver", "large", "num_alloc_retries", "num_ooms", "num_searches",
         "requested_peak_bytes", "settings", "small",
     )  # fmt: skip
 
@@ -70,7 +72,7 @@ class DeviceAllocator:
         capacity = self.driver.capacity_bytes
         if allowed_bytes is None and settings.memory_fraction < 1 and capacity is not None:
             allowed_bytes = int(settings.memory_fraction * capacity)
-        self._allowed = allowed_bytes
+        self.allowed_bytes = allowed_bytes
         self._collects = allowed_bytes is not None and settings.garbage_collection_threshold > 0
         self._max_split = settings.max_split_bytes or _NO_LIMIT
         self._rounded = settings.rounded if settings.roundup_power2_divisions else None
@@ -82,7 +84,7 @@ class DeviceAllocator:
         self.small, self.large = Counters(), Counters()
         self._pools: dict[tuple[int, tuple[int, int], bool], DevicePool] = {}
         self._waiting: dict[DeviceBlock, None] = {}
-        self._searches = 0
+        self.num_searches = 0
         self.allocated_peak_bytes = self.requested_peak_bytes = self.active_peak_bytes = 0
         self.num_alloc_retries = self.num_ooms = 0
 
@@ -226,7 +228,7 @@ class DeviceAllocator:
     def _find(self, pool: DevicePool, size: int) -> DeviceBlock | None:
         """Take the best cached block for a request out of the pool; None if none may serve it."""
         if self._collects and not pool.small:
-            self._searches += 1
+            self.num_searches += 1
         index = self._best(pool, size)
         return None if index is None else pool.cached.pop(index)[2]
 
@@ -262,7 +264,7 @@ class DeviceAllocator:
 
     def _grow(self, pool: DevicePool, size: int) -> DeviceBlock | None:
         segment = self.settings.segment_bytes(size)
-        if self._allowed is not None and self.driver.reserved_bytes + segment > self._allowed:
+        if self.allowed_bytes is not None and self.driver.reserved_bytes + segment > self.allowed_bytes:
             return None
         if self._ranges is not None:
             return self._ranges.expand(pool, size)
@@ -275,10 +277,10 @@ class DeviceAllocator:
         return block
 
     def _collect_garbage(self) -> None:
-        assert self._allowed is not None
-        excess = self.driver.reserved_bytes - int(self.settings.garbage_collection_threshold * self._allowed)
+        assert self.allowed_bytes is not None
+        excess = self.driver.reserved_bytes - int(self.settings.garbage_collection_threshold * self.allowed_bytes)
         if excess > 0:
-            for block in too_old(unsplit_blocks(self._pools_in_order(False)), excess, now=self._searches):
+            for block in too_old(unsplit_blocks(self._pools_in_order(False)), excess, now=self.num_searches):
                 self.release(block)
 
     def _release_oversize(self, pool: DevicePool, size: int) -> bool:
@@ -291,7 +293,7 @@ class DeviceAllocator:
         """Cut `block` to `size` and put the rest, which lies above it, into the cache."""
         rest = DeviceBlock(block.address + size, block.size - size, block.pool, block.range_start)
         rest.insert_after(block)
-        rest.since = self._searches
+        rest.since = self.num_searches
         block.size = size
         block.pool.add(rest)
 
@@ -304,7 +306,7 @@ class DeviceAllocator:
         counters.num_active -= 1
         block.in_use = False
         below, above = absorb(block, block.previous), absorb(block, block.next)
-        block.since = self._searches
+        block.since = self.num_searches
         pool.add(block)
         if block.range_start < 0:
             is_split = block.previous is not None or block.next is not None
