@@ -42,6 +42,10 @@ def _adapprox_without_momentum(pairs: Sequence[Pair], backend: str, lr: float) -
     return optim_impls.Adapprox([t for _, t in pairs], lr=lr, betas=(0.0, 0.999), rank=32, backend=backend)
 
 
+def _adapprox_as_paper(pairs: Sequence[Pair], backend: str, lr: float) -> torch.optim.Optimizer:
+    return optim_impls.Adapprox([t for _, t in pairs], lr=lr, rank=32, mode="paper", backend=backend)
+
+
 def _micro_adam(pairs: Sequence[Pair], backend: str, lr: float) -> torch.optim.Optimizer:
     return optim_impls.MicroAdam([t for _, t in pairs], lr=lr, backend=backend)
 
@@ -70,6 +74,8 @@ CONTENDERS = {
     "adapprox-no-momentum": Contender(
         _adapprox_without_momentum, {"rank": 32, "beta1": 0}, {torch.float32: 1e-2, torch.bfloat16: 0.05}, "adapprox"
     ),
+    # The paper's five iterations from noise, with the second moment formed; it runs in torch alone.
+    "adapprox-paper": Contender(_adapprox_as_paper, {"rank": 32}, {torch.float32: 0, torch.bfloat16: 0}, "adapprox"),
     # A code on the edge of rounding may fall either way, and now and then decides which element is selected.
     "micro-adam": Contender(_micro_adam, {}, {torch.float32: 0.05, torch.bfloat16: 0.05}),
     "adam-mini": Contender(_adam_mini, {"implementation": "optplan"}, {torch.float32: 1e-3, torch.bfloat16: 0.05}),

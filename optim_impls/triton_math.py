@@ -36,12 +36,39 @@ def tl_fp32(x):
 
 
 @triton.jit
+def tl_dot_bf16(a, b, acc):
+    """acc + a @ b of bf16 operands, summed in fp32. The interpreter would multiply their bit patterns."""
+    if INTERPRETED:
+        return tl.dot(tl_fp32(a), tl_fp32(b), acc=acc)
+    else:
+        return tl.dot(a, b, acc=acc)
+
+
+@triton.jit
 def tl_cast(x, dtype: tl.constexpr):
     """fp32 to `dtype` (fp32, bf16, fp16), to nearest even."""
     if dtype == tl.bfloat16:
         return tl_bf16(x)
     else:
         return x.to(dtype)
+
+
+@triton.jit
+def tl_root(x):
+    """The square root to about two units; subnormal numbers count as zero."""
+    if INTERPRETED:
+        return tl.sqrt(x)
+    else:
+        return tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def tl_reciprocal(x):
+    """1 / x to about one unit, in one instruction; of zero infinity."""
+    if INTERPRETED:
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit

@@ -1,25 +1,27 @@
-"""Issues the launches of Adapprox's fast mode: twelve for all matrices of a round, two for all vectors."""
+"""Issues the launches of Adapprox's fast mode: seven for all matrices of a round, two for all vectors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton.language as tl
 
 from optplan.optim_impls.adapprox import factor_kernels as between
 from optplan.optim_impls.adapprox.kernels import sketch_kernel, update_kernel
-from optplan.optim_impls.adapprox.layout import SHARES, Table, TableImage, matrix_table, vector_table
+from optplan.optim_impls.adapprox.layout import matrix_table, vector_table
 from optplan.optim_impls.adapprox.reference import Rates
 from optplan.optim_impls.adapprox.subspace import FIRST_SHIFT, SECOND_SHIFT
 from optplan.optim_impls.adapprox.vector_kernels import vector_moment_kernel, vector_update_kernel
+from optplan.optim_impls.launch import BoundKernel
 from optplan.optim_impls.optimizer_base import Batch, GradScale, Member
 from optplan.planner.optimizers.adapprox_layout import TILE, VECTOR_CHUNK_NUMEL, MatrixLayout, waves
 
+if TYPE_CHECKING:
+    from optplan.optim_impls.adapprox.sharded_launcher import RankSums
+
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-PASS_A = {"num_warps": 4, "num_stages": 1}
-PASS_B = {"num_warps": 4, "num_stages": 3}
 _SUMS_AT_ONCE = 1024
 
 
@@ -34,15 +36,55 @@ class Numbers(NamedTuple):
     def moments(self) -> tuple[float, float, float, float, float]:
         """beta1, 1 - beta1, beta2, 1 - beta2, eps; the differences taken in double precision."""
         r = self.rates
-        return r.beta1, 1 - r.beta1, r.beta2, 1 - r.beta2, r.eps
+        return float(r.beta1), float(1 - r.beta1), float(r.beta2), float(1 - r.beta2), float(r.eps)
 
 
-class Wave(NamedTuple):
-    """The matrices of one round of launches."""
+class Wave:
+    """The matrices of one round of launches, with the kernels bound to them."""
 
-    image: TableImage
-    layouts: list[MatrixLayout]
-    even: bool
+    def __init__(self, members: Sequence[Member], layouts: list[MatrixLayout], *, seed: int, aligned: bool) -> None:
+        self.image = matrix_table(members, layouts, seed=seed)
+        self.num_programs = self.image.counts
+        self._like = members[0].state, members[0].parameter.dtype, members[0].gradient.dtype
+        self._sizes = {"RANK": layouts[0].rank, "R": layouts[0].padded_rank}
+        self._even = aligned and layouts[0].even
+        self._kernels: dict[tuple[int, int], Kernels] = {}
+
+    def kernels(self, scaled: int, rated: int) -> Kernels:
+        """The launches, for the ways in which scale and rate may come."""
+        if (scaled, rated) not in self._kernels:
+            self._kernels[scaled, rated] = self._bind(scaled, rated)
+        return self._kernels[scaled, rated]
+
+    def _bind(self, scaled: int, rated: int) -> Kernels:
+        (a, b, shares), sizes = self.num_programs, self._sizes
+        state, weight, gradient = self._like
+        moment = None if "exp_avg" not in state else state["exp_avg"].dtype
+        tile = {"BM": TILE, "BN": TILE, "EVEN": self._even, "SCALED": scaled, "GRAD": DTYPES[gradient]}
+        dtypes = {"WEIGHT": DTYPES[weight], "MOMENT": None if moment is None else DTYPES[moment]}
+        in_b = pass_b_settings(weight, gradient, sizes["R"], momentum=moment is not None)
+        small = {"R": sizes["R"], "num_warps": 4 if sizes["R"] <= 32 else 8}
+        return Kernels(
+            BoundKernel(between.start_kernel, shares, **small, RANK=sizes["RANK"]),
+            BoundKernel(sketch_kernel, a, **tile, **sizes, **pass_a_settings(gradient, sizes["R"])),
+            BoundKernel(between.gram_kernel, shares, **small),
+            BoundKernel(between.second_gram_kernel, shares, **small),
+            BoundKernel(between.basis_kernel, shares, **small, RANK=sizes["RANK"]),
+            BoundKernel(update_kernel, b, **tile, **dtypes, LR=rated, **sizes, **in_b),
+            BoundKernel(between.store_factors_kernel, shares, **small, RANK=sizes["RANK"]),
+        )
+
+
+class Kernels(NamedTuple):
+    """The launches of a round, in order."""
+
+    start: BoundKernel
+    sketch: BoundKernel
+    gram: BoundKernel
+    second_gram: BoundKernel
+    basis: BoundKernel
+    update: BoundKernel
+    store_factors: BoundKernel
 
 
 def step_matrices(batch: Batch, layout_of: Callable[[Member], MatrixLayout], *, seed: int, numbers: Numbers) -> None:
@@ -50,85 +92,72 @@ def step_matrices(batch: Batch, layout_of: Callable[[Member], MatrixLayout], *, 
     if "waves" not in batch.scratch:
         layouts = [layout_of(member) for member in batch.members]
         batch.scratch["waves"] = [
-            _wave([batch.members[i] for i in places], [layouts[i] for i in places], seed=seed, aligned=batch.aligned)
+            Wave([batch.members[i] for i in places], [layouts[i] for i in places], seed=seed, aligned=batch.aligned)
             for places in waves(layouts)
         ]
     for wave in batch.scratch["waves"]:
-        _step_wave(wave, batch.members[0], numbers)
+        _step_wave(wave, batch.device, numbers)
 
 
-def _wave(members: Sequence[Member], layouts: list[MatrixLayout], *, seed: int, aligned: bool) -> Wave:
-    return Wave(matrix_table(members, layouts, seed=seed), layouts, aligned and layouts[0].even)
-
-
-def _step_wave(wave: Wave, like: Member, numbers: Numbers) -> None:
-    device = like.parameter.device
+def _step_wave(wave: Wave, device: torch.device, numbers: Numbers) -> None:
     table = wave.image.upload(device)
     scratch = torch.empty(table.num_scratch, dtype=torch.float32, device=device)
-    rank, wide = wave.layouts[0].rank, wave.layouts[0].padded_rank
-    shares, sizes = (len(wave.layouts), SHARES), {"RANK": rank, "R": wide}
-    between.peaks_kernel[shares](table.rows, scratch, **sizes)
-    between.revive_kernel[shares](table.rows, scratch, **sizes)
-    _pass_a(table, scratch, like, numbers, even=wave.even, **sizes)
-    between.gather_kernel[shares](table.rows, scratch, R=wide)
-    _orthonormalize(table, scratch, numbers.rates.clip, wide=wide)
-    _pass_b(table, scratch, like, numbers, even=wave.even, **sizes)
-    between.store_factors_kernel[shares](table.rows, scratch, **sizes)
-
-
-def _pass_a(table: Table, scratch: torch.Tensor, like: Member, numbers: Numbers, *, even: bool, **sizes: int) -> None:
-    scale, kind = _kind(numbers.grad_scale)
-    owners = table.owners[0]
-    sketch_kernel[(owners.numel(),)](
-        table.rows, owners, scratch, scale, *numbers.moments[2:],
-        GRAD=DTYPES[like.gradient.dtype], SCALED=kind, BM=TILE, BN=TILE, EVEN=even, **PASS_A, **sizes,
-    )  # fmt: skip
-
-
-def _orthonormalize(table: Table, scratch: torch.Tensor, clip: float, *, wide: int) -> None:
-    tensors = table.rows.shape[0]
-    for first in (True, False):
-        shift = FIRST_SHIFT if first else SECOND_SHIFT
-        between.gram_kernel[(tensors, SHARES)](table.rows, scratch, R=wide, FIRST=first)
-        between.factor_kernel[(tensors,)](table.rows, scratch, clip, shift, R=wide, FIRST=first, MANY=_SUMS_AT_ONCE)
-        between.apply_kernel[(tensors, SHARES)](table.rows, scratch, R=wide, LAST=not first)
-
-
-def _pass_b(table: Table, scratch: torch.Tensor, like: Member, numbers: Numbers, *, even: bool, **sizes: int) -> None:
     (scale, scaled), (lr, rated) = _kind(numbers.grad_scale), _kind(numbers.lr)
-    owners = table.owners[1]
-    update_kernel[(owners.numel(),)](
-        table.rows, owners, scratch, scale, lr, numbers.rates.weight_decay, *numbers.moments, **_dtypes(like),
-        SCALED=scaled, LR=rated, BM=TILE, BN=TILE, EVEN=even, **PASS_B, **sizes,
-    )  # fmt: skip
+    run, rates, rows = wave.kernels(scaled, rated), numbers.rates, table.rows
+    of_a, of_b, shares = table.owners
+    run.start(rows, shares, scratch)
+    run.sketch(rows, of_a, scratch, scale, *numbers.moments[2:])
+    run.gram(rows, shares, scratch, float(rates.clip), FIRST_SHIFT)
+    run.second_gram(rows, shares, scratch, SECOND_SHIFT)
+    run.basis(rows, shares, scratch, float(rates.beta2))
+    run.update(rows, of_b, scratch, scale, lr, float(rates.weight_decay), *numbers.moments)
+    run.store_factors(rows, shares, scratch)
+
+
+def pass_a_settings(gradient: torch.dtype, wide: int) -> dict[str, int]:
+    """Parts that factors are multiplied in, and how far loads run ahead of their use."""
+    exact = gradient is torch.float32
+    return {"num_warps": 4, "PARTS": 3 if exact else 1, "STAGES": 2 if exact or wide > 32 else 3}
+
+
+def pass_b_settings(weight: torch.dtype, gradient: torch.dtype, wide: int, *, momentum: bool) -> dict[str, int]:
+    """The same; shared memory then leaves room for two programs on a multiprocessor, with all registers."""
+    parts = 3 if gradient is torch.float32 else 1
+    return {"num_warps": 4, "PARTS": parts, "STAGES": 2 if parts == 3 or weight is torch.float32 or wide > 32 else 3}
+
+
+class VectorKernels(NamedTuple):
+    """The launches of a round of vectors, in order."""
+
+    moment: BoundKernel
+    update: BoundKernel
 
 
 def step_vectors(batch: Batch, *, numbers: Numbers) -> None:
     """Update tensors whose second moment is whole."""
-    like, rates = batch.members[0], numbers.rates
-    if "vectors" not in batch.scratch:
-        batch.scratch["vectors"] = vector_table(batch.members)
-    table = batch.scratch["vectors"].upload(like.parameter.device)
-    scratch = torch.empty(table.num_scratch, dtype=torch.float32, device=like.parameter.device)
     (scale, scaled), (lr, rated) = _kind(numbers.grad_scale), _kind(numbers.lr)
-    (owners,), grid = table.owners, (table.owners[0].numel(),)
-    vector_moment_kernel[grid](
-        table.rows, owners, scratch, scale, *numbers.moments[2:],
-        GRAD=DTYPES[like.gradient.dtype], SCALED=scaled, CHUNK=VECTOR_CHUNK_NUMEL,
-    )  # fmt: skip
-    vector_update_kernel[grid](
-        table.rows, owners, scratch, scale, lr, rates.weight_decay, rates.clip, *numbers.moments[:2], rates.eps,
-        **_dtypes(like), SCALED=scaled, LR=rated, MANY=_SUMS_AT_ONCE, CHUNK=VECTOR_CHUNK_NUMEL,
-    )  # fmt: skip
+    kept, rates = batch.scratch, numbers.rates
+    if "vectors" not in kept:
+        kept["vectors"] = vector_table(batch.members)
+    table = kept["vectors"].upload(batch.device)
+    scratch = torch.empty(table.num_scratch, dtype=torch.float32, device=batch.device)
+    if (scaled, rated) not in kept:
+        kept[scaled, rated] = _bind_vectors(batch.members[0], kept["vectors"].counts[0], scaled, rated)
+    run, owners = kept[scaled, rated], table.owners[0]
+    beta1, rest1, beta2, rest2, eps = numbers.moments
+    run.moment(table.rows, owners, scratch, scale, beta2, rest2, eps)
+    weight_decay, clip = float(rates.weight_decay), float(rates.clip)
+    run.update(table.rows, owners, scratch, scale, lr, weight_decay, clip, beta1, rest1, eps)
 
 
-def _dtypes(like: Member) -> dict[str, Any]:
+def _bind_vectors(like: Member, num_programs: int, scaled: int, rated: int) -> VectorKernels:
     moment = like.state.get("exp_avg")
-    return {
-        "WEIGHT": DTYPES[like.parameter.dtype],
-        "GRAD": DTYPES[like.gradient.dtype],
-        "MOMENT": None if moment is None else DTYPES[moment.dtype],
-    }
+    shared = {"GRAD": DTYPES[like.gradient.dtype], "SCALED": scaled, "CHUNK": VECTOR_CHUNK_NUMEL}
+    dtypes = {"WEIGHT": DTYPES[like.parameter.dtype], "MOMENT": None if moment is None else DTYPES[moment.dtype]}
+    return VectorKernels(
+        BoundKernel(vector_moment_kernel, num_programs, **shared),
+        BoundKernel(vector_update_kernel, num_programs, **shared, **dtypes, LR=rated, MANY=_SUMS_AT_ONCE),
+    )
 
 
 def _kind(x: GradScale) -> tuple[float | torch.Tensor, int]:

@@ -14,15 +14,15 @@ TILE = 64
 """Rows and columns of one tile of the second moment."""
 BAND_NUMEL = 4096
 """Columns of a band of rows, or rows of a band of columns, that one program walks."""
-SHARES = 16
-"""Programs that share a matrix's tall factors between the passes."""
+SHARE_ROWS, MAX_SHARES = 512, 64
+"""Rows of a matrix's tall factors that a program takes between the passes, and how many such programs at most."""
 VECTOR_CHUNK_NUMEL = 4096
 """Elements of a vector that one program updates."""
 MAX_KERNEL_RANK = 64
 """Factors of a higher rank do not fit the kernels' registers and are left to plain torch."""
 WAVE_NUMEL = 2**31
 """Elements of the matrices that one round of launches may serve, so that scratch stays small beside the gradients."""
-NUM_FIELDS = 22
+NUM_FIELDS = 30
 """64-bit fields of a matrix's row in the launch table."""
 _FP32_BYTES = 4
 
@@ -54,8 +54,8 @@ class MatrixLayout(msgspec.Struct, frozen=True):
 
     @property
     def even(self) -> bool:
-        """Whether rows consist of whole tiles, so that no load needs a mask along them."""
-        return self.columns % TILE == 0
+        """Whether every row begins at 16 bytes if the first does, in any dtype."""
+        return self.columns % 8 == 0
 
     @property
     def pass_a(self) -> Split:
@@ -67,15 +67,23 @@ class MatrixLayout(msgspec.Struct, frozen=True):
         """Bands of columns, each split along the rows."""
         return _split(self.columns, self.rows)
 
+    @property
+    def shares(self) -> int:
+        """Programs that share the tall factors."""
+        return min(MAX_SHARES, -(-max(self.rows, self.columns) // SHARE_ROWS))
+
     def parts(self) -> dict[str, int]:
-        """Elements of each part of the matrix's scratch, in order."""
+        """Elements of each part of the matrix's scratch, in order; bf16 parts count half."""
         wide = self.padded_rank
         return {
             "sums": -(-self.pass_a.programs // 4) * 4,
             "scales": 4,
-            "peaks": SHARES * wide,
-            "grams": SHARES * wide * wide,
-            "basis": wide * wide,
+            "peaks": wide,
+            "partials": self.shares * wide * wide,
+            "turn": wide * wide,
+            "start": self.columns * wide // 2,
+            "rest": self.columns * wide // 2,
+            "basis": self.rows * wide // 2,
             "y": self.pass_a.splits * self.rows * wide,
             "z": self.pass_b.splits * self.columns * wide,
         }
@@ -115,7 +123,7 @@ def waves(layouts: Sequence[MatrixLayout]) -> list[list[int]]:
 
 def matrix_table_bytes(layouts: Sequence[MatrixLayout]) -> int:
     """Bytes of the launch table of one round: a row of fields a matrix, and for each program its matrix (int32)."""
-    programs = sum(x.pass_a.programs + x.pass_b.programs for x in layouts)
+    programs = sum(x.pass_a.programs + x.pass_b.programs + x.shares for x in layouts)
     return len(layouts) * NUM_FIELDS * 8 + programs * 4
 
 
