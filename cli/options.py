@@ -17,7 +17,10 @@ def _count(*names: str, help: str, show_default: bool | str = True) -> Any:
     return typer.Option(*names, parser=_integer, metavar="INTEGER", help=help, show_default=show_default)
 
 
-_MODEL = "Model: an id or alias of `optplan models`, or the path of a Hugging Face config.json."
+_MODEL = (
+    "Model: an id or alias of `optplan models`, or the path of a Hugging Face config.json; with --engine trace also "
+    "package.module:factory."
+)
 
 Model = Annotated[str, typer.Option("--model", "-m", metavar="NAME", help=_MODEL)]
 GpuName = Annotated[
@@ -53,14 +56,26 @@ SeqLen = Annotated[
     int | None, _count("--seq-len", "-s", help="Tokens in a sequence.", show_default="2048 or the model's maximum")
 ]
 GradAccum = Annotated[int, _count("--grad-accum", help="Micro-batches accumulated before each optimizer step.")]
-Checkpointing = Annotated[str, typer.Option(help="Activation checkpointing: none or full.")]
+Checkpointing = Annotated[str, typer.Option(help="Activation checkpointing: none, full, full-reentrant or selective.")]
 Attention = Annotated[
     str | None,
     typer.Option(help="Attention implementation: sdpa, eager or flash.", show_default="sdpa; eager for Gemma 2"),
 ]
+FusedLoss = Annotated[
+    str, typer.Option(help="Loss that never holds all logits: none, liger, or chunked (torch's linear_cross_entropy).")
+]
+StepInBackward = Annotated[
+    bool, typer.Option("--step-in-backward", help="Take each parameter's step as soon as its gradient is there.")
+]
+ClipGradNorm = Annotated[
+    float | None, typer.Option(metavar="NORM", help="Clip the gradients to this norm before the step.")
+]
+KeepGrads = Annotated[bool, typer.Option("--keep-grads", help="Keep the gradients' memory: zero_grad(False).")]
+PaddingMask = Annotated[bool, typer.Option("--padding-mask", help="Give the model a mask that hides padding.")]
+EmptyCache = Annotated[bool, typer.Option("--empty-cache", help="Call torch.cuda.empty_cache() after every step.")]
 Gpus = Annotated[int, _count("--gpus", help="Number of GPUs.")]
 Sharding = Annotated[str, typer.Option(help="Sharding strategy: none.")]
-Engine = Annotated[str, typer.Option(help="Where the step's timeline comes from: rules.")]
+Engine = Annotated[str, typer.Option(help="Where the step's timeline comes from: rules, or trace (needs torch).")]
 AllocConf = Annotated[
     str | None,
     typer.Option(

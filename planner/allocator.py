@@ -96,7 +96,7 @@ class CachingAllocator:
         requested_bytes: What the requests behind the blocks in use asked for.
     """
 
-    __slots__ = ("_descending", "_large", "_small", "allocated_bytes", "requested_bytes", "reserved_bytes")
+    __slots__ = ("_descending", "_extent", "_large", "_small", "allocated_bytes", "requested_bytes", "reserved_bytes")
 
     def __init__(self, *, segment_addresses: Literal["ascending", "descending"] = "descending") -> None:
         """Start without segments.
@@ -108,6 +108,7 @@ class CachingAllocator:
         self.allocated_bytes = 0
         self.reserved_bytes = 0
         self.requested_bytes = 0
+        self._extent = 0  # bytes of address space used so far: a segment given back leaves a hole
         self._small = Pool(smallest_rest=ROUNDING)
         self._large = Pool(smallest_rest=SMALL_LIMIT + 1)
         self._descending = segment_addresses == "descending"
@@ -143,6 +144,14 @@ class CachingAllocator:
             block = _join(block, block.next)
         block.pool.add(block)
 
+    def empty_cache(self) -> None:
+        """Give the segments that hold nothing back to the driver, as `torch.cuda.empty_cache` does."""
+        for pool in (self._small, self._large):
+            for block in list(pool.blocks()):
+                if block.previous is None and block.next is None:
+                    pool.remove(block)
+                    self.reserved_bytes -= block.size
+
     def copy(self, live: Iterable[Block]) -> tuple[CachingAllocator, dict[Block, Block]]:
         """An allocator in the same state, and the twins in it of the blocks that may still be freed.
 
@@ -153,6 +162,7 @@ class CachingAllocator:
         other.allocated_bytes = self.allocated_bytes
         other.reserved_bytes = self.reserved_bytes
         other.requested_bytes = self.requested_bytes
+        other._extent = self._extent
         pools = {self._small: other._small, self._large: other._large}
         twins: dict[Block, Block] = {}
         for block in (*live, *self._small.blocks(), *self._large.blocks()):
@@ -164,7 +174,8 @@ class CachingAllocator:
 
     def _new_segment(self, size: int, pool: Pool) -> Block:
         segment_size = segment_bytes(size)
-        address = _ADDRESS_SPACE - self.reserved_bytes - segment_size if self._descending else self.reserved_bytes
+        address = _ADDRESS_SPACE - self._extent - segment_size if self._descending else self._extent
+        self._extent += segment_size
         self.reserved_bytes += segment_size
         return Block(address, segment_size, pool)
 

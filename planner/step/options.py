@@ -115,9 +115,7 @@ def _check_flash(options: StepOptions) -> None:
     if options.attention != "flash":
         return
     if options.padding_mask:
-        raise ConfigError(
-            "flash attention takes padding out of the batch, which no rule describes; use attention sdpa with padding_mask"
-        )
+        raise ConfigError("flash attention takes padding out of the batch, which no rule describes; use attention sdpa")
     if options.precision == "fp32":
         raise ConfigError("flash attention does not run in fp32; use bf16, amp, mixed or fp16-amp, or attention sdpa")
     if options.compute_capability < _AMPERE:

@@ -167,9 +167,8 @@ class Program:
 
     def _gradient_ids(self, ids: dict[Place, list[int]], owner: list[tuple[int, int]]) -> dict[str, int]:
         gradients: dict[str, int] = {}
-        for (layer, name), tensor in self.tape.gradients.items():
-            assert tensor.storage is not None
-            segment, position = owner[tensor.storage.id]
+        for (layer, name), id_ in self.tape.gradients.items():
+            segment, position = owner[id_]
             if layer is None:
                 gradients[name] = ids[self._place(segment, 0)][position]
                 continue

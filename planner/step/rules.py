@@ -107,7 +107,7 @@ def _check_family(spec: ModelSpec, options: StepOptions) -> None:
 def _check_images(spec: ModelSpec, options: StepOptions) -> None:
     if options.seq_len != spec.max_seq_len:
         raise ConfigError(
-            f"{spec.name} cuts every image into {spec.max_seq_len} positions; seq_len must be that, got {options.seq_len}"
+            f"{spec.name} cuts an image into {spec.max_seq_len} positions: seq_len must be that, got {options.seq_len}"
         )
     if options.padding_mask or options.fused_loss != "none":
         raise ConfigError(f"{spec.name} classifies images: it takes no padding mask and no fused loss")

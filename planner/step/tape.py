@@ -42,7 +42,7 @@ class Tape:
         events: Ids of the allocations in the order in which they are made; negative where they end.
         records: The allocation with id `n` at index `n - 1`.
         segments: The stretches of the tape, in order.
-        gradients: The parameters' gradients by layer and name within it.
+        gradients: Ids of the parameters' gradients by layer and name within it.
         layer: The layer whose operations are being recorded.
         path: The module whose operations are being recorded, within its layer.
         category: What their memory is for.
@@ -77,7 +77,8 @@ class Tape:
         self.events: list[int] = []
         self.records: list[Record] = []
         self.segments: list[Segment] = []
-        self.gradients: dict[tuple[int | None, str], Tensor] = {}
+        self.gradients: dict[tuple[int | None, str], int] = {}
+        self._kept_gradients: list[Storage] = []
         self.layer: int | None = None
         self.path = ""
         self.category: Category = "activations"
@@ -288,10 +289,11 @@ class Tape:
 
     def _keep_gradient(self, key: tuple[int | None, str], gradients: list[Tensor]) -> tuple[()]:
         if not self._keeps_gradients:
-            gradient = gradients[0]
-            self.gradients[key] = (
-                gradient if not self._drops_gradients else Tensor(None, gradient.numel, gradient.dtype)
-            )
+            storage = gradients[0].storage
+            assert storage is not None
+            self.gradients[key] = storage.id
+            if not self._drops_gradients:
+                self._kept_gradients.append(storage)
         return ()
 
     def _unpack(self, node: Node) -> list[Storage | None]:
