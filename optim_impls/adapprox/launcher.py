@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton.language as tl
@@ -96,10 +96,11 @@ def step_matrices(batch: Batch, layout_of: Callable[[Member], MatrixLayout], *, 
             for places in waves(layouts)
         ]
     for wave in batch.scratch["waves"]:
-        _step_wave(wave, batch.device, numbers)
+        step_wave(wave, batch.device, numbers)
 
 
-def _step_wave(wave: Wave, device: torch.device, numbers: Numbers) -> None:
+def step_wave(wave: Wave, device: torch.device, numbers: Numbers, *, sums: RankSums | None = None) -> None:
+    """One round of launches; where rows lie on several ranks, with sums over them in between."""
     table = wave.image.upload(device)
     scratch = torch.empty(table.num_scratch, dtype=torch.float32, device=device)
     (scale, scaled), (lr, rated) = _kind(numbers.grad_scale), _kind(numbers.lr)
@@ -108,10 +109,16 @@ def _step_wave(wave: Wave, device: torch.device, numbers: Numbers) -> None:
     run.start(rows, shares, scratch)
     run.sketch(rows, of_a, scratch, scale, *numbers.moments[2:])
     run.gram(rows, shares, scratch, float(rates.clip), FIRST_SHIFT)
+    if sums is not None:
+        sums.first_turn(scratch, clip=float(rates.clip))
     run.second_gram(rows, shares, scratch, SECOND_SHIFT)
+    if sums is not None:
+        sums.second_turn(scratch)
     run.basis(rows, shares, scratch, float(rates.beta2))
     run.update(rows, of_b, scratch, scale, lr, float(rates.weight_decay), *numbers.moments)
     run.store_factors(rows, shares, scratch)
+    if sums is not None:
+        sums.factors()
 
 
 def pass_a_settings(gradient: torch.dtype, wide: int) -> dict[str, int]:
@@ -121,9 +128,12 @@ def pass_a_settings(gradient: torch.dtype, wide: int) -> dict[str, int]:
 
 
 def pass_b_settings(weight: torch.dtype, gradient: torch.dtype, wide: int, *, momentum: bool) -> dict[str, int]:
-    """The same; shared memory then leaves room for two programs on a multiprocessor, with all registers."""
+    """The same, measured on an H200: two programs on a multiprocessor with loads two tiles ahead, or four with one."""
     parts = 3 if gradient is torch.float32 else 1
-    return {"num_warps": 4, "PARTS": parts, "STAGES": 2 if parts == 3 or weight is torch.float32 or wide > 32 else 3}
+    if parts == 3 or weight is torch.float32 or wide > 32:
+        return {"num_warps": 4, "PARTS": parts, "STAGES": 2}
+    more = {"STAGES": 3} if momentum else {"STAGES": 2, "maxnreg": 128}
+    return {"num_warps": 4, "PARTS": parts, **more}
 
 
 class VectorKernels(NamedTuple):

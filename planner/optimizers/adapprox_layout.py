@@ -12,7 +12,7 @@ import msgspec
 
 TILE = 64
 """Rows and columns of one tile of the second moment."""
-BAND_NUMEL = 4096
+BAND_NUMEL = 2048
 """Columns of a band of rows, or rows of a band of columns, that one program walks."""
 SHARE_ROWS, MAX_SHARES = 512, 64
 """Rows of a matrix's tall factors that a program takes between the passes, and how many such programs at most."""
