@@ -146,12 +146,15 @@ class Adapprox(KernelOptimizer):
         # Triton is not there on every machine that can run the reference.
         from optplan.optim_impls.adapprox.launcher import Numbers, step_matrices, step_vectors
 
-        if isinstance(batch, RowBatch):
-            step_by_rows(batch, _rates(group, lr=float(group["lr"])), seed=group["seed"], grad_scale=grad_scale)
-            return
         lr = group["lr"] if self.defaults["capturable"] else float(group["lr"])
         numbers = Numbers(_rates(group), lr, grad_scale)
-        if "q_factor" in batch.members[0].state:
+        if isinstance(batch, RowBatch) and "q_factor" in batch.members[0].state:
+            from optplan.optim_impls.adapprox.sharded_launcher import step_matrices_on_ranks
+
+            step_matrices_on_ranks(batch, seed=group["seed"], numbers=numbers)
+        elif isinstance(batch, RowBatch):
+            step_by_rows(batch, _rates(group, lr=float(lr)), seed=group["seed"], grad_scale=grad_scale)
+        elif "q_factor" in batch.members[0].state:
             step_matrices(batch, _layout, seed=group["seed"], numbers=numbers)
         else:
             step_vectors(batch, numbers=numbers)

@@ -16,7 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from optplan.optim_impls import AdamW, Adapprox, MicroAdam
+from optplan.optim_impls import AdamMini, AdamW, Adapprox, MicroAdam
+from optplan.planner.tensors import Role
 
 SHARDED: dict[str, tuple[int, ...]] = {
     "even": (64, 48),  # 12 blocks of MicroAdam, half of them on each rank
@@ -30,20 +31,32 @@ SHARDED: dict[str, tuple[int, ...]] = {
 }
 WHOLE: dict[str, tuple[int, ...]] = {"replicated": (8, 20), "plain": (9, 10), "scalar": ()}
 NUM_STEPS, SAVED_AFTER = 5, 2
+TRAIN_NETWORKS = ("adamw", "micro-adam", "adapprox-fp32", "adam-mini-fp32")
 
 
 class Case(NamedTuple):
-    """An optimizer to train with, the dtype of the parameters and the factor on the gradients."""
+    """An optimizer to train with, the dtype of the parameters, the factor on the gradients, and which tensors."""
 
     build: Callable[[Sequence[torch.nn.Parameter]], torch.optim.Optimizer]
     dtype: torch.dtype
     grad_scale: float | None = None
+    names: Sequence[str] = tuple(SHARDED | WHOLE)
 
 
 def _micro(**options: Any) -> Callable[..., torch.optim.Optimizer]:
     return lambda params: MicroAdam(params, lr=0.05, block=256, density=0.04, window=3, backend="torch", **options)
 
 
+def _mini(params: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """Blocks of rows for matrices, elements for vectors, and one block for what has one row."""
+    roles: dict[torch.Tensor, Role] = {
+        p: "other" if p.dim() == 0 or p.shape[0] == 1 else "mlp" if p.dim() > 1 else "bias" for p in params
+    }
+    return AdamMini(params, roles=roles, lr=0.05, backend="torch")
+
+
+FEW = ("short", "plain")
+"""For kernels in Triton's interpreter, which takes its time."""
 CASES = {
     "adamw": Case(lambda params: AdamW(params, lr=0.05, backend="torch"), torch.float32),
     "micro-adam": Case(_micro(weight_decay=0.1), torch.float32, 0.5),
@@ -52,6 +65,11 @@ CASES = {
     "adapprox-fp32": Case(
         lambda params: Adapprox(params, lr=0.05, rank=5, betas=(0.0, 0.99), backend="torch"), torch.float32, 0.5
     ),
+    "adapprox-kernels": Case(
+        lambda params: Adapprox(params, lr=0.05, rank=5, backend="triton"), torch.float32, names=FEW
+    ),
+    "adam-mini": Case(_mini, torch.float64),
+    "adam-mini-fp32": Case(_mini, torch.float32, 0.5),
 }
 
 
@@ -88,14 +106,15 @@ class Training:
     def __init__(self, case: Case, place: Place) -> None:
         self.case, self.place = case, place
         start = tensors(0, case.dtype)
-        self.model = nn.ParameterDict({name: nn.Parameter(place(name, value)) for name, value in start.items()})
+        self.model = nn.ParameterDict({name: nn.Parameter(place(name, start[name])) for name in case.names})
         self.optimizer = case.build(list(self.model.values()))
 
     def run(self, first: int, last: int) -> None:
         """Steps first to last - 1."""
         for step in range(first, last):
-            for name, gradient in tensors(1 + step, self.case.dtype).items():
-                self.model[name].grad = self.place(name, gradient)
+            gradients = tensors(1 + step, self.case.dtype)
+            for name, parameter in self.model.items():
+                parameter.grad = self.place(name, gradients[name])
             self.optimizer.step(grad_scale=self.case.grad_scale)  # type: ignore[call-arg]
         self.optimizer.zero_grad()
 
@@ -200,7 +219,7 @@ def _run_rank(rank: int, port: int, folder: Path) -> None:
         resumed = Training(case, on_mesh(mesh))
         resumed.load(folder / f"{name}-on-one")
         resumed.run(SAVED_AFTER, NUM_STEPS)
-        losses = train_network(case, mesh) if case.dtype is torch.float32 else []
+        losses = train_network(case, mesh) if name in TRAIN_NETWORKS else []
         found[name] = {
             "trained": training.whole(), "resumed": resumed.whole(), "own_bytes": own_bytes, "losses": losses,
         }  # fmt: skip

@@ -92,7 +92,7 @@ def test_what_ranks_share_is_the_same_to_the_bit(results: dict[str, Any], name: 
             assert torch.equal(tensor, second[parameter][key]), f"{parameter} {key}"
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.dtype is torch.float32])
+@pytest.mark.parametrize("name", RANKS["TRAIN_NETWORKS"])
 def test_losses_under_fully_shard(results: dict[str, Any], name: str) -> None:
     expected = RANKS["train_network"](CASES[name], None)
     for rank in results["ranks"]:
