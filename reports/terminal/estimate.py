@@ -68,6 +68,7 @@ def _setting(report: EstimateReport, glyphs: Glyphs) -> str:
         *([f"{config.grad_accum} accumulated"] if config.grad_accum > 1 else []),
         f"checkpointing {config.checkpointing}",
         f"{config.attention} attention",
+        *([config.alloc_conf] if config.alloc_conf else []),
         f"one GPU: {format_gib(gpu.usable_bytes)} usable of {format_gib(gpu.total_bytes)}"
         + (f", {format_gib(gpu.context_bytes)} context" if gpu.context_bytes else ""),
     ]

@@ -78,7 +78,7 @@ def test_the_record_has_the_agreed_keys() -> None:
     assert list(report["model"]) == ["name", "num_parameters", "source"]
     assert list(report["gpu"]) == ["name", "total_bytes", "usable_bytes", "context_bytes"]
     assert list(report["config"]) == [
-        "precision", "batch_size", "seq_len", "grad_accum", "checkpointing", "attention", "gpus", "sharding",
+        "precision", "batch_size", "seq_len", "grad_accum", "checkpointing", "attention", "gpus", "sharding", "alloc_conf",
     ]  # fmt: skip
     (row,) = report["estimates"]
     assert {
