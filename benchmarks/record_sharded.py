@@ -4,7 +4,8 @@
 
 One row an optimizer: the losses of every step on the ranks, of the steps that one GPU took from their checkpoint in a
 process of its own, and of one GPU from the start; each rank's bytes of state; each rank's peaks of the last step. The
-ranks run under torchrun; `sharded_run.py` says what they train. With `--device cpu` the ranks talk over gloo.
+ranks run under torchrun; `sharded_run.py` says what they train. With `--backend gloo` ranks may share a GPU, which NCCL
+does not allow, or train on the CPU.
 
 Needs torch, triton and optplan; where optplan is not installed, `python .ci/link_types.py` links this tree into
 `.types`, to be named in PYTHONPATH.
@@ -45,7 +46,7 @@ def main() -> int:
         start(torchrun, "rank", folder)
         start([], "alone", folder)
         for optimizer in options.optimizers:
-            save(options, row_of(plan_of(options, optimizer), options.ranks, folder))
+            save(options, row_of(options, plan_of(options, optimizer), folder))
     return 0
 
 
@@ -54,11 +55,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train under FSDP2 and from its checkpoint on one GPU.")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines file to append to")
     parser.add_argument("--optimizers", nargs="+", choices=BUILDERS, default=list(BUILDERS), help="these alone")
-    parser.add_argument("--size", choices=SIZES, default="300m", help="size of the model")
+    parser.add_argument("--size", choices=SIZES, default="300m", help="size of the model: parameters, about")
     parser.add_argument("--ranks", type=int, default=2, help="processes that shard the model, a GPU each")
     parser.add_argument("--steps", type=int, default=8, help="steps of a run")
     parser.add_argument("--saved-after", type=int, default=4, help="steps before the checkpoint")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where to train")
+    parser.add_argument("--backend", choices=("nccl", "gloo"), default="nccl", help="how ranks talk")
     parser.add_argument("--commit", default="", help="commit to record where the tree is no repository")
     parser.add_argument("--role", choices=("rank", "alone"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -79,10 +81,11 @@ def start(launcher: list[str], role: str, folder: Path) -> None:
 def run_rank(options: argparse.Namespace) -> int:
     """All optimizers on one rank."""
     rank, on_gpu = int(os.environ["LOCAL_RANK"]), options.device == "cuda"
-    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
+    device = torch.device("cuda", rank % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
     set_deterministic()
+    dist.init_process_group(options.backend)
     mesh = init_device_mesh(options.device, (options.ranks,))
     for optimizer in options.optimizers:
         found = train_sharded(plan_of(options, optimizer), device, mesh, options.folder)
@@ -100,12 +103,14 @@ def run_alone(options: argparse.Namespace) -> int:
     return 0
 
 
-def row_of(plan: Plan, num_ranks: int, folder: Path) -> dict[str, Any]:
+def row_of(options: argparse.Namespace, plan: Plan, folder: Path) -> dict[str, Any]:
     """The row of one optimizer, from what the processes left."""
-    ranks = [json.loads((folder / f"{plan.optimizer}-{rank}.json").read_text()) for rank in range(num_ranks)]
+    ranks = [json.loads((folder / f"{plan.optimizer}-{rank}.json").read_text()) for rank in range(options.ranks)]
     alone = json.loads((folder / f"{plan.optimizer}-alone.json").read_text())
     return {
-        "schema": SCHEMA, "optimizer": plan.optimizer, "sharding": "fsdp2", "ranks": num_ranks, "dtype": "bfloat16",
+        "schema": SCHEMA, "optimizer": plan.optimizer, "sharding": "fsdp2", "ranks": options.ranks,
+        "device": options.device, "num_gpus": torch.cuda.device_count(), "backend": options.backend,
+        "dtype": "bfloat16",
         "model": {**SIZES[plan.size]._asdict(), "shapes": ranks[0]["shapes"]}, "batch": BATCH, "seed": SEED,
         "num_steps": plan.num_steps, "saved_after": plan.saved_after,
         "losses": [rank["losses"] for rank in ranks], "resumed_on_one_losses": alone["resumed_losses"],

@@ -24,7 +24,7 @@ from train_study_model import ByteGPT, Size
 
 from optplan.optim_impls import AdamMini, AdamW, Adapprox, MicroAdam
 
-SIZES = {"300m": Size(24, 1024, 16, 511), "tiny": Size(2, 32, 4, 31)}
+SIZES = {"300m": Size(24, 1024, 16, 511), "60m": Size(8, 768, 12, 511), "3m": Size(4, 256, 4, 127)}
 BATCH = 8
 SEED = 0
 PHASES = ("forward", "backward", "step")
@@ -99,7 +99,7 @@ class Run:
     def _peaks(self) -> dict[str, int]:
         """Peaks since the last call."""
         if self.device.type != "cuda":
-            return {"allocated_bytes": 0, "reserved_bytes": 0}
+            return {}
         torch.cuda.synchronize()
         found = {
             "allocated_bytes": torch.cuda.max_memory_allocated(),

@@ -55,7 +55,7 @@ def _mini(params: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
     return AdamMini(params, roles=roles, lr=0.05, backend="torch")
 
 
-FEW = ("short", "plain")
+FEW = ("short",)
 """For kernels in Triton's interpreter, which takes its time."""
 CASES = {
     "adamw": Case(lambda params: AdamW(params, lr=0.05, backend="torch"), torch.float32),
