@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from optplan.planner.errors import ConfigError
@@ -28,6 +29,33 @@ def print_terminal(render: Callable[[Any, Console], None], record: object) -> No
     from optplan.reports.terminal.console import make_console
 
     _deliver(lambda: render(record, make_console(sys.stdout)))
+
+
+def import_torch_part(name: str) -> Any:
+    """Import a part of optplan that needs torch.
+
+    Raises:
+        ConfigError: torch is not installed.
+    """
+    from importlib import import_module
+    from importlib.util import find_spec
+
+    if find_spec("torch") is None:
+        raise ConfigError("this needs torch, which is not installed: pip install 'optplan[gpu,hf]'")
+    return import_module(name)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """Show on stderr what is being done, where that is a terminal."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status("starting", spinner="line") as status:
+        yield lambda text: status.update(text)
 
 
 def _deliver(write: Callable[[], None]) -> None:

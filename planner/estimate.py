@@ -7,6 +7,7 @@ from typing import Any, Unpack
 
 from optplan.planner.candidates import Candidate, OptimizerChoice, choose_optimizers
 from optplan.planner.catalog import load_model
+from optplan.planner.errors import ConfigError
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.recommend import recommend
 from optplan.planner.records import Estimate, EstimateReport, GpuRow, ModelRow, Recommendation, Skipped, TensorRow
@@ -45,10 +46,26 @@ def estimate(
 
 
 def estimate_request(
-    request: StepRequest, choices: Sequence[OptimizerChoice], *, per_tensor: bool = False
+    request: StepRequest,
+    choices: Sequence[OptimizerChoice],
+    *,
+    per_tensor: bool = False,
+    workload: Workload | None = None,
 ) -> EstimateReport:
-    """The report for a checked request and the optimizers chosen for it."""
-    workload = Workload(request)
+    """The report for a checked request and the optimizers chosen for it.
+
+    Args:
+        request: The step.
+        choices: The optimizers.
+        per_tensor: Whether each estimate lists the state of every parameter.
+        workload: What answers the request; the step rules when None.
+
+    Raises:
+        ConfigError: An optimizer that was named cannot run this step, or the rules are to answer for the trace engine.
+    """
+    if workload is None and request.engine == "trace":
+        raise ConfigError("engine trace runs the model itself: call optplan.profilers.estimation.traced_estimate")
+    workload = workload or Workload(request)
     candidates, skipped = workload.candidates(choices)
     chosen = {choice.id: choice.optimizer.implementation for choice in choices}
     advice = recommend(workload, candidates)
@@ -65,7 +82,7 @@ def estimate_request(
         ],
         recommendation=advice,
         skipped=[Skipped(name, reason) for name, reason in skipped],
-        notes=[*request.notes, *_family_note(workload)],
+        notes=[*request.notes, *workload.findings()],
     )
 
 
@@ -86,7 +103,7 @@ def _estimate(workload: Workload, candidate: Candidate, chosen: str, *, per_tens
         max_batch_size=workload.max_batch_size(candidate),
         state_variants=workload.state_variants(candidate),
         saving_against_adamw=workload.saving(candidate),
-        notes=_notes(candidate, chosen),
+        notes=[*_notes(candidate, chosen), *workload.notes(candidate)],
         **row,
     )
 
@@ -101,17 +118,10 @@ def _peak_fields(workload: Workload, candidate: Candidate) -> dict[str, Any]:
         "peak_phase": peaks.peak_phase,
         "peak_categories": peaks.categories,
         "peak_reserved_bytes": peaks.reserved_bytes,
+        "peak_reserved_range_bytes": peaks.reserved_range_bytes,
         "device_bytes": peaks.reserved_bytes + workload.request.gpu.context_bytes,
         "headroom_bytes": workload.request.gpu.usable_bytes - peaks.peak_bytes,
     }
-
-
-def _family_note(workload: Workload) -> list[str]:
-    if workload.has_rules:
-        return []
-    return [
-        f"{workload.request.model.model_type} models have no step rules in this version: their peak is not predicted"
-    ]
 
 
 def _notes(candidate: Candidate, chosen: str) -> list[str]:

@@ -103,9 +103,14 @@ def command_of(workload: Workload, candidate: Candidate) -> str:
         ("--grad-accum", config.grad_accum, 1),
         ("--checkpointing", config.checkpointing, "none"),
         ("--attention", config.attention, default_attention(request.model)),
+        ("--engine", request.engine, "rules"),
+        ("--fused-loss", config.fused_loss, "none"),
+        ("--clip-grad-norm", config.clip_grad_norm, None),
         ("--alloc-conf", config.alloc_conf, ""),
     ):
         flags += [name, str(value)] if value != default else []
+    switches = ("step_in_backward", "keep_grads", "padding_mask", "empty_cache")
+    flags += ["--" + name.replace("_", "-") for name in switches if getattr(config, name)]
     return shlex.join(flags)
 
 
@@ -125,7 +130,7 @@ def _variants(workload: Workload) -> list[Workload]:
     if request.config.checkpointing != "none":
         return [workload]
     config = msgspec.structs.replace(request.config, checkpointing="full")
-    return [workload, Workload(msgspec.structs.replace(request, config=config))]
+    return [workload, workload.at(msgspec.structs.replace(request, config=config))]
 
 
 def _reasons(best: _Option, asked: Workload, candidates: Sequence[Candidate]) -> list[str]:

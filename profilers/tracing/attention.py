@@ -29,17 +29,16 @@ class Chooser:
         chosen: Every choice, in order.
     """
 
-    def __init__(self, capability: tuple[int, int], *, always: Backend | None = None) -> None:
-        """Choose for a GPU of this compute capability, or `always` the same kernel."""
+    def __init__(self, capability: tuple[int, int]) -> None:
+        """Choose for a GPU of this compute capability."""
         self.chosen: list[Backend] = []
         self._capability = capability
-        self._always = always
 
     def choose(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
     ) -> Backend:
         """The kernel for queries `[batch, heads, tokens, width]`, keys, values and a mask."""
-        backend = self._always or self._by_sizes(query, key, value, mask)
+        backend = self._by_sizes(query, key, value, mask)
         self.chosen.append(backend)
         return backend
 

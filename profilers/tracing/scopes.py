@@ -37,10 +37,16 @@ class Scopes:
         self._paths = {module: path for path, module in model.named_modules()}
         self._head = head
         self._past_head = False
+        self._running_head = False
         self._stack: list[Scope] = []
         self._starts: list[int] = []
         self._scopes: list[Scope] = []
         self.current = OUTSIDE
+
+    @property
+    def in_head(self) -> bool:
+        """Whether the output head itself is running."""
+        return self._running_head
 
     def begin_backward(self) -> None:
         """Say that layers called from now on are recomputed ones."""
@@ -74,12 +80,14 @@ class Scopes:
 
     def _enter(self, module: nn.Module) -> None:
         self._stack.append(self.current)
-        self._past_head |= module is self._head
+        self._running_head = module is self._head
+        self._past_head |= self._running_head
         path = self._paths.get(module, self.current.path)
         self._change(Scope(path, "logits_and_loss" if self._past_head else "activations"))
 
     def _leave(self, module: nn.Module) -> None:
         outer = self._stack.pop()
+        self._running_head = False
         if self._past_head and module is not self._model:
             outer = outer._replace(category="logits_and_loss")
         if module is self._model:

@@ -33,12 +33,10 @@ class Device(msgspec.Struct, frozen=True):
     Attributes:
         capability: Compute capability; it decides the attention kernel and the size of cuBLAS' workspaces.
         resident_threads: Threads that the whole GPU holds at once; they decide how sums are split.
-        attention: The attention kernel that is taken without choice.
     """
 
     capability: tuple[int, int] = (9, 0)
     resident_threads: int = 132 * 2048
-    attention: Backend | None = None
 
 
 class StepTracer:
@@ -70,7 +68,7 @@ class StepTracer:
         self.updated: dict[str, nn.Parameter] = subject.trainable()
         self.scaler = TracedScaler() if autocast == torch.float16 else None
         self._device = device
-        self._chooser = Chooser(device.capability, always=device.attention)
+        self._chooser = Chooser(device.capability)
         self._autocast = autocast
         self._master = master
         self._scopes = Scopes(subject.module, subject.head)
@@ -91,6 +89,7 @@ class StepTracer:
         )
         with ExitStack() as stack:
             stack.enter_context(cuda_environment())
+            stack.enter_context(self.subject.context())
             stack.enter_context(as_on_cuda(self._chooser))
             stack.enter_context(self._scopes.following())
             stack.enter_context(tracer)

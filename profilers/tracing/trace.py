@@ -112,11 +112,7 @@ class TracedStep:
         self._simulators: dict[Order, RunSimulator] = {}
         self._tracer = StepTracer(
             subject,
-            Device(
-                options.compute_capability,
-                options.resident_threads,
-                "flash" if options.attention == "flash" else None,
-            ),
+            Device(options.compute_capability, options.resident_threads),
             autocast=getattr(torch, options.autocast_dtype) if options.autocast_dtype else None,
             master=getattr(torch, self._master) if self._master else None,
         )
@@ -149,12 +145,12 @@ class TracedStep:
             attention=self.attention,
         )
 
-    def simulate(self, part: OptimizerPart) -> list[SimulatedRun]:
-        """The run with one optimizer for each order of segment addresses, the usual one first."""
-        for order in ORDERS:
+    def simulate(self, part: OptimizerPart, orders: Sequence[Order] = ORDERS) -> list[SimulatedRun]:
+        """The run with one optimizer for each order of segment addresses."""
+        for order in orders:
             if order not in self._simulators:
                 self._simulators[order] = RunSimulator(self.pieces, order)
-        return [self._simulators[order].simulate(part) for order in ORDERS]
+        return [self._simulators[order].simulate(part) for order in orders]
 
     def _traced_part(self, factory: Factory) -> OptimizerPart:
         tracer = self._tracer

@@ -78,6 +78,9 @@ class Tracer(TorchDispatchMode):
         operation = func.__name__.partition(".")[0].strip("_")
         if node is None:
             scope = self._scopes.current
+            if func is aten._to_copy.default and self._scopes.in_head:
+                # What goes into the head, cast by autocast, is no logit yet.
+                return "activations", f"{scope.path} {operation}"
             return scope.category, f"{scope.path} {operation}".lstrip()
         scope = self._scopes.of_node(node)
         return scope.category, f"{scope.path} {operation} (backward)".lstrip()

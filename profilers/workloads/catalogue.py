@@ -10,50 +10,67 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
 from optplan.planner.errors import ConfigError
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.step.options import StepOptions
+from optplan.profilers.workloads import flash
 from optplan.profilers.workloads.inputs import model_inputs
 from optplan.profilers.workloads.subject import Subject
 
-_CHECKPOINTING = {"full": {"use_reentrant": False}, "full-reentrant": {"use_reentrant": True}}
-_IMPLEMENTATIONS = {"sdpa": "sdpa", "eager": "eager", "flash": "sdpa"}
-"""What transformers is told; flash attention needs a package of its own, and is played by a kernel chosen here."""
 
-
-def build_subject(spec: ModelSpec, options: StepOptions) -> Subject:
+def build_subject(spec: ModelSpec, options: StepOptions, *, reentrant: bool = False) -> Subject:
     """The transformers model of a specification in training mode, on the meta device, with one micro-batch.
+
+    Args:
+        spec: The model.
+        options: How the step is run.
+        reentrant: Whether checkpointing is of the reentrant kind.
 
     Raises:
         ConfigError: transformers is not installed, or has no class for the model, or its class refuses the options.
     """
     module = build_model(spec, options)
+    return prepared_subject(module, options, reentrant=reentrant)
+
+
+def prepared_subject(module: Any, options: StepOptions, *, reentrant: bool = False) -> Subject:
+    """A built transformers model with one micro-batch, checkpointed as the options say."""
+    if options.checkpointing != "none":
+        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    else:
+        module.gradient_checkpointing_disable()
     inputs = model_inputs(module, batch_size=options.batch_size, seq_len=options.seq_len)
     head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
-    return Subject(module, inputs, head=head)
+    context = flash.played_flash_attention if options.attention == "flash" else contextlib.nullcontext
+    return Subject(module, inputs, head=head, context=context)
 
 
 def build_model(spec: ModelSpec, options: StepOptions) -> Any:
-    """The module alone; see `build_subject`."""
-    with _quiet():
-        cls, config = _class_and_config(spec)
+    """The module alone, in training mode; see `build_subject`."""
+    with quiet():
+        cls, config = model_class_and_config(spec)
         try:
             module = _built(cls, config, options)
         except (ValueError, ImportError) as error:
             raise ConfigError(f"transformers cannot build {spec.name}: {' '.join(str(error).split())}") from None
-    if options.checkpointing != "none":
-        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs=_CHECKPOINTING[options.checkpointing])
+    if options.attention == "flash":
+        # Chosen afterwards, or transformers would look for the package.
+        module.config._attn_implementation = flash.NAME
     return module.train()
 
 
-def _class_and_config(spec: ModelSpec) -> tuple[Any, Any]:
+def model_class_and_config(spec: ModelSpec) -> tuple[Any, Any]:
+    """The transformers class of a specification and its configuration, without a cache.
+
+    Raises:
+        ConfigError: transformers is not installed, or has no such class.
+    """
     try:
         import transformers
     except ImportError:
         raise ConfigError(
-            "--engine trace builds models with transformers, which is not installed: pip install 'optplan[gpu,hf]'"
+            "engine trace builds models with transformers, which is not installed: pip install 'optplan[gpu,hf]'"
         ) from None
     cls = getattr(transformers, spec.architecture, None)
     if cls is None:
@@ -69,19 +86,19 @@ def _plain(value: Any) -> Any:
     return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
 
 
-def _built(cls: Any, config: Any, options: StepOptions) -> nn.Module:
+def _built(cls: Any, config: Any, options: StepOptions) -> Any:
     from transformers.initialization import no_init_weights
 
     dtype = getattr(torch, options.parameter_dtype)
-    implementation = _IMPLEMENTATIONS[options.attention]
+    implementation = "eager" if options.attention == "flash" else options.attention
     with torch.device("meta"), no_init_weights():
         module = cls._from_config(config, attn_implementation=implementation, dtype=dtype)
     module.tie_weights()
-    return module  # type: ignore[no-any-return]
+    return module
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers' remarks about configurations to itself."""
     logger = logging.getLogger("transformers")
     level = logger.level

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -30,12 +31,14 @@ class Subject(NamedTuple):
         inputs: Arguments by name of one micro-batch.
         loss: Runs the module on the inputs.
         head: The module whose output is the logits, where it is known; what follows it belongs to the loss.
+        context: Makes a context manager that has to be entered while the module runs.
     """
 
     module: nn.Module
     inputs: Mapping[str, Any]
     loss: LossFunction = own_loss
     head: nn.Module | None = None
+    context: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters by name that need gradients, those shared once."""

@@ -50,7 +50,7 @@ SENTENCES = [
     ([*ESTIMATE, "--grad-accum", "1e3"], "--grad-accum must be an integer between 1 and 1048576, got '1e3'"),
     ([*ESTIMATE, "--gpus", "2"], "--gpus 2 needs a --sharding strategy, and this version models one GPU; use --gpus 1"),
     ([*ESTIMATE, "--sharding", "fsdp2"], "--sharding fsdp2 is not modelled in this version; allowed: none"),
-    ([*ESTIMATE, "--engine", "trace"], "--engine trace is not modelled in this version; allowed: rules"),
+    ([*ESTIMATE, "--engine", "trase"], "unknown engine for --engine 'trase'; nearest: trace"),
     (
         [*ESTIMATE, "--checkpointing", "selective"],
         "--checkpointing selective is not modelled in this version; allowed: none, full",

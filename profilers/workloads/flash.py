@@ -1,0 +1,51 @@
+"""Flash attention as the `flash_attn` package runs it inside a transformers model, without that package.
+
+Source: transformers `integrations/flash_attention.py`; flash-attention's `flash_attn_interface.py`: queries, keys and
+values come as `[batch, tokens, heads, width]`, and so does the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+NAME = "flash_attention_2"
+
+
+@contextmanager
+def played_flash_attention() -> Iterator[None]:
+    """Within the context transformers models configured for flash attention run its kernel as torch has it."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS[NAME] = _attend
+    try:
+        yield
+    finally:
+        del ALL_ATTENTION_FUNCTIONS[NAME]
+
+
+def _attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention of one layer; windows, caps and padding are the kernel's business and take no memory."""
+    del attention_mask
+    if query.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
+        dtype = torch.get_autocast_dtype("cuda")
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
+    out = torch.ops.aten._scaled_dot_product_flash_attention.default(
+        query, key, value, dropout, causal, False, scale=scaling
+    )[0]
+    return out.transpose(1, 2), None
