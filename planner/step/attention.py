@@ -90,6 +90,7 @@ def attend(
     drop: float = 0.0,
     capped: bool = False,
     upcast: bool = True,
+    casts_back: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention as the model's configuration asks for it: the result with its heads joined, and eager's weights.
 
@@ -102,9 +103,10 @@ def attend(
         drop: Probability with which an attention weight is dropped.
         capped: Whether eager attention caps the scores by a tanh first.
         upcast: Whether eager attention asks for its softmax in fp32.
+        casts_back: Whether it casts the softmax to the dtype of the values.
     """
     if options.attention == "eager":
-        return eager(t, qkv, shape, mask, drop=drop, capped=capped, upcast=upcast)
+        return eager(t, qkv, shape, mask, drop=drop, capped=capped, upcast=upcast, casts_back=casts_back)
     q, k, v = qkv
     del qkv
     if options.attention == "flash":
@@ -290,6 +292,7 @@ def eager(
     drop: float = 0.0,
     capped: bool = False,
     upcast: bool = True,
+    casts_back: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The models' own attention, written out: the result with its heads joined, and the attention weights.
 
@@ -301,6 +304,7 @@ def eager(
         drop: Probability with which an attention weight is dropped.
         capped: Whether the scores are capped by a tanh first.
         upcast: Whether the softmax is asked for in fp32.
+        casts_back: Whether the softmax is cast to the dtype of the values.
     """
     q, k, v = qkv
     del qkv
@@ -316,7 +320,7 @@ def eager(
         weights = cast(t, softmax(t, cast(t, weights, "float32"), "attention weights in float32"), q.dtype)
     else:
         weights = softmax(t, cast(t, weights, "float32") if t.autocast else weights, "attention weights")
-        weights = cast(t, weights, v.dtype)
+        weights = cast(t, weights, v.dtype) if casts_back else weights
     weights = dropout(t, weights, drop)
     out = weighted_values(t, weights, values, shape)
     return clone(t, out, "attention output"), weights

@@ -170,13 +170,13 @@ class Bert(StepModel[BertConfig]):
         t, c = self.t, self.c
         attended, weights = self._attention(hidden, mask)
         projected = self._output(attended, hidden, "attention.output", c.hidden)
-        del attended, weights
+        del attended
         t.path = "intermediate.dense"
         expanded = projections.linear(t, projected, c.hidden, c.intermediate, bias=True)
         t.path = "intermediate.intermediate_act_fn"
         expanded = op.activation(t, expanded, c.activation)
         hidden = self._output(expanded, projected, "output", c.intermediate)
-        del expanded, projected
+        del expanded, projected, weights
         return hidden
 
     def _output(self, x: Tensor, residual: Tensor, path: str, num_in: int) -> Tensor:
@@ -196,7 +196,7 @@ class Bert(StepModel[BertConfig]):
         k = projections.split_keys(t, k, self.o)
         t.path = "attention.self"
         shape = AttentionShape(self.o.batch_size, self.o.seq_len, c.heads, c.heads, c.hidden // c.heads)
-        return attend(t, self.o, (q, k, v), shape, mask, drop=c.attention_dropout, upcast=False)
+        return attend(t, self.o, (q, k, v), shape, mask, drop=c.attention_dropout, upcast=False, casts_back=False)
 
     def _project(self, hidden: Tensor, name: str) -> Tensor:
         self.t.path = f"attention.self.{name}"

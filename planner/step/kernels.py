@@ -19,6 +19,8 @@ _ONE_TILE = 2304
 """Up to this many 64-bit keys with 64-bit values, one thread block sorts them all."""
 _GROUP_BYTES = 60
 """What a grouped product keeps of each group: pointers, shapes and strides."""
+_FEW_ROWS = 16
+"""Rows of an embedding up to which its gradient's segments are added to the rows at once: so with 2, not with 2003."""
 _EMBEDDING_SORT_LIMIT = 3072
 """Up to this many tokens the gradient of an embedding is made by a kernel that needs no scratch."""
 
@@ -28,6 +30,13 @@ def embedding_partial_sums(num_tokens: int, num_rows: int) -> int | None:
     if num_tokens <= _EMBEDDING_SORT_LIMIT:
         return None
     return num_tokens // 10 + min(num_tokens, num_rows)
+
+
+def embedding_segment_scratch(segments: int, num_rows: int, width: int) -> tuple[int, ...]:
+    """What the sums of an embedding's segments take: a sum of each, or where rows are few a sum of each row."""
+    if num_rows <= _FEW_ROWS:
+        return 8 * segments, 4 * num_rows * width
+    return (4 * segments * width,)
 
 
 def radix_sort_scratch(num_keys: int) -> int:

@@ -240,13 +240,20 @@ def patch_projection(t: Tape, num_pixels: int, numel: int, patch: int, width: in
 
 def joined_rows(t: Tape, row: Tensor, rows: Tensor, numel: int) -> Tensor:
     """`torch.cat` of one row, the same in every sequence, and of the others of each sequence."""
-    sizes = row.numel, rows.numel
+    row_size, rows_size, rows_dtype = row.numel, rows.numel, rows.dtype
+
+    def summed(gradients: list[Tensor]) -> list[Tensor]:
+        return [t.new(row_size, gradients[0].dtype, "gradient", "gradients")]
 
     def backward(gradients: list[Tensor]) -> list[Tensor]:
         whole, dtype = gradients[0].storage, gradients[0].dtype
-        return [t.new(sizes[0], dtype, "gradient", "gradients"), Tensor(whole, sizes[1], dtype, None, 0, False, True)]
+        of_row = Tensor(whole, numel - rows_size, dtype, None, 0, False, True)
+        if dtype == rows_dtype:
+            return [of_row, Tensor(whole, rows_size, dtype, None, 0, False, True)]
+        return [of_row, t.new(rows_size, rows_dtype, "gradient")]
 
-    node = t.node([row, rows], backward)
-    out = t.new(numel, promote(row.dtype, rows.dtype), "joined rows")
+    first = Tensor(None, numel - rows_size, row.dtype, t.node([row], summed))
+    node = t.node([first, rows], backward)
+    out = t.new(numel, promote(row.dtype, rows_dtype), "joined rows")
     out.node = node
     return out

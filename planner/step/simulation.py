@@ -7,7 +7,7 @@ What all optimizers share is simulated once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -15,6 +15,7 @@ import msgspec
 from optplan.planner.allocator_choice import copy_of, make_allocator
 from optplan.planner.allocator_settings import AllocatorSettings
 from optplan.planner.models.spec import ModelSpec
+from optplan.planner.step.clipping import write_clipping
 from optplan.planner.step.options import StepOptions
 from optplan.planner.step.resident import write_load
 from optplan.planner.step.rules import write_forward_backward
@@ -23,24 +24,28 @@ from optplan.planner.timeline import Allocation, Category, Phase, Timeline, Time
 _KEPT = 0
 """Id of an allocation that stays for the rest of the run."""
 
-_PRODUCTS = ("proj output", "c_attn output", "weight gradient")
+_PRODUCTS = (
+    "proj output", "c_attn output", "query_key_value output", "query output", "SelfAttention.q output",
+    "weight gradient",
+)  # fmt: skip
 """Operations that run a matrix product, the first of which in a phase makes its thread's library workspaces."""
 
 
 class _Event(NamedTuple):
-    """An allocation with its bytes, or with the negative id its end; the category is that of the memory in both."""
+    """An allocation with its bytes and name, or with the negative id its end; the category is the memory's in both."""
 
     id: int
     num_bytes: int
     category: Category
     phase: Phase
+    name: str
 
 
 class SimulatedStep(msgspec.Struct, frozen=True):
     """A steady step on a device with room for all it asks.
 
     Attributes:
-        phases: Largest number of allocated bytes in forward, backward and step.
+        phases: Largest number of allocated bytes in forward, backward and step, and in clip if gradients are clipped.
         categories: Allocated bytes by category at the largest of them.
         reserved_bytes: Largest number of bytes held from the driver, cached blocks included.
     """
@@ -55,6 +60,18 @@ class SimulatedStep(msgspec.Struct, frozen=True):
         return max(self.phases, key=lambda phase: self.phases[phase])
 
 
+class ParameterStep(NamedTuple):
+    """The part of an optimizer's work that belongs to one parameter.
+
+    Attributes:
+        state_bytes: Bytes of its state tensors on the device.
+        timeline: What its `step()` allocates and frees.
+    """
+
+    state_bytes: Sequence[int]
+    timeline: Timeline
+
+
 class StepSimulator:
     """Simulates a model's steps under one set of options, for one optimizer after another."""
 
@@ -64,35 +81,50 @@ class StepSimulator:
         options: StepOptions,
         *,
         master_bytes: Sequence[int] = (),
+        clips: bool = False,
+        empties_cache: bool = False,
         settings: AllocatorSettings = AllocatorSettings(),  # noqa: B008
     ) -> None:
         """Prepare what the optimizers share.
 
         Args:
             spec: The model.
-            options: The step's size and manner.
+            options: How the step is run.
             master_bytes: Bytes of each parameter's master weight, empty if there are none.
+            clips: Whether the gradients' norm is clipped before the optimizer's step.
+            empties_cache: Whether the cached blocks are given back after every step.
             settings: Those of torch's allocator.
         """
+        self._options, self._empties_cache = options, empties_cache
+        self._workspaces: list[Allocation] = []
+        self._start = _Device(settings)
+        self._load(spec, master_bytes)
+        self._first, self._gradients = _micro_step(spec, options, has_gradients=False)
+        self._last = _micro_step(spec, options, has_gradients=True)[0] if options.has_gradients else []
+        self._clip = _clip_events(spec, options) if clips else []
+        if not options.step_in_backward:
+            # Until its first step() no optimizer has allocated anything, so that all start from here.
+            self._run_first_step()
+
+    def _load(self, spec: ModelSpec, master_bytes: Sequence[int]) -> None:
         load = TimelineBuilder()
-        write_load(load, spec, options)
+        write_load(load, spec, self._options)
         for num_bytes in master_bytes:
             load.alloc(num_bytes, "master_weights", "master weight")
-        allocations = [event for event in load.events if isinstance(event, Allocation)]
-        workspaces = [event for event in allocations if event.category == "workspace"]
-        resident = [event for event in allocations if event.category != "workspace"]
-        timeline = _micro_step(spec, options, grad_accum=1)
-        self._first = _events(timeline)
-        self._last = _events(_micro_step(spec, options, grad_accum=2)) if options.grad_accum > 1 else []
-        # Until its first step() no optimizer has allocated anything, so that all start from here.
-        self._start = _Device(settings)
-        for event in resident:
-            self._start.keep(event.bytes, event.category)
-        self._start.run(_with_workspaces(timeline, workspaces))
+        for event in load.events:
+            assert isinstance(event, Allocation)
+            if event.category == "workspace":
+                self._workspaces.append(event)
+            else:
+                self._start.keep(event.bytes, event.category)
+
+    def _run_first_step(self) -> None:
+        self._start.run(_with_workspaces(self._first, self._workspaces))
         self._start.set_aside()
-        if self._last:
+        for _ in range(min(self._options.grad_accum - 1, 1)):
             self._start.run(self._last)
             self._start.set_aside()
+        self._start.run(self._clip)
 
     def simulate(self, state_bytes: Sequence[int], step: Timeline) -> SimulatedStep:
         """The steady step with one optimizer.
@@ -105,45 +137,94 @@ class StepSimulator:
         for num_bytes in state_bytes:
             device.keep(num_bytes, "optimizer_state")
         device.run(optimizer)
-        device.clear()
-        if self._last:
-            device.run(self._first)
+        if not self._options.keep_grads:
+            device.clear()
+        if self._empties_cache:
+            device.empty_cache()
+        if self._options.grad_accum > 1:
+            device.run(self._last if self._options.keep_grads else self._first)
             device.set_aside()
         device.measure(self._last or self._first, "forward", "backward")
         device.set_aside()
+        if self._clip:
+            device.measure(self._clip, "clip")
         device.measure(optimizer, "step")
         return device.result()
 
+    def simulate_in_backward(self, steps: Mapping[str, ParameterStep]) -> SimulatedStep:
+        """The steady step with an optimizer that takes each parameter's step when its gradient is there.
 
-def _micro_step(spec: ModelSpec, options: StepOptions, *, grad_accum: int) -> Timeline:
-    """Forward and backward of a micro-step that makes the gradients, or with `grad_accum` above 1 adds to them."""
+        Args:
+            steps: What each parameter's step takes, by the parameter's name.
+        """
+        device = self._start.copy()
+        first = _with_workspaces(self._first, self._workspaces)
+        device.run(_with_steps(first, self._gradients, steps, makes_state=True))
+        if self._empties_cache:
+            device.empty_cache()
+        device.measure(_with_steps(self._first, self._gradients, steps), "forward", "backward")
+        device.measure([], "step")
+        return device.result()
+
+
+def _micro_step(spec: ModelSpec, options: StepOptions, *, has_gradients: bool) -> tuple[list[_Event], dict[str, int]]:
+    """Forward and backward of a micro-step that makes the gradients or adds to them, and the gradients' ids by name."""
     timeline = TimelineBuilder("load")
-    write_forward_backward(timeline, spec, msgspec.structs.replace(options, grad_accum=grad_accum))
-    return [event for event in timeline.events if event.phase != "load"]
+    options = msgspec.structs.replace(options, grad_accum=2 if has_gradients else 1, keep_grads=False)
+    gradients = write_forward_backward(timeline, spec, options)
+    return _events([event for event in timeline.events if event.phase != "load"]), gradients
+
+
+def _clip_events(spec: ModelSpec, options: StepOptions) -> list[_Event]:
+    timeline = TimelineBuilder("clip")
+    write_clipping(timeline, spec.unique_parameters, dtype=options.parameter_dtype)
+    return _events(timeline.events)
+
+
+def _with_steps(
+    events: Sequence[_Event],
+    gradients: Mapping[str, int],
+    steps: Mapping[str, ParameterStep],
+    *,
+    makes_state: bool = False,
+) -> list[_Event]:
+    """The events of a micro-step with each parameter's step right before its gradient's end."""
+    owner = {-id_: name for name, id_ in gradients.items()}
+    last_id = max(event.id for event in events)
+    result = []
+    for event in events:
+        if event.id in owner:
+            step = steps[owner[event.id]]
+            if makes_state:
+                result += [_Event(_KEPT, size, "optimizer_state", "backward", "") for size in step.state_bytes]
+            inner = _events(step.timeline)
+            result += [e._replace(id=e.id + (last_id if e.id > 0 else -last_id), phase="backward") for e in inner]
+        result.append(event)
+    return result
 
 
 def _events(timeline: Timeline) -> list[_Event]:
-    categories: dict[int, Category] = {}
+    made: dict[int, tuple[Category, str]] = {}
     events = []
     for event in timeline:
         if isinstance(event, Allocation):
-            categories[event.id] = event.category
-            events.append(_Event(event.id, event.bytes, event.category, event.phase))
+            made[event.id] = event.category, event.name
+            events.append(_Event(event.id, event.bytes, event.category, event.phase, event.name))
         else:
-            events.append(_Event(-event.id, 0, categories[event.id], event.phase))
+            events.append(_Event(-event.id, 0, made[event.id][0], event.phase, ""))
     return events
 
 
-def _with_workspaces(timeline: Timeline, workspaces: Sequence[Allocation]) -> list[_Event]:
+def _with_workspaces(events: Sequence[_Event], workspaces: Sequence[Allocation]) -> list[_Event]:
     """The events of the very first micro-step, in which each thread's first product makes its workspaces."""
-    waiting, events = list(workspaces), []
-    for event, compact in zip(timeline, _events(timeline), strict=True):
-        events.append(compact)
-        if waiting and isinstance(event, Allocation) and event.name.endswith(_PRODUCTS):
+    waiting, result = list(workspaces), []
+    for event in events:
+        result.append(event)
+        if waiting and event.name.endswith(_PRODUCTS):
             made = [workspace for workspace in waiting if workspace.name.endswith(event.phase)]
-            events += [_Event(_KEPT, workspace.bytes, "workspace", event.phase) for workspace in made]
+            result += [_Event(_KEPT, workspace.bytes, "workspace", event.phase, "") for workspace in made]
             waiting = [workspace for workspace in waiting if workspace not in made]
-    return events + [_Event(_KEPT, workspace.bytes, "workspace", "backward") for workspace in waiting]
+    return result + [_Event(_KEPT, workspace.bytes, "workspace", "backward", "") for workspace in waiting]
 
 
 class _Device:
@@ -157,6 +238,7 @@ class _Device:
         self._gradients: list[Any] = []
         self._phases: dict[Phase, int] = {}
         self._categories: dict[Category, int] = {}
+        self._reserved_before_flush = 0
 
     def copy(self) -> _Device:
         """A device in the same state, between two parts of a step."""
@@ -165,6 +247,11 @@ class _Device:
         other._kept = dict(self._kept)
         other._gradients = [block and twins[block] for block in self._gradients]
         return other
+
+    def empty_cache(self) -> None:
+        """Give back the cached segments."""
+        self._reserved_before_flush = max(self._reserved_before_flush, self._allocator.reserved_bytes)
+        self._allocator.empty_cache()
 
     def keep(self, num_bytes: int, category: Category) -> None:
         """Allocate for the rest of the run."""
@@ -185,7 +272,7 @@ class _Device:
     def run(self, events: Sequence[_Event]) -> None:
         """Run events."""
         blocks, alloc, free = self._blocks, self._allocator.alloc, self._allocator.free
-        for id_, num_bytes, category, _ in events:
+        for id_, num_bytes, category, _, _ in events:
             if id_ > 0:
                 blocks[id_] = alloc(num_bytes)
             elif id_ < 0:
@@ -199,7 +286,7 @@ class _Device:
         alloc, free = allocator.alloc, allocator.free
         in_use = self._in_use()
         history = [allocator.allocated_bytes]
-        for id_, num_bytes, _, _ in events:
+        for id_, num_bytes, _, _, _ in events:
             if id_ > 0:
                 blocks[id_] = alloc(num_bytes)
             else:
@@ -230,4 +317,5 @@ class _Device:
     def result(self) -> SimulatedStep:
         """What the measured step held."""
         categories = {category: size for category, size in self._categories.items() if size}
-        return SimulatedStep(self._phases, categories, self._allocator.reserved_bytes)
+        reserved_bytes = max(self._reserved_before_flush, self._allocator.reserved_bytes)
+        return SimulatedStep(self._phases, categories, reserved_bytes)

@@ -69,7 +69,8 @@ def embedding_gradient(t: Tape, num_tokens: int, num_rows: int, width: int, dtyp
     t.scratch(index_bytes, kernels.SCAN_SCRATCH, operation="segments")
     rows = [t.storage(row_bytes, "segments", "workspace") for _ in range(2)]
     t.scratch(kernels.SCAN_SCRATCH, operation="segments")
-    t.scratch(INDEX_BYTES, INDEX_BYTES * segments, 4 * segments * width, operation="partial sums")
+    sums = kernels.embedding_segment_scratch(segments, num_rows, width)
+    t.scratch(INDEX_BYTES, INDEX_BYTES * segments, *sums, operation="partial sums")
     for held in (rows, counts, order):
         while held:
             held.pop()
