@@ -49,6 +49,12 @@ class StepConfig(msgspec.Struct, frozen=True):
     gpus: int
     sharding: str
     alloc_conf: str = ""
+    fused_loss: str = "none"
+    step_in_backward: bool = False
+    clip_grad_norm: float | None = None
+    keep_grads: bool = False
+    padding_mask: bool = False
+    empty_cache: bool = False
 
 
 class ResidentBytes(msgspec.Struct, frozen=True):
@@ -116,6 +122,8 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
 
     `state_variants` holds the state's bytes under other values of an option that training may move, such as the rank
     of Adapprox between its best case and what must be reserved; empty for most optimizers.
+    `peak_reserved_range_bytes` are the least and the most reserved bytes that the addresses of segments, which the
+    driver chooses, leave open; known to the trace engine.
     Everything that depends on the step's timeline is None for a model family without step rules.
     """
 
@@ -129,6 +137,7 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     peak_phase: Phase | None = None
     peak_categories: dict[Category, int] | None = None
     peak_reserved_bytes: int | None = None
+    peak_reserved_range_bytes: tuple[int, int] | None = None
     device_bytes: int | None = None
     fits: bool | None = None
     headroom_bytes: int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, TypedDict
 
@@ -17,16 +18,15 @@ from optplan.planner.records import StepConfig
 from optplan.planner.units import parse_size
 
 DEFAULT_SEQ_LEN = 2048
-CHECKPOINTING = ("none", "full")
+CHECKPOINTING = ("none", "full", "full-reentrant", "selective")
+FUSED_LOSS = ("none", "liger", "chunked")
 ATTENTION = ("sdpa", "eager", "flash")
 SHARDING = ("none",)
-ENGINES = ("rules",)
+ENGINES = ("rules", "trace")
 
 _LIMITS = {"batch_size": 2**20, "seq_len": 2**24, "grad_accum": 2**20, "gpus": 2**16}
 _PLANNED = {
-    "checkpointing": {"selective"},
     "sharding": {"ddp", "zero1", "zero2", "fsdp2", "fsdp2-noreshard"},
-    "engine": {"trace"},
 }
 """Names that the command line reserves and that this version does not model."""
 
@@ -62,11 +62,17 @@ class StepFlags(TypedDict, total=False):
         batch_size: Sequences of one micro-batch, 1 by default.
         seq_len: Tokens of one sequence; 2048 or the model's maximum, if that is smaller, when None.
         grad_accum: Micro-batches accumulated before each optimizer step, 1 by default.
-        checkpointing: none (default) or full.
+        checkpointing: none (default), full, full-reentrant (torch's older way) or selective (every second layer).
         attention: sdpa, eager or flash; what transformers takes by itself when None: sdpa, but eager for Gemma 2.
+        fused_loss: none (default); liger: Liger's fused linear cross entropy; chunked: torch's `linear_cross_entropy`.
+        step_in_backward: Whether the optimizer takes each parameter's step as soon as its gradient is there.
+        clip_grad_norm: Largest norm of all gradients together, to which they are scaled before the step.
+        keep_grads: Whether `zero_grad` keeps the gradients' memory (`set_to_none=False`).
+        padding_mask: Whether the batch comes with a padding mask that hides some tokens.
+        empty_cache: Whether `torch.cuda.empty_cache()` follows every step.
         gpus: Number of GPUs, 1.
         sharding: none.
-        engine: rules.
+        engine: rules, or trace: the model itself is run without contents (`optplan.profilers.estimation`).
         state_dtype: fp32, bf16 or fp16 for optimizers that can keep their moments in another dtype.
         alloc_conf: Settings of torch's allocator, as in `PYTORCH_CUDA_ALLOC_CONF`; torch's own when None.
     """
@@ -79,6 +85,12 @@ class StepFlags(TypedDict, total=False):
     grad_accum: int
     checkpointing: str
     attention: str | None
+    fused_loss: str
+    step_in_backward: bool
+    clip_grad_norm: float | None
+    keep_grads: bool
+    padding_mask: bool
+    empty_cache: bool
     gpus: int
     sharding: str
     engine: str
@@ -97,6 +109,12 @@ def check_request(
     grad_accum: int = 1,
     checkpointing: str = "none",
     attention: str | None = None,
+    fused_loss: str = "none",
+    step_in_backward: bool = False,
+    clip_grad_norm: float | None = None,
+    keep_grads: bool = False,
+    padding_mask: bool = False,
+    empty_cache: bool = False,
     gpus: int = 1,
     sharding: str = "none",
     engine: str = "rules",
@@ -116,6 +134,7 @@ def check_request(
     notes = () if attention is not None else _attention_note(model)
     attention = default_attention(model) if attention is None else attention
     _one_of("attention", attention, ATTENTION)
+    _one_of("fused-loss", fused_loss, FUSED_LOSS)
     _one_of("sharding", sharding, SHARDING)
     _one_of("engine", engine, ENGINES)
     seq_len = default_seq_len(model) if seq_len is None else seq_len
@@ -123,7 +142,21 @@ def check_request(
     for name, count in counts.items():
         _in_range(name, count)
     config = StepConfig(
-        precision, batch_size, seq_len, grad_accum, checkpointing, attention, gpus, sharding, alloc_conf or ""
+        precision=precision,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        grad_accum=grad_accum,
+        checkpointing=checkpointing,
+        attention=attention,
+        gpus=gpus,
+        sharding=sharding,
+        alloc_conf=alloc_conf or "",
+        fused_loss=fused_loss,
+        step_in_backward=step_in_backward,
+        clip_grad_norm=clip_grad_norm,
+        keep_grads=keep_grads,
+        padding_mask=padding_mask,
+        empty_cache=empty_cache,
     )
     target = _target(gpu, memory)
     _no_contradiction(config, engine)
@@ -174,6 +207,15 @@ def _target(gpu: str | None, memory: str | int | None) -> Gpu:
 
 
 def _no_contradiction(config: StepConfig, engine: str) -> None:
+    _check_step_in_backward(config)
+    norm = config.clip_grad_norm
+    if norm is not None and not 0 < norm < math.inf:
+        raise ConfigError(f"--clip-grad-norm must be above 0, got {shorten(norm)}")
+    if config.attention == "flash" and config.padding_mask:
+        raise ConfigError(
+            "--attention flash and --padding-mask contradict each other: flash attention takes the padding out of the "
+            "batch, which is not modelled; use --attention sdpa"
+        )
     if config.attention == "flash" and config.precision == "fp32":
         raise ConfigError(
             "--attention flash and --precision fp32 contradict each other: flash attention needs bf16, amp or fp16-amp"
@@ -184,6 +226,19 @@ def _no_contradiction(config: StepConfig, engine: str) -> None:
         raise ConfigError(
             f"--gpus {config.gpus} needs a --sharding strategy, and this version models one GPU; use --gpus 1"
         )
+
+
+def _check_step_in_backward(config: StepConfig) -> None:
+    """A step that is taken as the gradients come leaves none for what needs all of them."""
+    if not config.step_in_backward:
+        return
+    for flag, is_set, why in (
+        ("--clip-grad-norm", config.clip_grad_norm is not None, "the norm of all gradients needs all of them"),
+        (f"--grad-accum {config.grad_accum}", config.grad_accum > 1, "gradients that are used up cannot be added to"),
+        ("--keep-grads", config.keep_grads, "gradients that are used up are not kept"),
+    ):
+        if is_set:
+            raise ConfigError(f"--step-in-backward and {flag} contradict each other: {why}")
 
 
 def _check_hardware(config: StepConfig, gpu: Gpu) -> tuple[str, ...]:

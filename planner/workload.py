@@ -24,7 +24,8 @@ from optplan.planner.records import PhasePeak, ResidentBytes, Saving
 from optplan.planner.request import StepRequest
 from optplan.planner.step.optimizer_step import temporary_bytes, write_optimizer_step
 from optplan.planner.step.rules import StepMemory, StepOptions, has_rules, step_memory
-from optplan.planner.step.simulation import StepSimulator
+from optplan.planner.step.simulation import ParameterStep, SimulatedStep, StepSimulator
+from optplan.planner.tensors import Parameter
 from optplan.planner.timeline import Category, Phase, Timeline, TimelineBuilder
 from optplan.planner.units import round_up
 
@@ -46,6 +47,7 @@ class StepPeaks(msgspec.Struct, frozen=True):
     peak_phase: Phase
     categories: dict[Category, int]
     reserved_bytes: int
+    reserved_range_bytes: tuple[int, int] | None = None
 
     @property
     def peak_bytes(self) -> int:
@@ -64,9 +66,26 @@ class Workload:
         self._memories: dict[int, StepMemory] = {}
         self._steps: dict[OptimizerModel, Timeline] = {}
         self._temporary_bytes: dict[OptimizerModel, int] = {}
+        self._parameter_step_cache: dict[OptimizerModel, dict[str, ParameterStep]] = {}
         self._baseline: Candidate | None = None
         self._parameters = request.model.unique_parameters
         self._context = optimizer_context(request)
+
+    def at(self, request: StepRequest) -> Workload:
+        """Another request answered in the same way."""
+        return Workload(request)
+
+    def notes(self, candidate: Candidate) -> list[str]:
+        """What is to be known about the candidate's row besides the figures."""
+        del candidate
+        return []
+
+    def findings(self) -> list[str]:
+        """What is to be known about the step besides the figures."""
+        if self.has_rules:
+            return []
+        family = self.request.model.model_type
+        return [f"{family} models have no step rules in this version: their peak is not predicted; try --engine trace"]
 
     def candidates(self, choices: Sequence[OptimizerChoice]) -> tuple[list[Candidate], list[tuple[str, str]]]:
         """The choices bound to the model, and those left out with the reason."""
@@ -77,7 +96,7 @@ class Workload:
         policy, count = self.request.policy, self.request.model.num_parameters
         return ResidentBytes(
             parameters=count * ITEMSIZE_BYTES[policy.parameter_dtype],
-            gradients=count * ITEMSIZE_BYTES[policy.gradient_dtype],
+            gradients=0 if self.request.config.step_in_backward else count * ITEMSIZE_BYTES[policy.gradient_dtype],
             master_weights=count * ITEMSIZE_BYTES[policy.master_dtype] if policy.master_dtype else 0,
             optimizer_state=candidate.footprint.device_bytes,
         )
@@ -88,12 +107,28 @@ class Workload:
             return None
         key = (candidate.optimizer, batch_size or self.request.config.batch_size)
         if key not in self._peaks:
-            step = self._simulator(key[1]).simulate(
-                candidate.footprint.device_sizes(self._parameters), self.step_timeline(candidate)
-            )
+            step = self._simulated(candidate, self._simulator(key[1]))
             phases = {phase: PhasePeak(num_bytes) for phase, num_bytes in step.phases.items()}
             self._peaks[key] = StepPeaks(phases, step.peak_phase, step.categories, step.reserved_bytes)
         return self._peaks[key]
+
+    def _simulated(self, candidate: Candidate, simulator: StepSimulator) -> SimulatedStep:
+        if self.request.config.step_in_backward:
+            return simulator.simulate_in_backward(self._parameter_steps(candidate))
+        return simulator.simulate(candidate.footprint.device_sizes(self._parameters), self.step_timeline(candidate))
+
+    def _parameter_steps(self, candidate: Candidate) -> dict[str, ParameterStep]:
+        """What an optimizer of each parameter's own keeps and allocates."""
+        key = candidate.optimizer
+        if key not in self._parameter_step_cache:
+            self._parameter_step_cache[key] = {
+                parameter.name: ParameterStep(
+                    optimizer_footprint(key, [parameter], self._context).device_sizes([parameter]),
+                    self._step_of(key, [parameter]),
+                )
+                for parameter in self._parameters
+            }
+        return self._parameter_step_cache[key]
 
     def rounded_peak_bytes(self, candidate: Candidate, *, batch_size: int | None = None) -> int:
         """The peak as a sum of requests rounded up to 512 bytes: quick, and a few percent too low at worst."""
@@ -192,25 +227,43 @@ class Workload:
             masters = [p.numel * ITEMSIZE_BYTES[dtype] for p in self._parameters] if dtype else []
             options = step_options(self.request, batch_size=batch_size)
             self._simulators[batch_size] = StepSimulator(
-                self.request.model, options, master_bytes=masters, settings=self.request.allocator_settings
+                self.request.model,
+                options,
+                master_bytes=masters,
+                clips=self.request.config.clip_grad_norm is not None,
+                empties_cache=self.request.config.empty_cache,
+                settings=self.request.allocator_settings,
             )
         return self._simulators[batch_size]
+
+    def moved_bytes(self, candidate: Candidate) -> int:
+        """Bytes that the optimizer's `step()` must at least read and write: each tensor once, each result once."""
+        return sum(
+            len(group.parameters) * candidate.optimizer.moved_bytes(group.parameters[0], self._context)
+            for group in candidate.footprint.groups
+        )
 
     def temporary_bytes(self, candidate: Candidate) -> int:
         """Most bytes that the optimizer's `step()` has allocated at once besides its state, rounded."""
         key = candidate.optimizer
         if key not in self._temporary_bytes:
-            self._temporary_bytes[key] = temporary_bytes(self.step_timeline(candidate))
+            steps = [self.step_timeline(candidate)]
+            if self.request.config.step_in_backward:
+                steps = [step.timeline for step in self._parameter_steps(candidate).values()]
+            self._temporary_bytes[key] = max(map(temporary_bytes, steps))
         return self._temporary_bytes[key]
 
     def step_timeline(self, candidate: Candidate) -> Timeline:
         """What the optimizer's `step()` allocates and frees besides its state."""
         key = candidate.optimizer
         if key not in self._steps:
-            timeline, master = TimelineBuilder("step"), self.request.policy.master_dtype
-            write_optimizer_step(timeline, candidate.optimizer, self._parameters, self._context, master=master)
-            self._steps[key] = timeline.events
+            self._steps[key] = self._step_of(key, self._parameters)
         return self._steps[key]
+
+    def _step_of(self, optimizer: OptimizerModel, parameters: Sequence[Parameter]) -> Timeline:
+        timeline, master = TimelineBuilder("step"), self.request.policy.master_dtype
+        write_optimizer_step(timeline, optimizer, parameters, self._context, master=master)
+        return timeline.events
 
 
 def step_options(request: StepRequest, *, batch_size: int | None = None) -> StepOptions:
@@ -223,6 +276,10 @@ def step_options(request: StepRequest, *, batch_size: int | None = None) -> Step
         checkpointing=config.checkpointing,
         attention=config.attention,
         grad_accum=config.grad_accum,
+        fused_loss=config.fused_loss,
+        step_in_backward=config.step_in_backward,
+        keep_grads=config.keep_grads,
+        padding_mask=config.padding_mask,
         compute_capability=request.gpu.compute_capability or ASSUMED_CAPABILITY,
         sm_count=request.gpu.sm_count,
     )

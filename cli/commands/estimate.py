@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from optplan import options, output
+
+if TYPE_CHECKING:
+    from optplan.planner.records import EstimateReport
 
 
 def estimate(
@@ -22,6 +25,12 @@ def estimate(
     grad_accum: options.GradAccum = 1,
     checkpointing: options.Checkpointing = "none",
     attention: options.Attention = None,
+    fused_loss: options.FusedLoss = "none",
+    step_in_backward: options.StepInBackward = False,
+    clip_grad_norm: options.ClipGradNorm = None,
+    keep_grads: options.KeepGrads = False,
+    padding_mask: options.PaddingMask = False,
+    empty_cache: options.EmptyCache = False,
     gpus: options.Gpus = 1,
     sharding: options.Sharding = "none",
     alloc_conf: options.AllocConf = None,
@@ -34,9 +43,7 @@ def estimate(
     Prints whether it fits, what to run and why, and for each optimizer its state, its peak and what is left of the GPU.
     The exit status is 0 if something fits, 1 if nothing does, 2 for bad input.
     """
-    from optplan.planner.estimate import estimate as estimate_report
-
-    report = estimate_report(
+    report = _report(
         model,
         gpu=gpu,
         memory=memory,
@@ -49,6 +56,12 @@ def estimate(
         grad_accum=grad_accum,
         checkpointing=checkpointing,
         attention=attention,
+        fused_loss=fused_loss,
+        step_in_backward=step_in_backward,
+        clip_grad_norm=clip_grad_norm,
+        keep_grads=keep_grads,
+        padding_mask=padding_mask,
+        empty_cache=empty_cache,
         gpus=gpus,
         sharding=sharding,
         alloc_conf=alloc_conf,
@@ -63,3 +76,15 @@ def estimate(
         output.print_terminal(render_estimate, report)
     if report.estimates and all(row.fits is False for row in report.estimates):
         raise typer.Exit(1)
+
+
+def _report(model: str, **request: Any) -> EstimateReport:
+    """The report by the engine asked for."""
+    if request["engine"] != "trace":
+        from optplan.planner.estimate import estimate as estimate_report
+
+        return estimate_report(model, **request)
+    estimation = output.import_torch_part("optplan.profilers.estimation")
+    with output.progress() as tell:
+        report: EstimateReport = estimation.traced_estimate(model, progress=tell, **request)
+    return report
