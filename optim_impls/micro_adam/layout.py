@@ -3,11 +3,12 @@
 A tensor of d elements is `full` blocks of `block` elements and a short one. Each block owns a contiguous piece of every
 state tensor, whatever GPU wrote it:
 
-    error_feedback   ceil(block / 2) bytes: element 2i in the low half of byte i, element 2i + 1 in the high half
+    error_feedback   4 bytes for each run of 8 elements, see `codes.pack`
     bucket_min/max   one range a bucket; runs of eight elements are dealt to the block's buckets in turn
-    window_*         [window, selected]: row `(step - 1) mod window`, the selected bucket by bucket, ascending within
+    window_*         [window, selected]: row `(step - 1) mod window`, the largest first
 
-Dealing runs of eight gives one GPU thread a whole bucket and still lets neighbours read neighbouring addresses.
+The kernel deals the runs to lanes in turn, a multiple of the buckets: a GPU thread has all or a part of a bucket to
+itself, and still neighbours read neighbouring addresses.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from optplan.planner.optimizers.micro_adam import RUN_NUMEL, Selection, num_buckets, select
+from optplan.planner.optimizers.micro_adam import RUN_NUMEL, Selection, num_buckets, num_codes, select
 
 __all__ = ["RUN_NUMEL", "Layout", "Part", "layout_of"]
 
@@ -68,7 +69,12 @@ class Layout:
     @property
     def num_codes(self) -> int:
         """Bytes of the error feedback."""
-        return -(-self.numel // 2)
+        return num_codes(self.numel)
+
+    @property
+    def num_lanes(self) -> int:
+        """Lanes that the runs of a block are dealt to: each has eight runs or fewer."""
+        return max(32, self.block // 64, self.block // self.bucket)
 
     @property
     def num_buckets(self) -> int:
@@ -98,7 +104,7 @@ class Layout:
             num_selected,
             buckets,
             elements=_piece(first, count * numel),
-            codes=_piece(first // 2, count * -(-numel // 2)),
+            codes=_piece(first // 2, count * num_codes(numel)),
             buckets=_piece(blocks_before * (self.block // self.bucket), count * buckets),
             window=_piece(before, count * self.window * num_selected),
         )

@@ -51,7 +51,8 @@ class MicroAdam(KernelOptimizer):
         bias_correction: `full` as in the paper, or `window`: by the weights the window really holds.
         seed: Of stochastic rounding.
         backend: `triton`, `torch`, or `auto`.
-        capturable: Not supported.
+        capturable: Keep step counters on the device, so that a CUDA graph may record `step()`; `lr` may then be a scalar
+            there. What the kernels do not take still reads its counter on the host.
 
     Source: Modoranu et al., MicroAdam, NeurIPS 2024, arXiv 2405.15593.
     """
@@ -74,8 +75,6 @@ class MicroAdam(KernelOptimizer):
         backend: str = "auto",
         capturable: bool = False,
     ) -> None:
-        if capturable:
-            raise ValueError("MicroAdam reads its step counters on the host; capturable must be False, got True")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         layout = {"window": window, "density": density, "block": block, "bucket": bucket}
         how = {"rounding": rounding, "bias_correction": bias_correction, "seed": seed}
@@ -142,23 +141,26 @@ class MicroAdam(KernelOptimizer):
 
         launch = batch.scratch.get("launch")
         if launch is None:
-            rows = [_lists(member) for member in batch.members]
+            capturable = self.defaults["capturable"]
+            rows = [_lists(member, capturable=capturable) for member in batch.members]
             ordinals = [part.ordinal for part in batch.parts]
-            launch = MicroAdamLaunch(rows, ordinals, layout=_layout(0, group), aligned=batch.aligned)
-            batch.scratch["launch"] = launch
-        launch(step=batch.step, hyper=_hyperparameters(group), seed=group["seed"], scale=grad_scale)
+            how = {"layout": _layout(0, group), "aligned": batch.aligned, "capturable": capturable}
+            launch = batch.scratch["launch"] = MicroAdamLaunch(rows, ordinals, **how)
+        hyper = _hyperparameters(group, on_device=self.defaults["capturable"])
+        launch(step=batch.step, hyper=hyper, seed=group["seed"], scale=grad_scale)
 
     def _step_torch(self, batch: Batch, group: dict[str, Any], grad_scale: GradScale) -> None:
         for member in batch.members:
+            step = batch.step or int(member.state["step"])
             parameter = member.parameter.contiguous().view(-1)
             micro_adam_step(
                 parameter,
                 member.gradient.reshape(-1),
                 {name: local_tensor(member.state[name]) for name in STATE_NAMES},
-                step=batch.step,
+                step=step,
                 layout=_layout(parameter.numel(), group),
                 hyper=_hyperparameters(group),
-                seed=mix_seed(group["seed"] & 0x7FFFFFFF, batch.step, member.ordinal),
+                seed=mix_seed(group["seed"] & 0x7FFFFFFF, step, member.ordinal),
                 scale=grad_scale,
                 dtype=torch.float64 if parameter.dtype == torch.float64 else torch.float32,
             )
@@ -166,8 +168,9 @@ class MicroAdam(KernelOptimizer):
                 member.parameter.copy_(parameter.view(member.parameter.shape))
 
 
-def _lists(member: Member) -> list[torch.Tensor]:
-    return [member.parameter, member.gradient, *(local_tensor(member.state[name]) for name in STATE_NAMES)]
+def _lists(member: Member, *, capturable: bool) -> list[torch.Tensor]:
+    names = (*STATE_NAMES, "step") if capturable else STATE_NAMES
+    return [member.parameter, member.gradient, *(local_tensor(member.state[name]) for name in names)]
 
 
 def _whole_blocks(shards: RowShards, group: dict[str, Any]) -> bool:
@@ -179,10 +182,10 @@ def _layout(numel: int, group: dict[str, Any]) -> Layout:
     return layout_of(numel, **{name: group[name] for name in _LAYOUT_NAMES})
 
 
-def _hyperparameters(group: dict[str, Any]) -> Hyperparameters:
-    first, second = group["betas"]
+def _hyperparameters(group: dict[str, Any], *, on_device: bool = False) -> Hyperparameters:
+    (first, second), lr = group["betas"], group["lr"]
     return Hyperparameters(
-        lr=float(group["lr"]),
+        lr=lr if on_device and isinstance(lr, torch.Tensor) else float(lr),
         betas=(float(first), float(second)),
         eps=group["eps"],
         weight_decay=group["weight_decay"],

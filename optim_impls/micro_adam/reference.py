@@ -15,10 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from optplan.optim_impls.micro_adam.codes import bucket_indices, decode, encode, pack, unpack
+from optplan.optim_impls.micro_adam.codes import bucket_indices, coarse, decode, encode, pack, unpack
 from optplan.optim_impls.micro_adam.layout import Layout, Part
 from optplan.optim_impls.micro_adam.selection import finite_blocks, select_largest
 from optplan.optim_impls.rounding import counter_hash
@@ -32,7 +33,7 @@ class Hyperparameters:
     """What a step needs besides tensors.
 
     Attributes:
-        lr: Learning rate.
+        lr: Learning rate: a number, or for capturable kernels a scalar on the device.
         betas: Decay of the first and of the second moment for each step of age.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled: parameters shrink by `lr x weight_decay`.
@@ -40,7 +41,7 @@ class Hyperparameters:
         rounding: `nearest` or `stochastic`, of the error feedback.
     """
 
-    lr: float
+    lr: Any
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -84,11 +85,13 @@ def micro_adam_step(
     for part in layout.parts():
         blocks = (part.count, part.numel)
         scaled = gradient[part.elements].view(blocks).to(dtype)
-        accumulated = (scaled if scale is None else scaled * scale) + _error(state, part, dtype=dtype)
+        scaled = coarse(scaled if scale is None else scaled * scale)
+        accumulated = coarse(scaled + _error(state, part, dtype=dtype))
         finite = finite_blocks(accumulated)
-        indices = select_largest(accumulated, part.num_selected, num_buckets=part.num_buckets)
+        indices = select_largest(accumulated, part.num_selected)
         _write_window(state, part, accumulated, indices, finite, row=(step - 1) % layout.window)
-        _write_error(state, part, accumulated.scatter(1, indices, 0), finite, seed=noise_seed)
+        residual, short = accumulated.scatter(1, indices, 0), part.numel < layout.block
+        _write_error(state, part, residual, finite, seed=noise_seed, with_zero=short)
         first, second = _moments(state, part, step=step, window=layout.window, betas=hyper.betas, dtype=dtype)
         first_correction, second_correction = hyper.corrections(step=step, window=layout.window)
         update = first_correction * first / ((second_correction * second).sqrt() + hyper.eps)
@@ -128,15 +131,16 @@ def _write_error(
     finite: torch.Tensor,
     *,
     seed: int | None,
+    with_zero: bool,
 ) -> None:
     """Quantize what was not selected; skipped blocks keep what they had."""
     bucket = bucket_indices(part.numel, part.num_buckets, device=residual.device)
-    noise: torch.Tensor | float = 0.5
+    noise = None
     if seed is not None:
         positions = torch.arange(part.elements.start, part.elements.stop, device=residual.device)
         noise = (counter_hash(positions, seed) >> 16).to(residual.dtype).view_as(residual) / 2**16
     residual = torch.where(finite, residual, 0)
-    codes, low, high = encode(residual, bucket, part.num_buckets, noise=noise)
+    codes, low, high = encode(residual, bucket, part.num_buckets, with_zero=with_zero, noise=noise)
     written = (("error_feedback", part.codes, pack(codes)), ("bucket_min", part.buckets, low))
     for name, piece, new in (*written, ("bucket_max", part.buckets, high)):
         old = state[name][piece].view(part.count, -1)

@@ -1,9 +1,10 @@
 """The second kernel of a step: rebuild the moments of the selected coordinates from the window, update them.
 
-One warp takes one block. It adds the window's rows, oldest first, into two sums for each coordinate. A row names a
+One warp takes one block. A bitmap of the coordinates in its window, in the scratchpad, gives each of them a rank, in
+ascending order: as many as the bitmap has marks before it. So the sums need room for what the window holds alone, and
+a parameter is read and written once, beside its neighbours. The window's rows are added oldest first; a row names a
 coordinate once, so that plain reads and writes with a barrier between rows need no atomics and give the same sums in
-every run. On a GPU the sums lie in shared memory, which Triton 3.6 has no scatter for; four lines of PTX do it. The
-interpreter runs the same algorithm over global memory.
+every run.
 """
 
 from __future__ import annotations
@@ -11,47 +12,33 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from optplan.optim_impls.micro_adam.select_kernels import COLUMNS, tail_selected
-from optplan.optim_impls.triton_math import INTERPRETED, tl_cast, tl_fp32, tl_pointer
-
-
-@triton.jit
-def _sums(scratch, SHARED: tl.constexpr, SIZE: tl.constexpr):
-    """Where the two sums of each coordinate are: an address in shared memory, or a piece of `scratch`."""
-    if INTERPRETED:
-        return scratch + tl.program_id(0) * (2 * SIZE)
-    else:
-        return tl.inline_asm_elementwise(SHARED, "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
-def _read(sums, index, mask):
-    if INTERPRETED:
-        return tl.load(sums + 2 * index, mask=mask, other=0.0), tl.load(sums + 2 * index + 1, mask=mask, other=0.0)
-    else:
-        return tl.inline_asm_elementwise(
-            "ld.shared.v2.f32 {$0, $1}, [$2];", "=f,=f,r", [sums + 8 * index],
-            dtype=(tl.float32, tl.float32), is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@triton.jit
-def _write(sums, index, first, second, mask):
-    if INTERPRETED:
-        tl.store(sums + 2 * index, first, mask=mask)
-        tl.store(sums + 2 * index + 1, second, mask=mask)
-    else:
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $4, 0; @p st.shared.v2.f32 [$1], {$2, $3}; mov.b32 $0, 0; }",
-            "=r,r,f,f,r", [sums + 8 * index, first, second, mask.to(tl.int32)],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
+from optplan.optim_impls.micro_adam.pairs import tl_popcount
+from optplan.optim_impls.micro_adam.scratchpad import (
+    tl_get,
+    tl_get_two,
+    tl_put,
+    tl_put_bits,
+    tl_put_two,
+    tl_scratchpad,
+)
+from optplan.optim_impls.micro_adam.select_kernels import NUM_LISTS, tail_selected
+from optplan.optim_impls.triton_math import tl_cast, tl_fp32, tl_load_scalar, tl_pointer
 
 
 @triton.jit
 def _row(matrix, rows, t):
     """Row `t` of a matrix whose first axis lies within threads: no instruction at all."""
     return tl.sum(tl.where(rows == t, matrix, 0), axis=0)
+
+
+@triton.jit
+def _float(bits):
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _bits(x):
+    return x.to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -69,17 +56,48 @@ def _shrink(parameter, num_valid, decay, SIZE: tl.constexpr, P_DTYPE: tl.constex
 
 
 @triton.jit
+def _rank(pad, index, live, SIZE: tl.constexpr):
+    """The rank of each live coordinate, and how many there are: marks of the bitmap, summed word by word."""
+    word = tl.arange(0, SIZE // 32)
+    everywhere = word >= 0
+    tl_put_two(pad, 2 * word, word * 0, word * 0, everywhere)
+    tl.debug_barrier()
+    tl_put_bits(pad, 2 * (index >> 5), 1 << (index & 31), live)
+    tl.debug_barrier()
+    counts = tl_popcount(tl_get(pad, 2 * word, everywhere))
+    tl_put(pad, 2 * word + 1, tl.cumsum(counts, axis=0) - counts, everywhere)
+    tl.debug_barrier()
+    marks, before = tl_get_two(pad, 2 * (index >> 5), live)
+    return before + tl_popcount(marks & ((1 << (index & 31)) - 1)), tl.sum(counts, axis=0)
+
+
+@triton.jit
+def _add_rows(pad, start, rank, live, first, second, time, num_ranks, WINDOW: tl.constexpr, CAPACITY: tl.constexpr):
+    """Sum over the rows for each rank, from word `start` of the scratchpad."""
+    slot = tl.arange(0, CAPACITY)
+    tl_put_two(pad, start + 2 * slot, slot * 0, slot * 0, slot < num_ranks)
+    tl.debug_barrier()
+    for t in tl.static_range(WINDOW):
+        at, alive = _row(rank, time, t), _row(live.to(tl.int32), time, t) != 0
+        sum1, sum2 = tl_get_two(pad, start + 2 * at, alive)
+        sum1, sum2 = _float(sum1) + _row(first, time, t), _float(sum2) + _row(second, time, t)
+        tl_put_two(pad, start + 2 * at, _bits(sum1), _bits(sum2), alive)
+        tl.debug_barrier()
+
+
+@triton.jit
 def _update_block(
-    parameter, indices, values, scratch, slot, filled, num_valid, num_selected,
+    pad, parameter, indices, values, slot, filled, num_valid, num_selected,
     lr, decay, log2_beta1, log2_beta2, correction1, correction2, eps,
-    SIZE: tl.constexpr, WINDOW: tl.constexpr, WP: tl.constexpr, KP: tl.constexpr, P_DTYPE: tl.constexpr,
-    DECAY: tl.constexpr, SHARED: tl.constexpr,
+    SIZE: tl.constexpr, WINDOW: tl.constexpr, WP: tl.constexpr, KP: tl.constexpr, CAPACITY: tl.constexpr,
+    P_DTYPE: tl.constexpr, DECAY: tl.constexpr,
 ):  # fmt: skip
-    """One block; all pointers are its own."""
+    """One block; all pointers are its own. The scratchpad: bitmap and ranks, coordinates by rank, sums by rank."""
     time = tl.arange(0, WP)[:, None]  # the oldest row is 0, the newest WINDOW - 1
     entry = tl.arange(0, KP)[None, :]
     age = WINDOW - 1 - time
-    row = (slot + 1 + time) % WINDOW
+    row = slot + 1 + time
+    row = tl.where(row >= WINDOW, row - WINDOW, row)
     place = row * num_selected + entry
     live = (age >= 0) & (age < filled) & (entry < num_selected)
     index = tl.load(indices + place, mask=live, other=-1).to(tl.int32)
@@ -88,37 +106,42 @@ def _update_block(
     if took_part:
         live = live & (index >= 0)
         index = tl.where(live, index, 0)
-        old = tl_fp32(tl.load(parameter + index, mask=live, other=0.0))
+        rank, num_ranks = _rank(pad, index, live, SIZE)
         weight = age.to(tl.float32)
         first, second = tl.exp2(weight * log2_beta1) * value, tl.exp2(weight * log2_beta2) * (value * value)
-        sums = _sums(scratch, SHARED, SIZE)
-        _write(sums, index, first * 0.0, first * 0.0, live)
-        tl.debug_barrier()
-        for t in tl.static_range(WINDOW):
-            at, alive = _row(index, time, t), _row(live.to(tl.int32), time, t) != 0
-            sum1, sum2 = _read(sums, at, alive)
-            _write(sums, at, sum1 + _row(first, time, t), sum2 + _row(second, time, t), alive)
-            tl.debug_barrier()
-        sum1, sum2 = _read(sums, index, live)
-        update = (correction1 * sum1) / (tl.sqrt(correction2 * sum2) + eps)
+        tl_put(pad, SIZE // 16 + rank, index, live)
+        _add_rows(pad, SIZE // 16 + CAPACITY, rank, live, first, second, time, num_ranks, WINDOW, CAPACITY)
+        ranks = tl.arange(0, CAPACITY)
+        alive = ranks < num_ranks
+        at = tl.where(alive, tl_get(pad, SIZE // 16 + ranks, alive), 0)
+        sum1, sum2 = tl_get_two(pad, SIZE // 16 + CAPACITY + 2 * ranks, alive)
+        old = tl_fp32(tl.load(parameter + at, mask=alive, other=0.0))
+        update = (correction1 * _float(sum1)) / (tl.sqrt(correction2 * _float(sum2)) + eps)
         if DECAY:
             _shrink(parameter, num_valid, decay, SIZE, P_DTYPE)
-        # Every parameter is read before any is written: rows that share a coordinate then store the same number.
-        tl.debug_barrier()
-        tl.store(parameter + index, tl_cast(decay * old - lr * update, P_DTYPE), mask=live)
+            tl.debug_barrier()
+        tl.store(parameter + at, tl_cast(decay * old - lr * update, P_DTYPE), mask=alive)
+
+
+@triton.jit
+def _correction(numerator, log2_beta, age):
+    """In fp64: 1 - beta^age loses its digits in fp32 while beta^age is near 1."""
+    exponent = age.to(tl.float64) * log2_beta.to(tl.float64) * 0.6931471805599453
+    return (numerator / (1.0 - tl.exp(exponent))).to(tl.float32)
 
 
 @triton.jit(
     do_not_specialize=[
-        "slot", "filled", "lr", "decay", "log2_beta1", "log2_beta2", "correction1", "correction2", "eps"
+        "slot", "filled", "lr", "weight_decay", "decay", "log2_beta1", "log2_beta2", "correction1", "correction2", "eps"
     ]
 )  # fmt: skip
 def update_kernel(
     rows, chunk_offset, chunk_row, scratch, slot, filled,
-    lr, decay, log2_beta1, log2_beta2, correction1, correction2, eps,
+    lr, weight_decay, decay, log2_beta1, log2_beta2, correction1, correction2, eps,
     SIZE: tl.constexpr, WINDOW: tl.constexpr, WP: tl.constexpr, SELECTED: tl.constexpr, KP: tl.constexpr,
-    NUMERATOR: tl.constexpr, DENOMINATOR: tl.constexpr, P_DTYPE: tl.constexpr, DECAY: tl.constexpr,
-    SHARED: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
+    CAPACITY: tl.constexpr, NUMERATOR: tl.constexpr, DENOMINATOR: tl.constexpr, P_DTYPE: tl.constexpr,
+    DECAY: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, PAD: tl.constexpr, CAPTURABLE: tl.constexpr,
+    LR_ON_DEVICE: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Update every block of a batch.
 
@@ -126,19 +149,34 @@ def update_kernel(
         rows: The launch table, as in `select_kernel`.
         chunk_offset: First element of each chunk.
         chunk_row: Tensor of each chunk.
-        scratch: fp32 `[programs, SIZE, 2]` for the interpreter.
+        scratch: int32 `[programs, SIZE / 16 + 3 CAPACITY]` for the interpreter.
         slot: Newest row of the window.
         filled: Rows written so far.
         decay: What weight decay leaves of a parameter.
         WP: `WINDOW` rounded up to a power of two.
+        KP: `SELECTED` rounded up to a power of two, at least a warp.
+        CAPACITY: Entries of a window, rounded up to a power of two.
         DECAY: Whether all parameters change, not only the selected.
-        SHARED: PTX that declares the shared memory and yields its address.
+        PAD: PTX that declares the scratchpad.
+        CAPTURABLE: Whether what depends on the step follows from the tensor's counter, which is in its row of the
+            table; the corrections are then their numerators.
+        LR_ON_DEVICE: Whether `lr` is a pointer.
+        FULL: Whether the correction counts all steps, not only those in the window.
     """
+    COLUMNS: tl.constexpr = NUM_LISTS + CAPTURABLE + 2
     chunk = tl.program_id(0) // (CHUNK // SIZE)
     row = tl.load(chunk_row + chunk).to(tl.int64)
-    numel = tl.load(rows + row * COLUMNS + 7)
+    numel = tl.load(rows + row * COLUMNS + COLUMNS - 2)
     first = tl.load(chunk_offset + chunk) + (tl.program_id(0) % (CHUNK // SIZE)) * SIZE
     if first < numel:
+        if CAPTURABLE:
+            step = tl.load(tl_pointer(rows, row, NUM_LISTS, COLUMNS, tl.float32, False)).to(tl.int32)
+            slot, filled = (step - 1) % WINDOW, tl.minimum(step, WINDOW)
+            age = step if FULL else filled
+            correction1 = _correction(correction1, log2_beta1, age)
+            correction2 = _correction(correction2, log2_beta2, age)
+            lr = tl_load_scalar(lr, LR_ON_DEVICE)
+            decay = 1.0 - lr * weight_decay
         block = first // SIZE
         parameter = tl_pointer(rows, row, 0, COLUMNS, P_DTYPE, ALIGNED) + tl.multiple_of(first, 16)
         indices = tl_pointer(rows, row, 5, COLUMNS, tl.int16, ALIGNED) + block * (WINDOW * SELECTED)
@@ -146,7 +184,7 @@ def update_kernel(
         left = tl.minimum(numel - first, SIZE).to(tl.int32)
         selected = tl.where(left == SIZE, SELECTED, tail_selected(left, NUMERATOR, DENOMINATOR))
         _update_block(
-            parameter, indices, values, scratch, slot, filled, left, selected,
-            lr, decay, log2_beta1, log2_beta2, correction1, correction2, eps,
-            SIZE, WINDOW, WP, KP, P_DTYPE, DECAY, SHARED,
+            tl_scratchpad(scratch, PAD, SIZE // 16 + 3 * CAPACITY), parameter, indices, values, slot, filled,
+            left, selected, lr, decay, log2_beta1, log2_beta2, correction1, correction2, eps,
+            SIZE, WINDOW, WP, KP, CAPACITY, P_DTYPE, DECAY,
         )  # fmt: skip

@@ -90,6 +90,11 @@ def num_buckets(numel: int, *, block: int, bucket: int) -> int:
     return full * (block // bucket) + min(block // bucket, -(-tail // RUN_NUMEL))
 
 
+def num_codes(numel: int) -> int:
+    """Bytes of the error feedback: half a byte for each element of every run begun."""
+    return -(-numel // RUN_NUMEL) * RUN_NUMEL // 2
+
+
 class MicroAdam(OptimizerModel):
     """Our MicroAdam: window and error feedback, no moments."""
 
@@ -119,7 +124,9 @@ class MicroAdam(OptimizerModel):
         entries, ranges = f"{window} rows x ({selection.why})", f"{numel} elements in buckets of {bucket}"
         return (
             step_counter("cpu"),
-            tensor("error_feedback", (-(-numel // 2),), "uint8", why=f"{numel} codes of 4 bits"),
+            tensor(
+                "error_feedback", (num_codes(numel),), "uint8", why=f"codes of 4 bits for runs of 8, {numel} elements"
+            ),
             tensor("bucket_min", buckets, "bfloat16", why=ranges),
             tensor("bucket_max", buckets, "bfloat16", why=ranges),
             tensor("window_indices", (window * selection.num_selected,), "int16", why=entries),

@@ -55,11 +55,11 @@ class NaiveMicroAdam:
         num_buckets = min(BLOCK // BUCKET, -(-size // 8))
         for bucket in range(num_buckets):
             members = [i for i in range(size) if i // 8 % num_buckets == bucket]
-            low = _outward(min(residual[members]), up=False)
-            high = _outward(max(residual[members]), up=True)
+            ends = [*residual[members], *([0.0] if size < BLOCK else [])]
+            low, high = _outward(min(ends), up=False), _outward(max(ends), up=True)
             unit = (high - low) / 15
             for i in members:
-                code = math.floor((residual[i] - low) / unit + 0.5) if unit else 0
+                code = round((residual[i] - low) * (15 / (high - low))) if unit else 0
                 self.error[start + i] = low + code * unit
 
     def _update(self) -> None:

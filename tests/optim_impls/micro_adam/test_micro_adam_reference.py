@@ -35,18 +35,21 @@ def test_float64_steps_equal_the_oracle(numel: int, num_steps: int, decay: float
     np.testing.assert_allclose(parameter.detach().numpy(), naive.parameter, rtol=0, atol=1e-12)
 
 
-def test_float32_keeps_to_float64_over_100_steps() -> None:
-    start = torch.randn(2100, generator=torch.Generator().manual_seed(0))
-    ends = []
-    for dtype in (torch.float32, torch.float64):
-        parameter = torch.nn.Parameter(start.to(dtype, copy=True))
-        optimizer = MicroAdam([parameter], lr=0.01, backend="torch")
-        for gradient in _gradients(2100, 100):
-            parameter.grad = torch.from_numpy(gradient).to(dtype)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_100_steps_come_as_far_as_in_float64(dtype: torch.dtype) -> None:
+    # A code on the edge of rounding falls either way, and from then on selections differ now and then; but as much of
+    # the way to the target is made.
+    target = torch.randn(2100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    left = []
+    for kind in (dtype, torch.float64):
+        parameter = torch.nn.Parameter(torch.zeros(2100, dtype=kind))
+        optimizer = MicroAdam([parameter], lr=0.1, backend="torch", density=0.02)
+        for noise in _gradients(2100, 100):
+            parameter.grad = (parameter.detach().double() - target + 0.1 * torch.from_numpy(noise)).to(kind)
             optimizer.step()
-        ends.append(parameter.detach().double() - start)
-    # A code on the edge of rounding falls either way, and from then on selections differ now and then.
-    assert (ends[0] - ends[1]).norm() < 0.5 * ends[1].norm()
+        left.append(float((parameter.detach().double() - target).norm() / target.norm()))
+    assert left[1] < 0.9
+    assert left[0] < 1.05 * left[1]
 
 
 def _one(numel: int = 300, **options: Any) -> tuple[torch.nn.Parameter, MicroAdam]:
@@ -83,8 +86,8 @@ def test_what_is_selected_leaves_nothing_but_the_code_of_zero() -> None:
     state = optimizer.state[parameter]
     low, high = state["bucket_min"].float(), state["bucket_max"].float()
     assert (low.item(), high.item()) == (-1.0, 1.0)
-    # Zero lies between codes 7 and 8: (0 + 1) x 15 / 2 = 7.5, which rounds up.
-    assert state["error_feedback"][5] & 15 == 8
+    # Zero lies between codes 7 and 8: (0 + 1) x 15 / 2 = 7.5, which rounds to even. Element 10 is the third of its run.
+    assert state["error_feedback"][4] >> 4 == 8
 
 
 @pytest.mark.parametrize("gradient", [0.0, 0.5])
@@ -93,9 +96,8 @@ def test_constant_gradients(gradient: float) -> None:
     for _ in range(3):
         parameter.grad = torch.full((100,), gradient)
         optimizer.step()
-    # The lowest index each time, but of a fresh bucket (every eighth): where one was selected, the highest level of the
-    # range from 0 lies a hair below the constant.
-    assert parameter.nonzero().flatten().tolist() == ([] if gradient == 0 else [0, 8, 16])
+    # The lowest index each time: what is left of an element already selected is less.
+    assert parameter.nonzero().flatten().tolist() == ([] if gradient == 0 else [0, 1, 2])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e38])
