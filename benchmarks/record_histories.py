@@ -1,6 +1,6 @@
 """Record what torch's CUDA caching allocator does on a real GPU, event by event.
 
-    python benchmarks/record_histories.py --out DIRECTORY [--only NAME] [--workers 8]
+    python benchmarks/record_histories.py --out DIRECTORY [--only NAME ...] [--workers 8]
 
 Each case runs in a process of its own under its own `PYTORCH_CUDA_ALLOC_CONF` and is saved as `NAME.json.gz`: the
 snapshot with the whole history, as `torch.cuda.memory._snapshot()` returns it, and
@@ -69,13 +69,14 @@ CASES = {
     "streams_full": Case(num_streams=2, fraction=0.007, num_operations=900),
     "streams_expandable": Case("expandable_segments:True", num_streams=3, num_operations=900),
     "large_segments": Case("large_segment_size_mb:40"),
-    "device_full": Case(num_operations=300, largest_bytes=40_000 * MIB, live_bytes=200_000 * MIB, alone=True),
+    "device_full": Case(num_operations=300, largest_bytes=80_000 * MIB, live_bytes=200_000 * MIB, alone=True),
     "device_full_expandable": Case(
         "expandable_segments:True", num_operations=300, largest_bytes=40_000 * MIB, live_bytes=200_000 * MIB, alone=True
     ),
     "training": Case(training=True),
     "training_expandable": Case("expandable_segments:True", training=True),
     "training_full": Case("max_split_size_mb:64", fraction=0.0042, training=True),
+    "training_retries": Case("max_split_size_mb:64", fraction=0.0066, training=True),
 }
 
 
@@ -267,7 +268,7 @@ def main() -> int:
     """Record the cases asked for; the number that failed decides the exit status."""
     parser = argparse.ArgumentParser(description="Record allocator histories on a CUDA GPU.")
     parser.add_argument("--out", type=Path, required=True, help="directory to write to")
-    parser.add_argument("--only", help="this case alone")
+    parser.add_argument("--only", nargs="*", help="these cases alone")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--workers", type=int, default=8, help="cases recorded at the same time")
     options = parser.parse_args()
@@ -275,7 +276,7 @@ def main() -> int:
     if options.case is not None:
         save_case(options.case, options.out)
         return 0
-    names = [name for name in CASES if options.only in (None, name)]
+    names = [name for name in CASES if options.only is None or name in options.only]
     num_failed = 0
     for alone, workers in ((False, options.workers), (True, 1)):
         chosen = [name for name in names if CASES[name].alone is alone]
