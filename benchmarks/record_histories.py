@@ -69,14 +69,13 @@ CASES = {
     "streams_full": Case(num_streams=2, fraction=0.007, num_operations=900),
     "streams_expandable": Case("expandable_segments:True", num_streams=3, num_operations=900),
     "large_segments": Case("large_segment_size_mb:40"),
-    "device_full": Case(num_operations=300, largest_bytes=80_000 * MIB, live_bytes=200_000 * MIB, alone=True),
+    "device_full": Case(num_operations=300, largest_bytes=40_000 * MIB, live_bytes=200_000 * MIB, alone=True),
     "device_full_expandable": Case(
         "expandable_segments:True", num_operations=300, largest_bytes=40_000 * MIB, live_bytes=200_000 * MIB, alone=True
     ),
     "training": Case(training=True),
     "training_expandable": Case("expandable_segments:True", training=True),
     "training_full": Case("max_split_size_mb:64", fraction=0.0042, training=True),
-    "training_retries": Case("max_split_size_mb:64", fraction=0.0066, training=True),
 }
 
 
