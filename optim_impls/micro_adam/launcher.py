@@ -14,7 +14,7 @@ import triton.language as tl
 from optplan.optim_impls.launch import TableImage
 from optplan.optim_impls.micro_adam.layout import RUN_NUMEL, Layout, layout_of
 from optplan.optim_impls.micro_adam.reference import Hyperparameters
-from optplan.optim_impls.micro_adam.scratchpad import SHARED
+from optplan.optim_impls.micro_adam.scratchpad_kernels import SHARED
 from optplan.optim_impls.micro_adam.select_kernels import select_kernel
 from optplan.optim_impls.micro_adam.update_kernels import update_kernel
 from optplan.optim_impls.optimizer_base import GradScale, interpreted

@@ -51,8 +51,8 @@ class MicroAdam(KernelOptimizer):
         bias_correction: `full` as in the paper, or `window`: by the weights the window really holds.
         seed: Of stochastic rounding.
         backend: `triton`, `torch`, or `auto`.
-        capturable: Keep step counters on the device, so that a CUDA graph may record `step()`; `lr` may then be a scalar
-            there. What the kernels do not take still reads its counter on the host.
+        capturable: Keep step counters on the device, so that a CUDA graph may record `step()`; `lr` may then be a
+            scalar there. For what the kernels do not take, the host reads the counter.
 
     Source: Modoranu et al., MicroAdam, NeurIPS 2024, arXiv 2405.15593.
     """

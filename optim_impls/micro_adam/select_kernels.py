@@ -10,23 +10,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from optplan.optim_impls.micro_adam.pairs import (
+from optplan.optim_impls.micro_adam.error_kernels import (
+    tl_accumulate,
+    tl_load_gradient,
+    tl_reload,
+    tl_spread_ranges,
+    tl_unit,
+    tl_write_error,
+)
+from optplan.optim_impls.micro_adam.pair_kernels import (
     MAGNITUDES,
-    tl_add_pairs,
     tl_at_least,
-    tl_fma_pairs,
-    tl_lower,
-    tl_max_of_pairs,
-    tl_min_of_pairs,
-    tl_pair,
     tl_popcount,
     tl_spread_codes,
-    tl_subtract_pairs,
     tl_twice,
-    tl_upper,
 )
-from optplan.optim_impls.micro_adam.scratchpad import tl_get, tl_put, tl_scratchpad
-from optplan.optim_impls.micro_adam.threshold import (
+from optplan.optim_impls.micro_adam.scratchpad_kernels import tl_get, tl_put, tl_scratchpad
+from optplan.optim_impls.micro_adam.threshold_kernels import (
     BOTH,
     tl_break_ties,
     tl_count_marks,
@@ -37,55 +37,11 @@ from optplan.optim_impls.micro_adam.threshold import (
     tl_search,
     tl_smallest,
 )
-from optplan.optim_impls.triton_math import (
-    INTERPRETED,
-    tl_bf16,
-    tl_fp32,
-    tl_hash,
-    tl_load_scalar,
-    tl_mix_seed,
-    tl_pointer,
-)
+from optplan.optim_impls.triton_math import tl_bf16, tl_fp32, tl_load_scalar, tl_mix_seed, tl_pointer
 
 LARGEST_BITS: tl.constexpr = tl.constexpr(0x7B80)  # 2^120 in bf16
-SMALLEST_RANGE: tl.constexpr = tl.constexpr(1e-30)
 NUM_LISTS: tl.constexpr = tl.constexpr(7)  # pointers of a table row, without the step counter of a capturable one
 UNRANKED: tl.constexpr = tl.constexpr(-0x407F4080)  # -1 twice: no element at all, below every threshold
-BIASES: tl.constexpr = tl.constexpr(0x43004300)  # 128 twice: the bf16 numbers whose last bit counts ones
-CODE_BIASES: tl.constexpr = tl.constexpr((0x43004300 * 0x1111 + 2**31) % 2**32 - 2**31)
-
-
-@triton.jit
-def _unit(low, high):
-    """The step of a bucket's levels as bf16, and what takes 128 of them away."""
-    unit = tl_lower(tl_twice((high - low) * (1.0 / 15.0)))
-    return tl_twice(unit), tl_twice(-128.0 * unit)
-
-
-@triton.jit
-def _accumulate(gradient, codes, unit, minus, low):
-    """Gradient plus error feedback, all pairs; `codes` are 128 + code."""
-    return tl_add_pairs(gradient, tl_add_pairs(tl_fma_pairs(codes, unit, minus), low))
-
-
-@triton.jit
-def _load_gradient(
-    gradient, run, num_valid, factor, RUNS: tl.constexpr, LANES: tl.constexpr,
-    PAIRED: tl.constexpr, HAS_FACTOR: tl.constexpr, TAIL: tl.constexpr,
-):  # fmt: skip
-    """The gradient as pairs; 0 where there is none."""
-    if PAIRED:
-        return tl.load(gradient.to(tl.pointer_type(tl.int32)) + (run * 4 + tl.arange(0, 4)[None, None, :]))
-    else:
-        place = run * 8 + tl.arange(0, 8)[None, None, :]
-        if TAIL:
-            x = tl_fp32(tl.load(gradient + place, mask=place < num_valid, other=0.0))
-        else:
-            x = tl_fp32(tl.load(gradient + place))
-        if HAS_FACTOR:
-            x = x * factor
-        lower, upper = tl.split(tl.reshape(x, (LANES, RUNS, 4, 2)))
-        return tl_pair(lower, upper)
 
 
 @triton.jit
@@ -105,21 +61,6 @@ def _compact(pad, first, second, lane, LANES: tl.constexpr):
         slot += 1
         left -= 1
     tl.debug_barrier()
-
-
-@triton.jit
-def _reload(gradient, codes, minima, maxima, place, taken, factor, BUCKETS: tl.constexpr, HAS_FACTOR: tl.constexpr):
-    """The accumulated gradient of single elements, bit by bit as in the block, as pairs of a number and itself."""
-    x = tl_fp32(tl.load(gradient + place, mask=taken, other=0.0))
-    if HAS_FACTOR:
-        x = x * factor
-    run, j = place // 8, place % 8
-    word = tl.load(codes + run, mask=taken, other=0)
-    code = (word >> (4 * (j >> 1) + 16 * (j & 1))) & 15
-    low = tl_fp32(tl.load(minima + run % BUCKETS, mask=taken, other=0.0))
-    high = tl_fp32(tl.load(maxima + run % BUCKETS, mask=taken, other=0.0))
-    unit, minus = _unit(low, high)
-    return _accumulate(tl_twice(x), code * BOTH + BIASES, unit, minus, tl_twice(low))
 
 
 @triton.jit
@@ -147,7 +88,7 @@ def _write_row(
     entry = tl.arange(0, CAPACITY)
     taken = entry < count
     place = tl.where(taken, tl_get(pad, entry, taken), 0)
-    a = _reload(gradient, codes, minima, maxima, place, taken, factor, BUCKETS, HAS_FACTOR)
+    a = tl_reload(gradient, codes, minima, maxima, place, taken, factor, BUCKETS, HAS_FACTOR)
     keys = tl.where(taken, ((a & 0x7FFF) << 16) | (0xFFFF - place), -1)
     rank = _ranks(pad, keys, CAPACITY)
     selected = rank < wanted
@@ -177,78 +118,6 @@ def _residual(a, ranked, run, bound, tied, last):
 
 
 @triton.jit
-def _range(e, LANES: tl.constexpr, BUCKETS: tl.constexpr):
-    """Smallest and largest of each bucket, fp32 `[BUCKETS]`."""
-    least, most = tl_min_of_pairs(tl_min_of_pairs(e, 2), 1), tl_max_of_pairs(tl_max_of_pairs(e, 2), 1)
-    low, high = tl.minimum(tl_lower(least), tl_upper(least)), tl.maximum(tl_lower(most), tl_upper(most))
-    if LANES > BUCKETS:
-        low = tl.min(tl.reshape(low, (LANES // BUCKETS, BUCKETS)), axis=0)
-        high = tl.max(tl.reshape(high, (LANES // BUCKETS, BUCKETS)), axis=0)
-    return low, high
-
-
-@triton.jit
-def _spread(x, LANES: tl.constexpr, BUCKETS: tl.constexpr):
-    """A number of each bucket for each lane, `[LANES, 1, 1]`."""
-    if LANES > BUCKETS:
-        x = tl.reshape(tl.broadcast_to(x[None, :], (LANES // BUCKETS, BUCKETS)), (LANES,))
-    return x[:, None, None]
-
-
-@triton.jit
-def _encode(e, low, span, noise_seed, position, run, STOCHASTIC: tl.constexpr):
-    """The eight codes of each run as an int32 `[LANES, RUNS]`.
-
-    Adding 128 leaves the code in the last bits of a bf16 number. Four such in a row, 4 bits apart, make the word; what
-    their upper bits add to it is the same for all.
-    """
-    inverse = tl.where(span > SMALLEST_RANGE, tl.div_rn(15.0, span), 0.0)
-    above = tl_subtract_pairs(e, tl_twice(low))
-    pair = tl.arange(0, 4)[None, None, :]
-    if STOCHASTIC:
-        rounded = tl_lower(tl_twice(inverse))
-        place = position + run * 8 + 2 * pair
-        lower = tl_lower(above) * rounded + _noise(place, noise_seed)
-        upper = tl_upper(above) * rounded + _noise(place + 1, noise_seed)
-        codes = tl.minimum(lower.to(tl.int32), 15) | (tl.minimum(upper.to(tl.int32), 15) << 16)
-        return tl.sum(codes << (4 * pair), axis=2)
-    else:
-        codes = tl_fma_pairs(above, tl_twice(inverse), tl.full(above.shape, BIASES, tl.int32))
-        return tl.sum(codes << (4 * pair), axis=2) - CODE_BIASES
-
-
-@triton.jit
-def _noise(place, seed):
-    return (tl_hash(place, seed) >> 16).to(tl.int32).to(tl.float32) * (1.0 / 65536)
-
-
-@triton.jit
-def _write_error(
-    e, codes, minima, maxima, run, seed, position, num_valid,
-    RUNS: tl.constexpr, LANES: tl.constexpr, BUCKETS: tl.constexpr, STOCHASTIC: tl.constexpr, TAIL: tl.constexpr,
-):  # fmt: skip
-    """Quantize what was not selected."""
-    low, high = _range(e, LANES, BUCKETS)
-    if TAIL:
-        low, high = tl.minimum(low, 0.0), tl.maximum(high, 0.0)
-    wide = _spread(low, LANES, BUCKETS)
-    word = _encode(e, wide, _spread(high, LANES, BUCKETS) - wide, seed, position, run, STOCHASTIC)
-    bucket = tl.arange(0, BUCKETS)
-    first = tl.reshape(run, (LANES, RUNS)) * 8
-    words = codes + first // 8
-    if TAIL:
-        left = tl.minimum(tl.maximum(num_valid - first, 0), 8)
-        of_elements = ((1 << 4 * ((left + 1) // 2)) - 1) | (((1 << 4 * (left // 2)) - 1) << 16)
-        tl.store(words, word & of_elements, mask=left > 0)
-        tl.store(minima + bucket, tl_bf16(low), mask=bucket * 8 < num_valid)
-        tl.store(maxima + bucket, tl_bf16(high), mask=bucket * 8 < num_valid)
-    else:
-        tl.store(words, word)
-        tl.store(minima + bucket, tl_bf16(low))
-        tl.store(maxima + bucket, tl_bf16(high))
-
-
-@triton.jit
 def _select_block(
     pad, gradient, codes, minima, maxima, indices, values, factor, seed, position, num_valid, wanted,
     RUNS: tl.constexpr, LANES: tl.constexpr, BUCKETS: tl.constexpr, CAPACITY: tl.constexpr, PAIRED: tl.constexpr,
@@ -259,7 +128,7 @@ def _select_block(
     lane, bucket = tl.arange(0, LANES), tl.arange(0, BUCKETS)
     run2 = tl.arange(0, RUNS)[None, :] * LANES + lane[:, None]
     run = run2[:, :, None]
-    g = _load_gradient(gradient, run, num_valid, factor, RUNS, LANES, PAIRED, HAS_FACTOR, TAIL)
+    g = tl_load_gradient(gradient, run, num_valid, factor, RUNS, LANES, PAIRED, HAS_FACTOR, TAIL)
     if TAIL:
         used = bucket * 8 < num_valid
         word = tl.load(codes + run2, mask=run2 * 8 < num_valid, other=0)
@@ -268,9 +137,9 @@ def _select_block(
     else:
         word = tl.load(codes + run2)
         low, high = tl.load(minima + bucket), tl.load(maxima + bucket)
-    old_low, old_high = _spread(tl_fp32(low), LANES, BUCKETS), _spread(tl_fp32(high), LANES, BUCKETS)
-    unit, minus = _unit(old_low, old_high)
-    a = _accumulate(g, tl_spread_codes(word[:, :, None]), unit, minus, tl_twice(old_low))
+    old_low, old_high = tl_spread_ranges(tl_fp32(low), LANES, BUCKETS), tl_spread_ranges(tl_fp32(high), LANES, BUCKETS)
+    unit, minus = tl_unit(old_low, old_high)
+    a = tl_accumulate(g, tl_spread_codes(word[:, :, None]), unit, minus, tl_twice(old_low))
     if TAIL:
         place = run * 8 + 2 * tl.arange(0, 4)[None, None, :]
         valid = tl.where(place < num_valid, 0xFFFF, 0) | tl.where(place + 1 < num_valid, -65536, 0)
@@ -301,7 +170,7 @@ def _select_block(
         if left_out >> 16 == smallest >> 16:
             last, tied = 0xFFFF - (smallest & 0xFFFF), top >= 0
         e = _residual(a, ranked, run, smallest >> 16, tied, last)
-        _write_error(e, codes, minima, maxima, run, seed, position, num_valid, RUNS, LANES, BUCKETS, STOCHASTIC, TAIL)
+        tl_write_error(e, codes, minima, maxima, run, seed, position, num_valid, RUNS, LANES, BUCKETS, STOCHASTIC, TAIL)
     else:
         entry = tl.arange(0, CAPACITY)
         tl.store(indices + entry, tl.full((CAPACITY,), -1, tl.int16), mask=entry < wanted)
@@ -372,7 +241,7 @@ def select_kernel(
         key = seed
         if STOCHASTIC:
             key = tl_mix_seed(seed, step, tl.load(rows + row * COLUMNS + COLUMNS - 1).to(tl.int32))
-        paired: tl.constexpr = G_DTYPE == tl.bfloat16 and ALIGNED and FACTOR == 0 and not TAIL
+        paired: tl.constexpr = tl.bfloat16 == G_DTYPE and ALIGNED and FACTOR == 0 and not TAIL
         _select_block(
             tl_scratchpad(scratch, PAD, 2 * CAPACITY), gradient, codes, minima, maxima, indices, values,
             tl_load_scalar(factor, FACTOR == 2), key, first, left, selected,

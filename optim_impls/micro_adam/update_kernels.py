@@ -12,8 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from optplan.optim_impls.micro_adam.pairs import tl_popcount
-from optplan.optim_impls.micro_adam.scratchpad import (
+from optplan.optim_impls.micro_adam.pair_kernels import tl_popcount
+from optplan.optim_impls.micro_adam.scratchpad_kernels import (
     tl_get,
     tl_get_two,
     tl_put,

@@ -53,6 +53,7 @@ def tl_twice(x):
 
 @triton.jit
 def tl_add_pairs(a, b):
+    """Sums, rounded to nearest even."""
     if INTERPRETED:
         return tl_pair(tl_lower(a) + tl_lower(b), tl_upper(a) + tl_upper(b))
     else:
@@ -63,12 +64,13 @@ def tl_add_pairs(a, b):
 
 @triton.jit
 def tl_subtract_pairs(a, b):
+    """Differences, rounded to nearest even."""
     return tl_add_pairs(a, b ^ -2147450880)  # 0x80008000: both signs
 
 
 @triton.jit
 def tl_fma_pairs(a, b, c):
-    """a b + c, rounded once; in the interpreter for products and sums that fp32 holds exactly or rounds innocently."""
+    """The sums `a b + c`, rounded once; in the interpreter only where fp32 holds the sum, as it does for codes."""
     if INTERPRETED:
         return tl_pair(tl_lower(a) * tl_lower(b) + tl_lower(c), tl_upper(a) * tl_upper(b) + tl_upper(c))
     else:

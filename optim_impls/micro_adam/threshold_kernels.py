@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from optplan.optim_impls.micro_adam.pairs import tl_at_least, tl_max_of_bits, tl_popcount
+from optplan.optim_impls.micro_adam.pair_kernels import tl_at_least, tl_max_of_bits, tl_popcount
 from optplan.optim_impls.triton_math import INTERPRETED
 
 BOTH: tl.constexpr = tl.constexpr(0x00010001)
