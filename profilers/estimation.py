@@ -14,7 +14,7 @@ from optplan.planner.timeline import Timeline
 from optplan.planner.workload import StepPeaks, Workload, step_options
 from optplan.profilers.tracing.optimizers import optimizer_factory
 from optplan.profilers.tracing.runs import ORDERS, OptimizerPart, SimulatedRun
-from optplan.profilers.tracing.trace import Trace, TracedStep
+from optplan.profilers.tracing.trace import RunSettings, Trace, TracedStep
 from optplan.profilers.workloads.source import ModelSource, find_source
 
 Progress = Callable[[str], None]
@@ -82,6 +82,11 @@ class TracedWorkload(Workload):
         self._source = source
         self._progress = progress
         self._searches = searches
+        self._settings = RunSettings(
+            clip_grad_norm=request.config.clip_grad_norm,
+            empties_cache=request.config.empty_cache,
+            allocator=request.allocator_settings,
+        )
         self._traced: dict[int, TracedStep] = {}
         self._parts: dict[OptimizerModel, OptimizerPart] = {}
         self._runs: dict[tuple[OptimizerModel, int], list[SimulatedRun]] = {}
@@ -116,7 +121,7 @@ class TracedWorkload(Workload):
 
     def notes(self, candidate: Candidate) -> list[str]:
         """Whether the optimizer was run or its step is the planner's."""
-        if optimizer_factory(candidate.optimizer) is not None:
+        if optimizer_factory(candidate.optimizer) is not None and not self.request.config.step_in_backward:
             return ["its step was traced"]
         return ["its step is the planner's, the rest was traced"]
 
@@ -134,21 +139,24 @@ class TracedWorkload(Workload):
 
     def trace(self, candidate: Candidate) -> Trace:
         """The run with one optimizer, as one timeline."""
-        return self._step(self.request.config.batch_size).trace(self._part(candidate))
+        return self._step(self.request.config.batch_size).trace(candidate.optimizer, self._parameters)
 
     def _simulated(self, candidate: Candidate, batch_size: int) -> list[SimulatedRun]:
         key = (candidate.optimizer, batch_size)
         if key not in self._runs:
             step = self._step(batch_size)
             orders = ORDERS if self._searches else ORDERS[:1]
-            self._runs[key] = step.simulate(self._part(candidate), orders)
+            if self.request.config.step_in_backward:
+                self._runs[key] = step.simulate_in_backward(candidate.optimizer, self._parameters, orders)
+            else:
+                self._runs[key] = step.simulate(self._part(candidate), orders)
         return self._runs[key]
 
     def _step(self, batch_size: int) -> TracedStep:
         if batch_size not in self._traced:
             options = step_options(self.request, batch_size=batch_size)
             self._progress(f"tracing {self._source.spec.name}, batch {batch_size}, {options.checkpointing} checkpointing")
-            self._traced[batch_size] = TracedStep(self._source.subject(options), options)
+            self._traced[batch_size] = TracedStep(self._source.subject(options), options, self._settings)
         return self._traced[batch_size]
 
     def _part(self, candidate: Candidate) -> OptimizerPart:

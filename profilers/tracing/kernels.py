@@ -56,7 +56,8 @@ class Call(NamedTuple):
 
     def hold(self, *sizes: int) -> list[int]:
         """Record scratch that lives until it is released."""
-        return [self.recorder.alloc(num_bytes, "workspace", self.name) for num_bytes in sizes]
+        category: Category = "workspace" if self.category != "optimizer_temporaries" else "optimizer_temporaries"
+        return [self.recorder.alloc(num_bytes, category, self.name) for num_bytes in sizes]
 
     def release(self, ids: list[int]) -> None:
         """Record the end of scratch, last first."""
@@ -67,6 +68,9 @@ class Call(NamedTuple):
         """Record scratch that is gone when the kernel returns."""
         self.recorder.scratch(sizes, self.name)
 
+
+_CHUNK_NUMEL = 65_536
+"""Elements that one thread block of a foreach kernel takes."""
 
 Kernel = Callable[[Call], Any]
 
@@ -230,6 +234,17 @@ def dropout(call: Call) -> Any:
     return result
 
 
+def foreach_norm(call: Call) -> Any:
+    """`_foreach_norm`: every chunk of a tensor has a norm of its own first."""
+    tensors = call.args[0]
+    chunks = -(-max(x.numel() for x in tensors) // _CHUNK_NUMEL)
+    parts = call.hold(4 * len(tensors) * chunks)
+    results = call.run()
+    call.track(*results)
+    call.release(parts)
+    return results
+
+
 def in_place(call: Call) -> Any:
     """An operation that changes its arguments and that has no implementation without contents."""
     return None
@@ -254,6 +269,7 @@ KERNELS: dict[Any, Kernel] = {
     aten._scaled_dot_product_flash_attention_backward.default: flash_attention_backward,
     aten._scaled_dot_product_cudnn_attention_backward.default: cudnn_attention_backward,
     aten._scaled_dot_product_efficient_attention_backward.default: efficient_attention_backward,
+    aten._foreach_norm.Scalar: foreach_norm,
     aten._fused_sgd_.default: in_place,
     aten._amp_update_scale_.default: in_place,
 }

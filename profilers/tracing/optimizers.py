@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import msgspec
 import torch
 
 from optplan.planner.dtypes import Dtype
@@ -74,4 +75,6 @@ def modelled_part(
         first.alloc(num_bytes, "optimizer_state", f"{model.id} state")
     for timeline in (first, steady):
         write_optimizer_step(timeline, model, parameters, context, master=master)
-    return OptimizerPart.of(first.events, steady.events).apart()
+    # Each builder counts from 1: the later step's ids must not be those of the state that it finds.
+    later = [msgspec.structs.replace(event, id=event.id + len(first.events)) for event in steady.events]
+    return OptimizerPart.of(first.events, later).apart()

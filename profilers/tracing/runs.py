@@ -7,11 +7,15 @@ first step in which the optimizer makes its state, then steady steps, the last o
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from optplan.planner.allocator import Block, CachingAllocator
+from optplan.planner.allocator import CachingAllocator
+from optplan.planner.allocator_choice import Allocator, copy_of
+from optplan.planner.allocator_device import DeviceAllocator
+from optplan.planner.allocator_driver import Driver
+from optplan.planner.allocator_settings import AllocatorSettings
 from optplan.planner.timeline import Allocation, Category, Free, Phase, Timeline
 
 Order = Literal["ascending", "descending"]
@@ -124,6 +128,26 @@ def run_pieces(pieces: Pieces, optimizer: OptimizerPart, *, num_steps: int = NUM
         yield from (*pieces.steady, pieces.clip, optimizer.steady, pieces.zero)
 
 
+def spliced(timeline: Timeline, ends: Mapping[int, OptimizerPart], *, is_first: bool = True) -> Timeline:
+    """A micro-step with optimizers' steps within it.
+
+    Args:
+        timeline: The micro-step.
+        ends: The steps by the id of the gradient that each uses, right before whose end it comes.
+        is_first: Whether the steps make their state.
+    """
+    result: Timeline = []
+    offset = _APART
+    for event in timeline:
+        part = ends.get(event.id) if isinstance(event, Free) else None
+        if part is not None:
+            inner = part.first if is_first else part.steady
+            result += [msgspec.structs.replace(e, id=e.id + offset, phase="backward") for e in inner]
+            offset += _APART
+        result.append(event)
+    return result
+
+
 class _Event(NamedTuple):
     """An allocation with its bytes, or with a negative id its end."""
 
@@ -139,10 +163,26 @@ _Events = Sequence[_Event]
 class RunSimulator:
     """Simulates runs that differ only in the optimizer; what they share is simulated once."""
 
-    def __init__(self, pieces: Pieces, order: Order = "descending") -> None:
+    def __init__(
+        self,
+        pieces: Pieces,
+        order: Order = "descending",
+        *,
+        settings: AllocatorSettings | None = None,
+        empties_cache: bool = False,
+    ) -> None:
+        """Run the first step up to the optimizer.
+
+        Args:
+            pieces: The run.
+            order: Where the driver puts each new segment relative to the last.
+            settings: The allocator's; torch's own when None.
+            empties_cache: Whether cached segments are given back after every step.
+        """
+        self._empties_cache = empties_cache
         self._steady = [_compact(piece) for piece in (*pieces.steady, pieces.clip) if piece]
         self._zero = _compact(pieces.zero)
-        self._start = _Device(order)
+        self._start = _Device(_allocator(settings or AllocatorSettings(), order))
         self._start.run(_compact(pieces.load))
         self._first_peak = 0
         for piece in (*pieces.first, pieces.clip):
@@ -153,12 +193,41 @@ class RunSimulator:
         device = self._start.copy()
         first_peak = max(self._first_peak, device.run(_compact(optimizer.first)))
         device.run(self._zero)
+        self._end_step(device)
         step = _compact(optimizer.steady)
         for _ in range(num_steps - 2):
             for piece in (*self._steady, step, self._zero):
                 device.run(piece)
             device.rename(optimizer.renewed)
+            self._end_step(device)
         return device.measure([*self._steady, step], first_peak)
+
+    def _end_step(self, device: _Device) -> None:
+        if self._empties_cache:
+            device.empty_cache()
+
+
+def _allocator(settings: AllocatorSettings, order: Order) -> Allocator:
+    if settings.is_plain:
+        return CachingAllocator(segment_addresses=order)
+    return DeviceAllocator(settings, driver=Driver(addresses=_Ascending() if order == "ascending" else None))
+
+
+class _Ascending:
+    """A driver's addresses where each segment lies above all before it."""
+
+    def __init__(self) -> None:
+        self._next = 0
+
+    def of_segment(self, size: int, /) -> int | None:
+        self._next += size
+        return self._next - size
+
+    def of_range(self, stream: int, small: bool, span: int, /) -> int | None:
+        del stream, small, span
+
+    def range_ended(self, start: int, /) -> None:
+        del start
 
 
 def _compact(timeline: Iterable[Allocation | Free]) -> _Events:
@@ -173,19 +242,24 @@ def _compact(timeline: Iterable[Allocation | Free]) -> _Events:
 class _Device:
     """An allocator, and the blocks that serve what is alive."""
 
-    def __init__(self, order: Order) -> None:
-        self._allocator = CachingAllocator(segment_addresses=order)
-        self._blocks: dict[int, tuple[Block | None, Category]] = {}
+    def __init__(self, allocator: Allocator) -> None:
+        self._allocator: Any = allocator
+        self._blocks: dict[int, tuple[Any, Category]] = {}
+        self._reserved_before = 0
 
     def copy(self) -> _Device:
         """A device in the same state."""
-        other = object.__new__(_Device)
-        live = [block for block, _ in self._blocks.values() if block is not None]
-        other._allocator, twins = self._allocator.copy(live)
+        allocator, twins = copy_of(self._allocator, [block for block, _ in self._blocks.values() if block is not None])
+        other = _Device(allocator)
         other._blocks = {
-            id_: (block and twins[block], category) for id_, (block, category) in self._blocks.items()
+            id_: (None if block is None else twins[block], category) for id_, (block, category) in self._blocks.items()
         }
         return other
+
+    def empty_cache(self) -> None:
+        """Give back the cached segments."""
+        self._reserved_before = max(self._reserved_before, self._allocator.reserved_bytes)
+        self._allocator.empty_cache()
 
     def run(self, events: _Events) -> int:
         """Run events; the largest number of allocated bytes after one of them."""
@@ -217,7 +291,8 @@ class _Device:
                     block, category = self._blocks.pop(-id_)
                     peaks.change(phase, category, -block.size if block else 0)
                     allocator.free(block)
-        return SimulatedRun(peaks.phases, peaks.categories(), first_peak, allocator.reserved_bytes)
+        reserved = max(self._reserved_before, allocator.reserved_bytes)
+        return SimulatedRun(peaks.phases, peaks.categories(), first_peak, reserved)
 
     def _categories(self) -> dict[Category, int]:
         totals: dict[Category, int] = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -28,15 +29,17 @@ from optplan.profilers.workloads.subject import Subject, placed_tensors
 
 
 class Device(msgspec.Struct, frozen=True):
-    """The GPU that is simulated.
+    """The GPU that is simulated, and what is known of the contents.
 
     Attributes:
         capability: Compute capability; it decides the attention kernel and the size of cuBLAS' workspaces.
         resident_threads: Threads that the whole GPU holds at once; they decide how sums are split.
+        hides_tokens: Whether the inputs hold a padding mask that hides tokens.
     """
 
     capability: tuple[int, int] = (9, 0)
     resident_threads: int = 132 * 2048
+    hides_tokens: bool = False
 
 
 class StepTracer:
@@ -46,6 +49,7 @@ class StepTracer:
         subject: What is trained.
         recorder: Where everything is recorded.
         updated: What the optimizer updates, by name: the parameters, or their master weights.
+        used_up: Ids of the gradients that were used up as they came, by the parameter's name.
         scaler: Scales the loss, where the lower dtype of autocast is fp16.
     """
 
@@ -67,6 +71,7 @@ class StepTracer:
         self.recorder = Recorder()
         self.updated: dict[str, nn.Parameter] = subject.trainable()
         self.scaler = TracedScaler() if autocast == torch.float16 else None
+        self.used_up: dict[str, int] = {}
         self._device = device
         self._chooser = Chooser(device.capability)
         self._autocast = autocast
@@ -86,6 +91,7 @@ class StepTracer:
             self._scopes,
             capability=self._device.capability,
             resident_threads=self._device.resident_threads,
+            hides_tokens=self._device.hides_tokens,
         )
         with ExitStack() as stack:
             stack.enter_context(cuda_environment())
@@ -124,6 +130,25 @@ class StepTracer:
             if parameter.grad is not None:
                 self.recorder.label(parameter.grad, "gradients", f"{name} gradient")
         return piece()
+
+    @contextmanager
+    def using_gradients_up(self) -> Iterator[None]:
+        """Within the context each gradient ends as soon as it is there, as if its parameter's step were taken."""
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(partial(self._use_up, name))
+            for name, parameter in self.subject.trainable().items()
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _use_up(self, name: str, parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        self.recorder.label(parameter.grad, "gradients", f"{name} gradient")
+        self.used_up[name] = self.recorder.id_of(parameter.grad)
+        parameter.grad = None
 
     def _forward(self) -> torch.Tensor:
         context: AbstractContextManager[Any] = nullcontext()

@@ -8,11 +8,13 @@ through torch's caching allocator for three steps.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import msgspec
 import torch
 from torch import nn
 
+from optplan.planner.allocator_settings import AllocatorSettings
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.optimizers.base import OptimizerContext, OptimizerModel
 from optplan.planner.optimizers.registry import build_optimizer
@@ -29,6 +31,7 @@ from optplan.profilers.tracing.runs import (
     RunSimulator,
     SimulatedRun,
     run_timeline,
+    spliced,
 )
 from optplan.profilers.tracing.steps import Device, StepTracer
 from optplan.profilers.workloads.catalogue import build_subject
@@ -36,18 +39,20 @@ from optplan.profilers.workloads.described import described_parameters
 from optplan.profilers.workloads.subject import Subject
 
 
-class StepExtras(msgspec.Struct, frozen=True, kw_only=True):
-    """What else happens in a step.
+class RunSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What surrounds forward and backward in a training run.
 
     Attributes:
         clip_grad_norm: Norm to which `torch.nn.utils.clip_grad_norm_` clips the gradients, None for no clipping.
         clip_foreach: Whether clipping takes all gradients in one kernel, torch's default on CUDA.
-        keeps_gradients: Whether `zero_grad(set_to_none=False)` keeps the gradients' memory.
+        empties_cache: Whether `torch.cuda.empty_cache()` follows every step.
+        allocator: Settings of the caching allocator.
     """
 
     clip_grad_norm: float | None = None
     clip_foreach: bool = True
-    keeps_gradients: bool = False
+    empties_cache: bool = False
+    allocator: AllocatorSettings = AllocatorSettings()
 
 
 class Trace(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,7 +81,7 @@ def trace_step(
     options: StepOptions,
     *,
     optimizer: OptimizerModel | Factory | str = "adamw",
-    extras: StepExtras | None = None,
+    settings: RunSettings | None = None,
 ) -> Trace:
     """Trace three training steps of a model with one optimizer.
 
@@ -84,13 +89,13 @@ def trace_step(
         model: A specification, of which the transformers class is built, or a module with its inputs.
         options: How the step is run; batch and sequence matter only where the inputs are made from them.
         optimizer: A name of the registry, a model of an optimizer, or what makes a `torch.optim.Optimizer`.
-        extras: Clipping and what becomes of the gradients.
+        settings: Clipping, and the allocator's settings.
 
     Raises:
         ConfigError: The model cannot be built or traced, or the optimizer is unknown.
     """
-    step = TracedStep(model if isinstance(model, Subject) else build_subject(model, options), options, extras)
-    return step.trace(step.part(build_optimizer(optimizer) if isinstance(optimizer, str) else optimizer))
+    step = TracedStep(model if isinstance(model, Subject) else build_subject(model, options), options, settings)
+    return step.trace(build_optimizer(optimizer) if isinstance(optimizer, str) else optimizer)
 
 
 class TracedStep:
@@ -101,22 +106,23 @@ class TracedStep:
         attention: The attention kernels that were chosen, each once.
     """
 
-    def __init__(self, subject: Subject, options: StepOptions, extras: StepExtras | None = None) -> None:
+    def __init__(self, subject: Subject, options: StepOptions, settings: RunSettings | None = None) -> None:
         """Trace placement, micro-steps and clipping.
 
         Raises:
             ConfigError: The step's memory depends on values.
         """
+        self._options = options
+        self._settings = settings or RunSettings()
         self._master = PRECISIONS[options.precision].master_dtype
-        self._dtype = options.parameter_dtype
         self._simulators: dict[Order, RunSimulator] = {}
         self._tracer = StepTracer(
             subject,
-            Device(options.compute_capability, options.resident_threads),
+            Device(options.compute_capability, options.resident_threads, options.padding_mask),
             autocast=getattr(torch, options.autocast_dtype) if options.autocast_dtype else None,
             master=getattr(torch, self._master) if self._master else None,
         )
-        self.pieces = _run_pieces(self._tracer, options, extras or StepExtras())
+        self.pieces = _run_pieces(self._tracer, options, self._settings)
         self.attention = tuple(dict.fromkeys(self._tracer.attention))
 
     def part(self, optimizer: OptimizerModel | Factory, parameters: Sequence[Parameter] = ()) -> OptimizerPart:
@@ -130,16 +136,15 @@ class TracedStep:
         if factory is not None:
             return self._traced_part(factory)
         assert isinstance(optimizer, OptimizerModel)
-        parameters = parameters or described_parameters(self._tracer.subject.module)
-        context = OptimizerContext(self._master or self._dtype, self._master or self._dtype)
-        return modelled_part(optimizer.bind(parameters), parameters, context, master=self._master)
+        return self._modelled_part(optimizer, parameters or described_parameters(self._tracer.subject.module))
 
-    def trace(self, part: OptimizerPart) -> Trace:
-        """The whole run with one optimizer."""
-        runs = self.simulate(part)
+    def trace(self, optimizer: OptimizerModel | Factory, parameters: Sequence[Parameter] = ()) -> Trace:
+        """The whole run with one optimizer; arguments as for `part`."""
+        pieces, part = self._run_of(optimizer, parameters)
+        runs = [self._simulator(pieces, order).simulate(part) for order in ORDERS]
         reserved = [run.reserved_bytes for run in runs]
         return Trace(
-            timeline=run_timeline(self.pieces, part),
+            timeline=run_timeline(pieces, part),
             run=runs[0],
             reserved_range_bytes=(min(reserved), max(reserved)),
             attention=self.attention,
@@ -147,10 +152,45 @@ class TracedStep:
 
     def simulate(self, part: OptimizerPart, orders: Sequence[Order] = ORDERS) -> list[SimulatedRun]:
         """The run with one optimizer for each order of segment addresses."""
-        for order in orders:
-            if order not in self._simulators:
-                self._simulators[order] = RunSimulator(self.pieces, order)
-        return [self._simulators[order].simulate(part) for order in orders]
+        return [self._simulator(self.pieces, order).simulate(part) for order in orders]
+
+    def simulate_in_backward(
+        self, optimizer: OptimizerModel, parameters: Sequence[Parameter], orders: Sequence[Order] = ORDERS
+    ) -> list[SimulatedRun]:
+        """The run with an optimizer that takes each parameter's step as its gradient comes, for each order."""
+        pieces = self._with_steps(optimizer, parameters)
+        return [self._simulator(pieces, order).simulate(OptimizerPart([], [])) for order in orders]
+
+    def _run_of(
+        self, optimizer: OptimizerModel | Factory, parameters: Sequence[Parameter]
+    ) -> tuple[Pieces, OptimizerPart]:
+        if not self._options.step_in_backward:
+            return self.pieces, self.part(optimizer, parameters)
+        assert isinstance(optimizer, OptimizerModel)
+        parameters = parameters or described_parameters(self._tracer.subject.module)
+        return self._with_steps(optimizer, parameters), OptimizerPart([], [])
+
+    def _simulator(self, pieces: Pieces, order: Order) -> RunSimulator:
+        settings = self._settings
+        if pieces is not self.pieces:
+            return RunSimulator(pieces, order, settings=settings.allocator, empties_cache=settings.empties_cache)
+        if order not in self._simulators:
+            self._simulators[order] = RunSimulator(
+                pieces, order, settings=settings.allocator, empties_cache=settings.empties_cache
+            )
+        return self._simulators[order]
+
+    def _with_steps(self, optimizer: OptimizerModel, parameters: Sequence[Parameter]) -> Pieces:
+        """The pieces with each parameter's step within the backward, right before its gradient's end."""
+        parts = {p.name: self._modelled_part(optimizer, [p]) for p in parameters}
+        ends = {id_: parts[name] for name, id_ in self._tracer.used_up.items()}
+        first, steady = self.pieces.first[0], self.pieces.steady[0]
+        return self.pieces._replace(first=(spliced(first, ends),), steady=(spliced(steady, ends, is_first=False),))
+
+    def _modelled_part(self, optimizer: OptimizerModel, parameters: Sequence[Parameter]) -> OptimizerPart:
+        dtype = self._master or self._options.parameter_dtype
+        bound, context = optimizer.bind(parameters), OptimizerContext(dtype, dtype)
+        return modelled_part(bound, parameters, context, master=self._master)
 
     def _traced_part(self, factory: Factory) -> OptimizerPart:
         tracer = self._tracer
@@ -172,21 +212,21 @@ def _label_state(tracer: StepTracer, optimizer: torch.optim.Optimizer) -> None:
                 tracer.recorder.label(value, "optimizer_state", f"{names[id(parameter)]} {key}")
 
 
-def _run_pieces(tracer: StepTracer, options: StepOptions, extras: StepExtras) -> Pieces:
+def _run_pieces(tracer: StepTracer, options: StepOptions, settings: RunSettings) -> Pieces:
     parameters = list(tracer.subject.trainable().values())
     more = clip = zero = slice(0, 0)
-    with tracer.tracing():
+    with tracer.tracing(), tracer.using_gradients_up() if options.step_in_backward else nullcontext():
         load = tracer.place()
-        first = tracer.micro_step()
-        if options.grad_accum > 1 or extras.keeps_gradients:
+        first = again = tracer.micro_step()
+        if options.has_gradients:
             more = tracer.micro_step()
-        if extras.clip_grad_norm is not None:
-            clip = tracer.run("clip", lambda: _clip(parameters, extras))
-        if extras.keeps_gradients:
+        if settings.clip_grad_norm is not None:
+            clip = tracer.run("clip", lambda: _clip(parameters, settings))
+        if options.keep_grads:
             again = more
         else:
             zero = tracer.run("zero", lambda: _end_gradients(parameters))
-            again = first
+    _end_gradients(parameters)
     added = (tracer.timeline(more),) * (options.grad_accum - 1)
     return Pieces(
         load=tracer.timeline(load),
@@ -197,9 +237,9 @@ def _run_pieces(tracer: StepTracer, options: StepOptions, extras: StepExtras) ->
     )
 
 
-def _clip(parameters: Sequence[nn.Parameter], extras: StepExtras) -> None:
-    assert extras.clip_grad_norm is not None
-    nn.utils.clip_grad_norm_(parameters, extras.clip_grad_norm, foreach=extras.clip_foreach)
+def _clip(parameters: Sequence[nn.Parameter], settings: RunSettings) -> None:
+    assert settings.clip_grad_norm is not None
+    nn.utils.clip_grad_norm_(parameters, settings.clip_grad_norm, foreach=settings.clip_foreach)
 
 
 def _end_gradients(parameters: Sequence[nn.Parameter]) -> None:

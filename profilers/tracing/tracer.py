@@ -31,9 +31,24 @@ class Tracer(TorchDispatchMode):
     """
 
     def __init__(
-        self, recorder: Recorder, scopes: Scopes, *, capability: tuple[int, int], resident_threads: int
+        self,
+        recorder: Recorder,
+        scopes: Scopes,
+        *,
+        capability: tuple[int, int],
+        resident_threads: int,
+        hides_tokens: bool = False,
     ) -> None:
+        """Record to `recorder`.
+
+        Args:
+            scopes: Knows which module is running.
+            capability: Compute capability of the simulated GPU.
+            resident_threads: Threads that it holds at once.
+            hides_tokens: Whether a padding mask hides tokens, so that `.all()` is answered no.
+        """
         super().__init__()
+        self._hides_tokens = hides_tokens
         self._recorder = recorder
         self._scopes = scopes
         self._resident_threads = resident_threads
@@ -87,7 +102,7 @@ class Tracer(TorchDispatchMode):
 
     def _answer(self, tensor: torch.Tensor) -> Any:
         if tensor.dtype == torch.bool:
-            return not self._last_is_existence
+            return not (self._last_is_existence or self._hides_tokens)
         where = self._scopes.current.path or "the step"
         raise ConfigError(
             f"{where} reads a number off the GPU ({str(tensor.dtype).removeprefix('torch.')}), and a trace has none; "

@@ -19,28 +19,39 @@ from optplan.profilers.workloads.inputs import model_inputs
 from optplan.profilers.workloads.subject import Subject
 
 
-def build_subject(spec: ModelSpec, options: StepOptions, *, reentrant: bool = False) -> Subject:
-    """The transformers model of a specification in training mode, on the meta device, with one micro-batch.
+_CHECKPOINTING: dict[str, dict[str, Any]] = {
+    "full": {"gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    "full-reentrant": {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    "selective": {"gradient_checkpointing_kwargs": {"use_reentrant": False}, "every_n_layers": 2},
+}
+"""Arguments of `gradient_checkpointing_enable` by `--checkpointing`."""
 
-    Args:
-        spec: The model.
-        options: How the step is run.
-        reentrant: Whether checkpointing is of the reentrant kind.
+
+def build_subject(spec: ModelSpec, options: StepOptions) -> Subject:
+    """The transformers model of a specification in training mode, on the meta device, with one micro-batch.
 
     Raises:
         ConfigError: transformers is not installed, or has no class for the model, or its class refuses the options.
     """
     module = build_model(spec, options)
-    return prepared_subject(module, options, reentrant=reentrant)
+    return prepared_subject(module, options)
 
 
-def prepared_subject(module: Any, options: StepOptions, *, reentrant: bool = False) -> Subject:
-    """A built transformers model with one micro-batch, checkpointed as the options say."""
+def prepared_subject(module: Any, options: StepOptions) -> Subject:
+    """A built transformers model with one micro-batch, checkpointed as the options say.
+
+    Raises:
+        ConfigError: The options ask for a loss that only the step rules know.
+    """
+    if options.fused_loss != "none":
+        raise ConfigError(f"engine trace runs the model's own loss, not --fused-loss {options.fused_loss}; use rules")
     if options.checkpointing != "none":
-        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    else:
+        module.gradient_checkpointing_enable(**_CHECKPOINTING[options.checkpointing])
+    elif module.supports_gradient_checkpointing:
         module.gradient_checkpointing_disable()
-    inputs = model_inputs(module, batch_size=options.batch_size, seq_len=options.seq_len)
+    inputs = model_inputs(
+        module, batch_size=options.batch_size, seq_len=options.seq_len, padding_mask=options.padding_mask
+    )
     head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
     context = flash.played_flash_attention if options.attention == "flash" else contextlib.nullcontext
     return Subject(module, inputs, head=head, context=context)
@@ -76,6 +87,8 @@ def model_class_and_config(spec: ModelSpec) -> tuple[Any, Any]:
     if cls is None:
         raise ConfigError(f"transformers has no class for {spec.name} ({spec.architecture}): it cannot be traced")
     config = cls.config_class.from_dict({**_plain(spec.config), "use_cache": False})
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = config.pad_token_id or 0
     return cls, config
 
 
