@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from optplan.planner.listings import ImplementationItem
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("estimate", "explain", "compare", "show", "models", "gpus", "optimizers", "published", "replay")
+COMMANDS = ("estimate", "explain", "profile", "compare", "show", "models", "gpus", "optimizers", "published", "replay")
 
 
 def picture() -> str:

@@ -13,6 +13,7 @@ from optplan.commands.explain import explain
 from optplan.commands.gpus import gpus
 from optplan.commands.models import models
 from optplan.commands.optimizers import optimizers
+from optplan.commands.profile import profile
 from optplan.commands.published import published
 from optplan.commands.replay import replay
 from optplan.commands.show import show
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (estimate, explain, compare, show, models, gpus, optimizers, published, replay):
+for command in (estimate, explain, profile, compare, show, models, gpus, optimizers, published, replay):
     app.command()(command)
 
 

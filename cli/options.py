@@ -84,5 +84,6 @@ AllocConf = Annotated[
         help="Settings of torch's allocator as in PYTORCH_CUDA_ALLOC_CONF, such as expandable_segments:True.",
     ),
 ]
+Steps = Annotated[int, _count("--steps", help="Steps to run: the third is recorded, those after it are timed.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Filter = Annotated[str | None, typer.Option("--filter", "-f", help="Show only rows that contain this text.")]

@@ -7,7 +7,7 @@ from typing import Literal, TypeVar
 
 import msgspec
 
-from optplan.planner.comparison_sides import Side, Source
+from optplan.planner.comparison_sides import UNEXPLAINED, Side, Source
 from optplan.planner.errors import ConfigError
 from optplan.planner.records import StepConfig
 from optplan.planner.replay import LiveTensor
@@ -20,8 +20,6 @@ Unit = Literal["bytes", "seconds", "per second", "share"]
 _Key = TypeVar("_Key", bound=str)
 
 NUM_TENSORS = 20
-UNEXPLAINED = "unexplained"
-"""Row of what is allocated at the peak and belongs to no category, because no owner was found."""
 
 
 class ComparedSide(msgspec.Struct, frozen=True):
@@ -116,6 +114,11 @@ def compare(sides: Sequence[Side]) -> Comparison:
     """
     if len(sides) < 2:
         raise ConfigError(f"a comparison needs at least two records, got {len(sides)}")
+    return tabulate(sides)
+
+
+def tabulate(sides: Sequence[Side]) -> Comparison:
+    """The numbers of one or several records in one table."""
     reference = next((index for index, side in enumerate(sides) if side.source == "live"), 0)
     return Comparison(
         version=VERSION,
@@ -141,11 +144,13 @@ def _rows(sides: Sequence[Side], reference: int) -> Iterable[ComparedRow]:
     for phase in _keys(side.phases for side in sides):
         yield row("phases", phase, "bytes", [side.phases.get(phase) for side in sides])
     for category in _keys(side.categories for side in sides):
+        if category == UNEXPLAINED:
+            continue
         yield row("peak", category, "bytes", [_category(side, category) for side in sides])
     yield row("peak", UNEXPLAINED, "bytes", [side.unexplained_bytes for side in sides])
     for name in ("peak_allocated_bytes", "peak_reserved_bytes", "device_bytes"):
         yield row("totals", name, "bytes", [getattr(side, name) for side in sides])
-    yield row("time", "step", "seconds", [side.step_seconds for side in sides])
+    yield row("time", "whole step", "seconds", [side.step_seconds for side in sides])
     for part in _keys(side.phase_seconds for side in sides):
         yield row("time", part, "seconds", [side.phase_seconds.get(part) for side in sides])
     yield row("time", "tokens_per_second", "per second", [side.tokens_per_second for side in sides])

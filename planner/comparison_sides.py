@@ -18,6 +18,9 @@ from optplan.planner.timeline import Category, Phase
 
 Source = Literal["rules", "trace", "live"]
 
+UNEXPLAINED: Category = "unexplained"
+"""Category, and row, of what is allocated at the peak and whose owner was not found."""
+
 
 class Side(msgspec.Struct, frozen=True, kw_only=True):
     """One step with one optimizer, from whichever source; None or empty is what the source does not know."""
@@ -44,10 +47,11 @@ class Side(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def unexplained_bytes(self) -> int | None:
-        """Bytes at the peak that no category has."""
+        """Bytes at the peak whose owner is not known."""
         if self.peak_allocated_bytes is None or not self.categories:
             return None
-        return self.peak_allocated_bytes - sum(self.categories.values())
+        known = sum(size for category, size in self.categories.items() if category != UNEXPLAINED)
+        return self.peak_allocated_bytes - known
 
 
 def sides_of(paths: list[str | Path]) -> list[Side]:

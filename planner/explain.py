@@ -44,6 +44,8 @@ def explain(
         raise ConfigError(f"one optimizer is explained at a time, got {len(optimizer)}")
     spec = model if isinstance(model, ModelSpec) else load_model(model)
     request = check_request(spec, **step)
+    if request.engine != "rules":
+        raise ConfigError(f"formulas explain the rules, not engine {request.engine}; use --engine rules")
     workload = Workload(request)
     (candidate,), _ = workload.candidates(choose_optimizers(optimizer, options))
     peaks = workload.peaks(candidate)
@@ -68,7 +70,7 @@ def explain(
 def _parts(workload: Workload, candidate: Candidate, peaks: StepPeaks | None) -> list[ExplainedPart]:
     request = workload.request
     parts = [_parameters(request), *_buffers(request), _gradients(request), *_master_weights(request)]
-    parts += [*_state(candidate), *_temporaries(workload, candidate), _moved(request, candidate)]
+    parts += [*_state(candidate), *_temporaries(workload, candidate), _moved(workload, candidate)]
     if peaks is not None:
         parts += [_peak(workload, candidate, peaks), _phases(peaks)]
     parts.append(_gpu(request))
@@ -159,11 +161,8 @@ def _temporaries(workload: Workload, candidate: Candidate) -> list[ExplainedPart
     return [_part("optimizer_temporaries", title, [line], load_facts()[candidate.id].source)]
 
 
-def _moved(request: StepRequest, candidate: Candidate) -> ExplainedPart:
-    context, groups = optimizer_context(request), candidate.footprint.groups
-    moved = sum(
-        len(group.parameters) * candidate.optimizer.moved_bytes(group.parameters[0], context) for group in groups
-    )
+def _moved(workload: Workload, candidate: Candidate) -> ExplainedPart:
+    request, moved = workload.request, workload.moved_bytes(candidate)
     each = moved / request.model.num_parameters
     line = explained_line(
         "parameters, gradients and state", moved, f"{each:.2f} B for each of the parameters on average"

@@ -31,6 +31,8 @@ COPY_FRACTION = 0.89
 """Share of the data sheet's bandwidth that a large copy reaches on an H200 (4.28 of 4.8 TB/s)."""
 
 MAX_BUDGET_BYTES = 2**50
+_DRIVERS_DIFFER = 0.03
+"""How far apart two drivers' figures for one GPU's memory can be, ECC on or off left aside."""
 _BRAND = re.compile(r"nvidia|amd|geforce|tesla|quadro|instinct|rtx|generation|edition")
 
 
@@ -164,6 +166,29 @@ def load_gpu(name: str) -> Gpu:
         raise ConfigError(f"GPU {shorten(name)} is ambiguous; say which: {', '.join(found)}")
     short = [_stem(ids[0]) for ids in stems.values() if len(ids) == 1]
     raise unknown("GPU", name, [*gpu_ids(), *short], more="run `optplan gpus` for the list, or give --memory 38GiB")
+
+
+def find_gpu(driver_name: str, total_bytes: int) -> Gpu:
+    """The catalogue's row of a GPU that is at hand.
+
+    Args:
+        driver_name: What the driver calls it, such as `NVIDIA A100-SXM4-40GB`.
+        total_bytes: The memory that the driver reports, which tells apart sizes that share a name.
+
+    Raises:
+        ConfigError: The catalogue has none of this name and size.
+    """
+    exact, stems = _names()
+    key = _key(driver_name[:100])
+    sized = [load_gpus()[id_] for id_ in exact.get(key) or stems.get(key, ())]
+    near = [gpu for gpu in sized if abs(gpu.total_bytes - total_bytes) <= _DRIVERS_DIFFER * gpu.total_bytes]
+    if len(near) != 1:
+        size = format_bytes(total_bytes)
+        raise ConfigError(
+            f"the GPU in this machine, {shorten(driver_name)} with {size}, is not in the catalogue; "
+            "name the one that is most like it with --gpu"
+        )
+    return near[0]
 
 
 def custom_gpu(memory_bytes: int) -> Gpu:

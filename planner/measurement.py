@@ -55,13 +55,13 @@ class OutOfMemory(msgspec.Struct, frozen=True):
 
     Attributes:
         phase: Phase of the allocation that failed.
-        requested_bytes: What it asked for.
+        requested_bytes: What it asked for, None if the allocator's record does not tell.
         allocated_bytes: What was allocated then.
         message: torch's own words.
     """
 
     phase: Phase
-    requested_bytes: int
+    requested_bytes: int | None
     allocated_bytes: int
     message: str
 

@@ -17,7 +17,9 @@ Category = Literal[
     "logits_and_loss",
     "communication",
     "workspace",
+    "unexplained",
 ]
+"""What memory is for; `unexplained` occurs in measurements alone, where no owner was found."""
 
 
 class Allocation(msgspec.Struct, frozen=True, gc=False):

@@ -24,10 +24,9 @@ def show(
     if json:
         output.print_json(loaded)
     elif isinstance(loaded, Measurement):
-        from optplan.planner.expectation import hold_against_rules
-        from optplan.reports.terminal.compare import render_comparison
+        from optplan.reports.terminal.measurement import render_measurement
 
-        output.print_terminal(render_comparison, hold_against_rules(loaded))
+        output.print_terminal(render_measurement, loaded)
     else:
         from optplan.reports.terminal.estimate import render_estimate
 

@@ -20,6 +20,7 @@ LABELS: dict[Category, tuple[str, str]] = {
     "logits_and_loss": ("logits and loss", "bright_green"),
     "communication": ("communication", "yellow"),
     "workspace": ("workspace", "bright_black"),
+    "unexplained": ("unexplained", "red"),
 }
 """Category to its name for people and its colour."""
 

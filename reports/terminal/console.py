@@ -26,8 +26,8 @@ class Glyphs(msgspec.Struct, frozen=True):
 
 # rich's own plain box has bars between columns and so another width than the one above.
 _PLAIN_BOX = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
-UNICODE = Glyphs(fills="█▓▒░▚▞▤▥▧", limit="┃", times="×", dot="·", bullet="•", box=SIMPLE_HEAD)
-PLAIN = Glyphs(fills="#=+-o~:%&", limit="|", times="x", dot="-", bullet="*", box=_PLAIN_BOX)
+UNICODE = Glyphs(fills="█▓▒░▚▞▤▥▧?", limit="┃", times="×", dot="·", bullet="•", box=SIMPLE_HEAD)
+PLAIN = Glyphs(fills="#=+-o~:%&?", limit="|", times="x", dot="-", bullet="*", box=_PLAIN_BOX)
 
 
 class _Console(Console):

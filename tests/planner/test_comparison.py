@@ -83,8 +83,8 @@ def test_what_no_category_has_is_a_row_of_its_own(comparison: Comparison) -> Non
 
 
 def test_a_side_that_does_not_say_has_no_difference(comparison: Comparison) -> None:
-    assert _row(comparison, "time", "step").values == [None, 0.5]
-    assert _row(comparison, "time", "step").differences == [None, 0.0]
+    assert _row(comparison, "time", "whole step").values == [None, 0.5]
+    assert _row(comparison, "time", "whole step").differences == [None, 0.0]
 
 
 def test_rows_that_no_side_has_are_left_out(comparison: Comparison) -> None:

@@ -13,7 +13,7 @@ from optplan.planner.errors import ConfigError, OptplanError
 from optplan.planner.estimate import estimate
 from optplan.planner.measurement import Environment, Measurement
 from optplan.planner.packed_history import pack, unpack
-from optplan.planner.record_files import load_record, save_record
+from optplan.planner.record_files import check_target, load_record, save_record
 from optplan.planner.records import GpuRow, ModelRow, PhasePeak, ResidentBytes, StepConfig
 from optplan.planner.replay import LiveTensor
 from optplan.planner.step_history import StepHistory
@@ -161,5 +161,10 @@ def test_a_record_that_does_not_fit_on_the_disk_leaves_the_old_one(tmp_path: Pat
 
 def test_a_folder_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(OptplanError, match=r"^cannot write 'none/step': No such file or directory; nothing was saved$"):
-        save_record(RECORD, "none/step")
+    for write in (check_target, lambda path: save_record(RECORD, path)):
+        with pytest.raises(
+            OptplanError, match=r"^cannot write 'none/step': No such file or directory; nothing was saved$"
+        ):
+            write("none/step")
+    with pytest.raises(OptplanError, match=r"^cannot write '\.': it is a folder; nothing was saved$"):
+        check_target(".")

@@ -1,0 +1,1 @@
+"""A real training step measured as it runs."""

@@ -1,0 +1,110 @@
+"""What the driver says of a GPU: its memory, this process's share of it, and who else is on it.
+
+The driver is asked through NVML. It can be missing, too old, forbidden inside a container or blind to processes; every
+answer may therefore be None, and `DeviceReader.remark` says why.
+
+Source: NVML API reference, nvmlDeviceGetMemoryInfo, nvmlDeviceGetComputeRunningProcesses.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import msgspec
+import torch
+
+_Answer = TypeVar("_Answer")
+
+
+class DeviceMemory(msgspec.Struct, frozen=True):
+    """Memory of one GPU at one moment, in bytes.
+
+    Attributes:
+        used_bytes: In use on the whole device.
+        process_bytes: This process's share, None where the driver does not tell processes apart.
+        other_bytes: What all other processes hold, None likewise.
+    """
+
+    used_bytes: int
+    process_bytes: int | None
+    other_bytes: int | None
+
+
+class DeviceReader:
+    """Asks the driver about the GPU that torch calls `index`.
+
+    Attributes:
+        remark: Why the driver does not answer, empty if it does.
+        driver: Version of the driver, None if unknown.
+    """
+
+    def __init__(self, index: int) -> None:
+        """Open the GPU that torch calls `index`; nothing is initialised on it, so that it can be read untouched."""
+        self.remark = ""
+        self.driver: str | None = None
+        self._handle: Any = None
+        self._nvml: Any = None
+        try:
+            import pynvml  # type: ignore[import-untyped]
+        except ImportError:
+            self.remark = "device memory is not read: the package nvidia-ml-py is not installed"
+            return
+        self._nvml = pynvml
+        opened = self._ask(lambda nvml: _open(nvml, index), "device memory is not read")
+        if opened is not None:
+            self.driver, self._handle = opened
+
+    def read(self) -> DeviceMemory | None:
+        """The device's memory now, None where the driver does not say."""
+        if self._handle is None:
+            return None
+        used = self._ask(self._used, "device memory is not read")
+        if used is None:
+            return None
+        shares = self._ask(self._shares, "the driver does not tell processes apart")
+        if shares is None:
+            return DeviceMemory(used, None, None)
+        mine = shares.get(os.getpid())
+        others = sum(share for process, share in shares.items() if process != os.getpid())
+        # In a container the driver may list processes under numbers that are not those seen inside it.
+        return DeviceMemory(used, mine, others if mine is not None or not shares else None)
+
+    def _used(self, nvml: Any) -> int:
+        """Bytes in use, without what the driver keeps for itself where it tells the two apart."""
+        version = getattr(nvml, "nvmlMemory_v2", None)
+        if version is not None:
+            return int(nvml.nvmlDeviceGetMemoryInfo(self._handle, version=version).used)
+        return int(nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
+
+    def _shares(self, nvml: Any) -> dict[int, int] | None:
+        """Bytes by process, None where the driver lists processes without their memory."""
+        processes = [
+            *nvml.nvmlDeviceGetComputeRunningProcesses(self._handle),
+            *nvml.nvmlDeviceGetGraphicsRunningProcesses(self._handle),
+        ]
+        if any(process.usedGpuMemory is None for process in processes):
+            self.remark = "the driver does not tell processes apart: it lists them without their memory"
+            return None
+        return {process.pid: int(process.usedGpuMemory) for process in processes}
+
+    def _ask(self, question: Callable[[Any], _Answer], refusal: str) -> _Answer | None:
+        """The driver's answer, None and a remark where it refuses."""
+        try:
+            return question(self._nvml)
+        except (self._nvml.NVMLError, AttributeError, ValueError, RuntimeError) as error:
+            self.remark = f"{refusal}: {error}"
+            return None
+
+
+def _open(nvml: Any, index: int) -> tuple[str, Any]:
+    """The driver's version and the GPU's handle."""
+    nvml.nvmlInit()
+    # torch's own answer to what CUDA_VISIBLE_DEVICES makes of an index.
+    handle = nvml.nvmlDeviceGetHandleByIndex(torch.cuda._get_nvml_device_index(index))
+    return _text(nvml.nvmlSystemGetDriverVersion()), handle
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else value

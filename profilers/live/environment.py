@@ -1,0 +1,83 @@
+"""Where a record is made: GPU, driver, versions, settings, commit."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from optplan.planner.measurement import Environment
+from optplan.planner.version import VERSION
+
+ALLOC_CONF_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Where torch reads its allocator's settings from, the newer name first."""
+
+
+def read_environment(
+    *, command: str | None = None, driver: str | None = None, other_processes_bytes: int | None = None
+) -> Environment:
+    """The environment of this process on the current device.
+
+    Args:
+        command: What made the record; this process's own command line when None, without the folders of the user's.
+        driver: Version of the GPU's driver, where it is known.
+        other_processes_bytes: Device memory that other processes hold.
+    """
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device()) if torch.cuda.is_available() else None
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return Environment(
+        gpu=gpu.name if gpu else None,
+        gpu_total_bytes=gpu.total_memory if gpu else None,
+        other_processes_bytes=other_processes_bytes,
+        driver=driver,
+        cuda=torch.version.cuda,
+        python=platform.python_version(),
+        torch=str(torch.__version__),
+        triton=_version("triton"),
+        transformers=_version("transformers"),
+        optplan=VERSION,
+        alloc_conf=alloc_conf(),
+        command=command or _command_line(),
+        date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        commit=_commit(),
+        world_size=torch.distributed.get_world_size() if distributed else 1,
+        rank=torch.distributed.get_rank() if distributed else 0,
+    )
+
+
+def alloc_conf() -> str:
+    """The settings of torch's CUDA allocator that this process was started with."""
+    return next((os.environ[name] for name in ALLOC_CONF_VARIABLES if os.environ.get(name)), "")
+
+
+def _command_line() -> str:
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Commit of the checkout that optplan runs from, None for an installed package."""
+    folder = Path(__file__).resolve().parent
+    command = ["git", "-C", str(folder), "rev-parse", "--short=12", "HEAD"]
+    try:
+        # A package installed beneath somebody else's checkout is not of that checkout.
+        tracked = ["git", "-C", str(folder), "ls-files", "--error-unmatch", Path(__file__).name]
+        if subprocess.run(tracked, capture_output=True, timeout=10, check=False).returncode:
+            return None
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None

@@ -1,0 +1,196 @@
+"""A catalogue model's training step run on this machine and measured: what `optplan profile` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from statistics import median
+from typing import Any
+
+import torch
+
+from optplan.planner.candidates import OptimizerChoice
+from optplan.planner.errors import ConfigError
+from optplan.planner.measurement import Measurement, OutOfMemory, StepTime
+from optplan.planner.packed_history import pack
+from optplan.planner.records import GpuRow, ModelRow, PhasePeak, ResidentBytes, StepConfig
+from optplan.planner.request import StepRequest
+from optplan.planner.step_history import StepHistory
+from optplan.planner.timeline import Phase
+from optplan.planner.timeline_report import categories_of
+from optplan.planner.version import VERSION
+from optplan.planner.workload import Workload
+from optplan.profilers.live.bandwidth import copy_bandwidth
+from optplan.profilers.live.devices import DeviceMemory, DeviceReader
+from optplan.profilers.live.environment import read_environment
+from optplan.profilers.live.profile import RECORDED_STEP, LiveProfile, out_of_memory
+from optplan.profilers.workloads.real_step import RealStep, build_real_step
+
+MIN_STEPS = RECORDED_STEP + 1
+"""Two steps of warm-up and the recorded one; more are timed."""
+
+Progress = Callable[[str], None]
+
+
+def measure(
+    request: StepRequest,
+    choice: OptimizerChoice,
+    *,
+    device: torch.device,
+    num_steps: int = 8,
+    progress: Progress = lambda _: None,
+) -> Measurement:
+    """Train a few steps and measure them.
+
+    Args:
+        request: Model, GPU and manner of the step.
+        choice: The optimizer.
+        device: Where to run.
+        num_steps: Steps in all; the third is recorded, those after it are timed.
+        progress: Told what is being done.
+
+    Raises:
+        ConfigError: Fewer steps than are needed, or something in the request cannot be run here.
+    """
+    if num_steps < MIN_STEPS:
+        raise ConfigError(f"--steps must be at least {MIN_STEPS}, the last of which is recorded; got {num_steps}")
+    workload = Workload(request)
+    (candidate,), _ = workload.candidates([choice])
+    on_gpu = device.type == "cuda"
+    reader = DeviceReader(device.index or 0) if on_gpu else None
+    before = reader.read() if reader else None
+    bandwidth = copy_bandwidth(device) if on_gpu else None
+    run = _Run(device, progress, num_steps)
+    run.train(lambda: build_real_step(request.model, request.config, candidate.optimizer, device))
+    after = reader.read() if reader else None
+    gpu = request.gpu
+    return Measurement(
+        version=VERSION,
+        source="live",
+        device="cuda" if on_gpu else "cpu",
+        model=ModelRow(request.model.name, request.model.num_parameters, request.model.source),
+        gpu=GpuRow(gpu.id, gpu.total_bytes, gpu.usable_bytes, gpu.context_bytes) if on_gpu else None,
+        config=request.config,
+        optimizer=candidate.id,
+        implementation=candidate.implementation,
+        options=candidate.options,
+        time=step_time(run.profile, request.config, moved_bytes=workload.moved_bytes(candidate), bandwidth=bandwidth),
+        losses=run.losses(),
+        out_of_memory=run.failure,
+        environment=read_environment(
+            driver=reader.driver if reader else None, other_processes_bytes=_held_by_others(before)
+        ),
+        notes=_notes(run.profile, reader),
+        **profile_fields(run.profile),
+        **device_bytes(before, after),
+    )
+
+
+def _held_by_others(before: DeviceMemory | None) -> int | None:
+    """What others held before this process put anything on the GPU: all of it, where processes are not told apart."""
+    if before is None:
+        return None
+    return before.used_bytes if before.other_bytes is None else before.other_bytes
+
+
+def _notes(profile: LiveProfile | None, reader: DeviceReader | None) -> list[str]:
+    notes = [reader.remark] if reader and reader.remark else []
+    if profile is not None and profile.first_difference:
+        notes.append(f"the allocator's record could not be followed exactly: {profile.first_difference}")
+    return notes
+
+
+class _Run:
+    """One training run with its observations."""
+
+    def __init__(self, device: torch.device, progress: Progress, num_steps: int) -> None:
+        self.profile: LiveProfile | None = None
+        self.failure: OutOfMemory | None = None
+        self._device = device
+        self._progress = progress
+        self._num_steps = num_steps
+        self._losses: list[torch.Tensor] = []
+
+    def train(self, build: Callable[[], RealStep]) -> None:
+        """Build and take the steps; running out of memory ends them quietly."""
+        try:
+            self._progress("building the model")
+            step = build()
+        except torch.cuda.OutOfMemoryError as error:
+            self.failure = out_of_memory(error, "load", self._device)
+            return
+        self.profile = LiveProfile(step.model, step.optimizer)
+        try:
+            with self.profile.observing():
+                self._take_steps(step, self.profile)
+        except torch.cuda.OutOfMemoryError:
+            self.failure = self.profile.out_of_memory
+
+    def losses(self) -> list[float]:
+        """The loss of every step."""
+        return [float(loss) for loss in self._losses]
+
+    def _take_steps(self, step: RealStep, profile: LiveProfile) -> None:
+        for index in range(self._num_steps):
+            self._progress(f"step {index + 1} of {self._num_steps}")
+            self._losses.append(step.take())
+            if index == profile.recorded_step:
+                profile.finish_step()
+
+
+def profile_fields(profile: LiveProfile | None) -> dict[str, Any]:
+    """The fields of a measurement that come from an observed loop."""
+    residents = profile.residents if profile else None
+    fields: dict[str, Any] = {
+        "bytes": residents.bytes if residents else ResidentBytes(0, 0, 0, 0),
+        "state_tensors": residents.state_tensors if residents else {},
+    }
+    if profile is not None and profile.history is not None:
+        fields |= _peak_fields(profile.history, profile.phase_peaks)
+    return fields
+
+
+def _peak_fields(history: StepHistory, phases: Mapping[Phase, int]) -> dict[str, Any]:
+    peak = max(history.allocated)
+    return {
+        "phases": {phase: PhasePeak(most) for phase, most in phases.items()},
+        "peak_allocated_bytes": peak,
+        "peak_phase": next(phase for phase, most in phases.items() if most == peak),
+        "peak_categories": categories_of(history.alive(history.peak_event)),
+        "peak_reserved_bytes": history.reserved_bytes,
+        "history": pack(history),
+    }
+
+
+def step_time(
+    profile: LiveProfile | None, config: StepConfig, *, moved_bytes: int, bandwidth: float | None
+) -> StepTime | None:
+    """Times of the steps after the recorded one, None if there were none.
+
+    Args:
+        moved_bytes: What the optimizer's step must at least read and write.
+        bandwidth: Bytes a second of a copy on the same GPU, where it was measured.
+    """
+    seconds = profile.step_seconds() if profile else []
+    if not seconds or profile is None:
+        return None
+    phases, step_seconds = profile.phase_seconds(), median(seconds)
+    in_step = phases.get("step")
+    return StepTime(
+        step_seconds=step_seconds,
+        phases=phases,
+        num_steps=len(seconds),
+        tokens_per_second=config.batch_size * config.seq_len * config.grad_accum / step_seconds,
+        optimizer_copy_fraction=moved_bytes / in_step / bandwidth if bandwidth and in_step else None,
+        copy_bandwidth_bytes_per_second=bandwidth,
+    )
+
+
+def device_bytes(before: DeviceMemory | None, after: DeviceMemory | None) -> dict[str, Any]:
+    """This process's device memory: the driver's own figure, or what the whole device holds less others' before."""
+    if after is None:
+        return {}
+    if after.process_bytes is not None:
+        return {"device_bytes": after.process_bytes, "device_basis": "process"}
+    if before is None:
+        return {}
+    return {"device_bytes": after.used_bytes - before.used_bytes, "device_basis": "difference"}

@@ -1,0 +1,197 @@
+"""Measuring a training loop as it runs: its phases, one steady step event by event, its times.
+
+Until the recorded step has ended the allocator's own record is kept and the modules are followed; the steps after it
+run as they would without being watched, but for a handful of calls a step, and are timed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import msgspec
+import torch
+from torch import nn
+
+from optplan.planner.history import DeviceHistory
+from optplan.planner.measurement import OutOfMemory
+from optplan.planner.records import ResidentBytes
+from optplan.planner.step_history import StepHistory
+from optplan.planner.timeline import Phase
+from optplan.profilers.live.allocator_record import AllocatorRecord, ReplayedRecord, replay_record
+from optplan.profilers.live.live_history import Ownership, phase_peaks, step_history
+from optplan.profilers.live.owners import Owner, Owners, storage_bytes
+from optplan.profilers.live.phases import ModuleFollower, StepWatcher
+from optplan.profilers.live.step_clock import StepClock
+
+RECORDED_STEP = 2
+"""The third step: the first makes the optimizer's state, the second finds the memory that the first has left."""
+
+_MESSAGE_LIMIT = 400
+
+
+class Residents(NamedTuple):
+    """What lives across the step, unrounded, and the state's bytes by name."""
+
+    bytes: ResidentBytes
+    state_tensors: dict[str, int]
+
+
+class LiveProfile:
+    """One training loop under observation.
+
+    Attributes:
+        residents: What lives across the step, None before the first step.
+        history: The recorded step, None without allocator figures or before its end.
+        phase_peaks: Most bytes allocated in each of its phases.
+        out_of_memory: How the loop ended, if the memory did not suffice.
+        first_difference: Where the record could not be followed exactly, None if nowhere.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, recorded_step: int = RECORDED_STEP
+    ) -> None:
+        """Prepare to observe.
+
+        Args:
+            model: Its forward begins each step. It must be on the device on which it is trained.
+            optimizer: Its `step()` ends each step.
+            recorded_step: Which step is recorded, counted from 0.
+        """
+        self.device = next(model.parameters()).device
+        self.residents: Residents | None = None
+        self.history: StepHistory | None = None
+        self.phase_peaks: dict[Phase, int] = {}
+        self.out_of_memory: OutOfMemory | None = None
+        self.first_difference: str | None = None
+        self.recorded_step = recorded_step
+        self._owners = Owners(model, optimizer)
+        self._record = AllocatorRecord(self.device.index or 0) if self.device.type == "cuda" else None
+        self._clock = StepClock(self.device)
+        self._watcher = StepWatcher(model, optimizer, on_phase=self._phase_begins)
+        self._follower = ModuleFollower(model, count_events=self._record.count if self._record else lambda: 0)
+        self._ownerships: list[Ownership] = []
+        self._recording = False
+        self._gradient_bytes = 0
+
+    @contextlib.contextmanager
+    def observing(self) -> Iterator[None]:
+        """Observe within the context; an error of the loop goes on, running out of memory is noted before."""
+        try:
+            with self._watcher.watching():
+                yield
+        except torch.cuda.OutOfMemoryError as error:
+            self._ran_out(error)
+            raise
+        finally:
+            if self._recording:
+                self._end_record()
+            self._follower.stop()
+
+    def finish_step(self) -> None:
+        """Say that the step is over, gradients freed and all; the next forward would say so too."""
+        if self._recording and self._watcher.phase == "zero":
+            self._end_record()
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps finished."""
+        return self._watcher.num_steps
+
+    def phase_seconds(self) -> dict[Phase, float]:
+        """Median time by phase of the steps after the recorded one."""
+        return self._clock.seconds(self._timed_steps())
+
+    def step_seconds(self) -> list[float]:
+        """Time of each step after the recorded one, from forward to the end of the optimizer's step."""
+        return self._clock.step_seconds(self._timed_steps())
+
+    def _timed_steps(self) -> range:
+        return range(self.recorded_step + 1, self.num_steps)
+
+    def _phase_begins(self, before: Phase, phase: Phase) -> None:
+        begins_step = phase == "forward" and before == "zero"
+        if begins_step and self._recording:
+            self._end_record()
+        # What follows an optimizer's step, its `zero_grad` above all, still belongs to the step that it ends.
+        self._clock.note(self.num_steps - (phase == "zero"), phase)
+        if phase == "step":
+            self._gradient_bytes = storage_bytes((t for t, _ in self._owners.gradients()), self.device)
+        if phase == "zero" and self.num_steps <= self.recorded_step + 1:
+            self._note_residents()
+        if begins_step and self.num_steps <= self.recorded_step:
+            self._begin_record()
+        elif self._recording and phase in ("step", "zero"):
+            self._note_owners()
+        if self._recording:
+            self._follower.enter(phase)
+
+    def _begin_record(self) -> None:
+        self._follower.marks.clear()
+        self._ownerships.clear()
+        if self._record is not None:
+            self._record.start()
+        self._recording = True
+        self._note_owners()
+        self._follower.start()
+
+    def _end_record(self) -> None:
+        self._recording = False
+        self._follower.stop()
+        if self._record is None:
+            return
+        recorded = self._record.stop()
+        if self.num_steps > self.recorded_step or self.out_of_memory is not None:
+            self._read(recorded)
+
+    def _read(self, history: DeviceHistory) -> None:
+        replayed = replay_record(history)
+        self.first_difference = replayed.first_difference
+        if self.out_of_memory is not None:
+            failed = replayed.failed_request_bytes
+            self.out_of_memory = msgspec.structs.replace(self.out_of_memory, requested_bytes=failed)
+        self.history = self._named(replayed)
+        self.phase_peaks = phase_peaks(self._follower.marks, replayed.allocated)
+
+    def _named(self, record: ReplayedRecord) -> StepHistory:
+        return step_history(
+            record.events,
+            allocated=record.allocated,
+            start=record.start,
+            marks=self._follower.marks,
+            ownerships=self._ownerships,
+            reserved_bytes=record.reserved_bytes,
+        )
+
+    def _note_owners(self) -> None:
+        if self._record is not None:
+            owners = self._owners.by_address(self.device)
+            for tensor in self._watcher.inputs:
+                owners.setdefault(tensor.untyped_storage().data_ptr(), Owner("activations", "inputs"))
+            self._ownerships.append(Ownership(self._record.count(), owners))
+
+    def _note_residents(self) -> None:
+        state: dict[str, list[torch.Tensor]] = {}
+        for tensor, _, key in self._owners.state():
+            state.setdefault(key, []).append(tensor)
+        by_name = {key: storage_bytes(iter(tensors), self.device) for key, tensors in state.items()}
+        self.residents = Residents(
+            ResidentBytes(
+                parameters=storage_bytes(iter(self._owners.parameters.values()), self.device),
+                gradients=self._gradient_bytes,
+                master_weights=storage_bytes(iter(self._owners.masters.values()), self.device),
+                optimizer_state=storage_bytes((t for ts in state.values() for t in ts), self.device),
+            ),
+            {key: size for key, size in by_name.items() if size},
+        )
+
+    def _ran_out(self, error: BaseException) -> None:
+        if self._recording:
+            self._note_owners()
+        self.out_of_memory = out_of_memory(error, self._watcher.phase, self.device)
+
+
+def out_of_memory(error: BaseException, phase: Phase, device: torch.device) -> OutOfMemory:
+    """What is known of a failed request when its error arrives."""
+    return OutOfMemory(phase, None, torch.cuda.memory_allocated(device), " ".join(str(error).split())[:_MESSAGE_LIMIT])

@@ -1,0 +1,127 @@
+"""The real optimizer of a planner's description, built as its package's users build it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+
+from optplan.planner.errors import ConfigError
+from optplan.planner.models.spec import ModelSpec
+from optplan.planner.optimizers.base import OptimizerModel
+
+Parameters = Sequence[nn.Parameter]
+_Builder = Callable[[nn.Module, Parameters, Mapping[str, Any], ModelSpec], torch.optim.Optimizer]
+
+LEARNING_RATE = 1e-4
+_FLAGS = {"fused": {"fused": True}, "foreach": {"foreach": True}, "for-loop": {"foreach": False}}
+
+
+def build_optimizer(
+    description: OptimizerModel, model: nn.Module, parameters: Parameters, spec: ModelSpec
+) -> torch.optim.Optimizer:
+    """Build what `description` describes.
+
+    Args:
+        description: From the planner's registry, its options resolved.
+        model: The module whose parameters are trained; some optimizers read their partition from it.
+        parameters: What is updated: the module's trained parameters, or master weights in the same order.
+        spec: The planner's description of the module.
+
+    Raises:
+        ConfigError: This version cannot build it, or its package is not installed.
+    """
+    key = (description.id, description.implementation)
+    build = _BUILDERS.get(key)
+    if build is None:
+        known = ", ".join(f"{name} ({implementation})" for name, implementation in _BUILDERS)
+        raise ConfigError(f"{key[0]} ({key[1]}) cannot be run by the profiler; allowed: {known}")
+    try:
+        return build(model, parameters, description.options, spec)
+    except ImportError as error:
+        raise ConfigError(f"{key[0]} ({key[1]}) needs a package that is not installed: {error}") from None
+
+
+def _torch(name: str, implementation: str, *options: str) -> _Builder:
+    def build(_: nn.Module, parameters: Parameters, given: Mapping[str, Any], __: ModelSpec) -> torch.optim.Optimizer:
+        chosen = {option: given[option] for option in options if option in given}
+        cls = getattr(torch.optim, name)
+        return cls(parameters, lr=LEARNING_RATE, **_FLAGS[implementation], **chosen)  # type: ignore[no-any-return]
+
+    return build
+
+
+def _ours(name: str, *options: str) -> _Builder:
+    def build(_: nn.Module, parameters: Parameters, given: Mapping[str, Any], __: ModelSpec) -> torch.optim.Optimizer:
+        cls = getattr(import_module("optplan.optim_impls"), name)
+        chosen = {option: given[option] for option in options if option in given}
+        return cls(parameters, lr=LEARNING_RATE, **chosen)  # type: ignore[no-any-return]
+
+    return build
+
+
+def _adam_mini(model: nn.Module, parameters: Parameters, _: Mapping[str, Any], __: ModelSpec) -> torch.optim.Optimizer:
+    cls = import_module("optplan.optim_impls").AdamMini
+    own = {id(parameter) for parameter in model.parameters()}
+    if any(id(parameter) not in own for parameter in parameters):
+        raise ConfigError("adam-mini reads its partition from the model and cannot update separate master weights")
+    return cls.from_module(model, lr=LEARNING_RATE)  # type: ignore[no-any-return]
+
+
+def _adam_mini_official(
+    _: nn.Module, parameters: Parameters, options: Mapping[str, Any], spec: ModelSpec
+) -> torch.optim.Optimizer:
+    query = next(p for p in spec.unique_parameters if p.heads is not None and p.heads.num_query_heads)
+    assert query.heads is not None
+    named = [(p.name, tensor) for p, tensor in zip(spec.unique_parameters, parameters, strict=True)]
+    return import_module("adam_mini").Adam_mini(  # type: ignore[no-any-return]
+        named,
+        lr=LEARNING_RATE,
+        dim=options.get("dim") or query.numel // query.num_output_neurons,
+        n_heads=options.get("n_heads") or query.heads.num_query_heads,
+        verbose=False,
+    )
+
+
+def _adafactor_torch(
+    _: nn.Module, parameters: Parameters, options: Mapping[str, Any], __: ModelSpec
+) -> torch.optim.Optimizer:
+    return torch.optim.Adafactor(parameters, lr=LEARNING_RATE, foreach=bool(options.get("foreach", False)))
+
+
+def _adafactor_transformers(
+    _: nn.Module, parameters: Parameters, options: Mapping[str, Any], __: ModelSpec
+) -> torch.optim.Optimizer:
+    beta1 = options.get("beta1")
+    return import_module("transformers.optimization").Adafactor(  # type: ignore[no-any-return]
+        parameters,
+        lr=LEARNING_RATE,
+        beta1=None if beta1 in (None, "none") else float(beta1),
+        scale_parameter=False,
+        relative_step=False,
+    )
+
+
+def _eight_bit(
+    _: nn.Module, parameters: Parameters, options: Mapping[str, Any], __: ModelSpec
+) -> torch.optim.Optimizer:
+    return import_module("bitsandbytes.optim").AdamW8bit(  # type: ignore[no-any-return]
+        parameters, lr=LEARNING_RATE, min_8bit_size=options.get("min_8bit_size", 4096)
+    )
+
+
+_BUILDERS: dict[tuple[str, str], _Builder] = {
+    **{("adamw", name): _torch("AdamW", name, "amsgrad") for name in _FLAGS},
+    ("adamw", "optplan"): _ours("AdamW"),
+    ("adam-mini", "optplan"): _adam_mini,
+    ("adam-mini", "official"): _adam_mini_official,
+    ("micro-adam", "optplan"): _ours("MicroAdam", "window", "density", "block", "bucket"),
+    ("adapprox", "optplan"): _ours("Adapprox", "rank"),
+    **{("sgd", name): _torch("SGD", name, "momentum", "weight_decay", "nesterov") for name in _FLAGS},
+    ("adafactor", "torch"): _adafactor_torch,
+    ("adafactor", "transformers"): _adafactor_transformers,
+    ("adamw-8bit", "bitsandbytes"): _eight_bit,
+}

@@ -1,0 +1,148 @@
+"""A catalogue model on a device, its optimizer and random inputs: training steps as `optplan profile` takes them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from optplan.planner.errors import ConfigError
+from optplan.planner.models.spec import ModelSpec
+from optplan.planner.optimizers.base import OptimizerModel
+from optplan.planner.precision import PRECISIONS
+from optplan.planner.records import StepConfig
+from optplan.profilers.workloads.catalogue import model_class_and_config, quiet
+from optplan.profilers.workloads.real_optimizers import build_optimizer
+
+_AUTOCAST = {"amp": torch.bfloat16, "fp16-amp": torch.float16}
+_CHECKPOINTING = {"full": {"use_reentrant": False}, "full-reentrant": {"use_reentrant": True}}
+_UNSUPPORTED: dict[str, tuple[object, ...]] = {"sharding": ("none",), "checkpointing": ("none", *_CHECKPOINTING)}
+_STANDARD_DEVIATION = 0.02
+
+
+class RealStep(NamedTuple):
+    """What is trained, and how one step is taken.
+
+    Attributes:
+        model: In training mode on the device.
+        optimizer: Steps the model's parameters or its master weights.
+        take: Takes one step and returns the loss, still on the device.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    take: Callable[[], torch.Tensor]
+
+
+def build_real_step(
+    spec: ModelSpec, config: StepConfig, description: OptimizerModel, device: torch.device, *, seed: int = 0
+) -> RealStep:
+    """Build model, inputs and optimizer.
+
+    Raises:
+        ConfigError: A setting, the model or the optimizer cannot be run here.
+    """
+    for name, allowed in _UNSUPPORTED.items():
+        if getattr(config, name) not in allowed:
+            listed = ", ".join(map(str, allowed))
+            raise ConfigError(f"--{name} {getattr(config, name)} cannot be profiled in this version; allowed: {listed}")
+    torch.manual_seed(seed)
+    model = build_real_model(spec, config, device)
+    inputs = _inputs(model, config, device)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    masters = [nn.Parameter(p.detach().float()) for p in trained] if PRECISIONS[config.precision].master_dtype else []
+    optimizer = build_optimizer(description, model, masters or trained, spec)
+    step = _Step(model, optimizer, trained, masters, inputs, config)
+    return RealStep(model, optimizer, step.take)
+
+
+def build_real_model(spec: ModelSpec, config: StepConfig, device: torch.device) -> Any:
+    """The transformers model with random weights, made on the host and moved, as users load a checkpoint."""
+    from transformers.initialization import no_init_weights
+
+    cls, settings = model_class_and_config(spec)
+    dtype = getattr(torch, PRECISIONS[config.precision].parameter_dtype)
+    with quiet(), no_init_weights():
+        try:
+            model = cls._from_config(settings, attn_implementation=_attention(config.attention), dtype=dtype)
+        except (ValueError, ImportError) as error:
+            raise ConfigError(f"transformers cannot build {spec.name}: {' '.join(str(error).split())}") from None
+        model.tie_weights()
+    model.to(device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, _STANDARD_DEVIATION)
+    if config.checkpointing != "none":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=_CHECKPOINTING[config.checkpointing])
+    return model.train()
+
+
+def _attention(name: str) -> str:
+    return "flash_attention_2" if name == "flash" else name
+
+
+def _inputs(model: Any, config: StepConfig, device: torch.device) -> dict[str, torch.Tensor]:
+    """Random tokens that are their own labels, or random images with random classes."""
+    settings, batch = model.config, config.batch_size
+    if hasattr(settings, "image_size"):
+        shape = (batch, settings.num_channels, settings.image_size, settings.image_size)
+        images = torch.randn(shape, device=device, dtype=model.dtype)
+        return {"pixel_values": images, "labels": torch.randint(0, settings.num_labels, (batch,), device=device)}
+    tokens = torch.randint(0, settings.get_text_config().vocab_size, (batch, config.seq_len), device=device)
+    return {"input_ids": tokens, "labels": tokens}
+
+
+class _Step:
+    """Forward and backward of each micro-batch, then the optimizer."""
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: torch.optim.Optimizer,
+        trained: list[nn.Parameter],
+        masters: list[nn.Parameter],
+        inputs: dict[str, torch.Tensor],
+        config: StepConfig,
+    ) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._trained = trained
+        self._masters = masters
+        self._inputs = inputs
+        self._config = config
+        self._autocast = _AUTOCAST.get(config.precision)
+        self._device = trained[0].device
+        self._scaler = torch.amp.GradScaler(self._device.type) if config.precision == "fp16-amp" else None
+
+    def take(self) -> torch.Tensor:
+        """One optimizer step; the loss of its last micro-batch."""
+        for _ in range(self._config.grad_accum):
+            with self._precision():
+                loss: torch.Tensor = self._model(**self._inputs).loss
+            (self._scaler.scale(loss) if self._scaler else loss).backward()
+        if self._masters:
+            self._step_masters()
+        elif self._scaler:
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+        else:
+            self._optimizer.step()
+        for parameter in self._trained:
+            parameter.grad = None
+        return loss.detach()
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self._device.type, self._autocast) if self._autocast else contextlib.nullcontext()
+
+    def _step_masters(self) -> None:
+        """Give the masters the gradients in fp32, step them, and round them back into the parameters."""
+        for master, parameter in zip(self._masters, self._trained, strict=True):
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+        self._optimizer.step()
+        with torch.no_grad():
+            for master, parameter in zip(self._masters, self._trained, strict=True):
+                master.grad = None
+                parameter.copy_(master)

@@ -1,0 +1,97 @@
+"""`optplan profile` on a machine without a GPU: a small model on the CPU, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from optplan.app import app
+from optplan.boundary import run
+from optplan.planner.measurement import Measurement
+from optplan.planner.record_files import load_record
+
+TINY = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 32,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
+# Embedding and head of 32 x 16; per layer q 16x16, k and v 8x16, o 16x16, three of 24x16, two norms; the last norm.
+NUM_PARAMETERS = 2 * 32 * 16 + 2 * (2 * 16 * 16 + 2 * 8 * 16 + 3 * 24 * 16 + 2 * 16) + 16
+ON_CPU = ["--device", "cpu", "--batch-size", "2", "--seq-len", "8"]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(TINY))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "state_bytes"),
+    [
+        (["adamw"], 2 * 4 * NUM_PARAMETERS + 4 * 21),
+        (["sgd"], 4 * NUM_PARAMETERS),
+        (["adamw", "--set", "implementation=foreach"], 2 * 4 * NUM_PARAMETERS + 4 * 21),
+    ],
+)
+def test_a_step_on_the_cpu(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], optimizer: list[str], state_bytes: int
+) -> None:
+    out = tmp_path / "step.json.gz"
+    command = ["profile", "-m", config, *ON_CPU, "--precision", "fp32", "--steps", "5", "-o", *optimizer]
+    assert run(app, [*command, "--out", str(out), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    record = load_record(out)
+    assert isinstance(record, Measurement)
+    assert record.device == printed["device"] == "cpu"
+    assert record.bytes.parameters == record.bytes.gradients == 4 * NUM_PARAMETERS
+    assert record.bytes.optimizer_state == state_bytes
+    assert record.peak_allocated_bytes is None and record.history is None
+    assert len(record.losses) == 5
+    assert record.time is not None and record.time.num_steps == 2
+
+
+def test_the_terminal_says_what_the_cpu_cannot_tell(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(app, ["profile", "-m", config, *ON_CPU, "--steps", "4"]) == 0
+    text = capsys.readouterr().out
+    assert "ran on the CPU: tensors are counted, there is no allocator to read" in text
+    assert "no estimate to hold it against: a step measured on the CPU has no GPU to be estimated for" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--steps", "2"], "--steps must be at least 3, the last of which is recorded; got 2"),
+        (["--device", "tpu"], "--device 'tpu' is not known; allowed: cpu, cuda, cuda:0, cuda:1 ..."),
+        (["-o", "lion"], "lion (pytorch_optimizer) cannot be run by the profiler; allowed: "),
+        (["-o", "adamv"], "unknown optimizer 'adamv'; nearest: adamw"),
+        (["--checkpointing", "selective"], "--checkpointing selective cannot be profiled in this version; allowed: "),
+        (["--out", "none/step.json.gz"], "cannot write 'none/step.json.gz': No such file or directory; "),
+    ],
+)
+def test_one_sentence(config: str, capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str) -> None:
+    status = run(app, ["profile", "-m", config, *ON_CPU, *arguments])
+    out, err = capsys.readouterr()
+    assert status in (1, 2)
+    assert out == ""
+    assert err.startswith(f"optplan: {sentence}")
+    assert err.count("\n") == 1
+
+
+def test_without_a_gpu_the_sentence_says_what_to_do(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert run(app, ["profile", "-m", config]) == 2
+    assert capsys.readouterr().err == (
+        "optplan: no CUDA GPU is visible to torch (driver missing, CUDA_VISIBLE_DEVICES empty, or a torch without"
+        " CUDA); --device cpu measures tensors without an allocator\n"
+    )
