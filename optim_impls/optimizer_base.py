@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -212,7 +213,17 @@ class KernelOptimizer(Optimizer):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
             group["backend"], group["capturable"] = self.defaults["backend"], self.defaults["capturable"]
+            self._cut_to_shards(group)
         self._reset_caches()
+
+    def _cut_to_shards(self, group: dict[str, Any]) -> None:
+        """Where parameters are sharded, keep of a state that was loaded whole what this rank is to hold."""
+        # What shards needs batches, which are defined here.
+        from optplan.optim_impls.sharding import cut_state
+
+        for parameter in group["params"]:
+            if local_tensor(parameter) is not parameter and parameter in self.state:
+                cut_state(self.state[parameter], self._new_state(parameter, group))
 
     def _reset_caches(self) -> None:
         self._plans: dict[int, GroupPlan | None] = {}
@@ -233,7 +244,8 @@ class KernelOptimizer(Optimizer):
             batch.step = int(steps[batch.lead]) if steps else 0
             run = self._step_triton if batch.triton else self._step_torch
             try:
-                run(batch, group, as_scale(grad_scale, batch.device))
+                with on_device(batch.device):
+                    run(batch, group, as_scale(grad_scale, batch.device))
             finally:
                 batch.release()
         plan.counters.finish()
@@ -305,6 +317,13 @@ def lags_of(steps: Sequence[float]) -> list[float]:
 def interpreted() -> bool:
     """Whether Triton runs its kernels in the CPU interpreter."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which kernels are launched on `device`; Triton launches on the current one."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def tensors_of(state: State) -> list[torch.Tensor]:

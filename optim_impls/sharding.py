@@ -78,6 +78,12 @@ class RowShards:
         width = self.rows_per_rank * self.columns
         return slice(min(self.rank * width, self.numel), min((self.rank + 1) * width, self.numel))
 
+    @property
+    def rows(self) -> slice:
+        """This rank's rows."""
+        first = self.rank * self.rows_per_rank
+        return slice(min(first, self.shape[0]), min(first + self.rows_per_rank, self.shape[0]))
+
     def join(self, local: torch.Tensor, rows: int) -> torch.Tensor:
         """A DTensor of `rows` rows in all from each rank's own, dealt out as the parameter's are."""
         # A build of torch without distributed training can run everything else.
@@ -227,6 +233,35 @@ def shards_of(part: Part) -> RowShards:
     shards = row_shards(part.parameter)
     assert shards is not None
     return shards
+
+
+def cut_state(state: dict[str, Any], like: dict[str, Any]) -> None:
+    """Cut whole tensors of a loaded state to this rank's part, where a new state would be sharded.
+
+    Args:
+        state: Of one parameter; changed in place.
+        like: A new state of the parameter.
+
+    Raises:
+        ValueError: A tensor has neither the shape of the whole nor is it sharded.
+    """
+    for name, own in like.items():
+        value, local = state.get(name), local_tensor(own)
+        if local is own or not isinstance(value, torch.Tensor) or local_tensor(value) is not value:
+            continue
+        if value.shape != own.shape:
+            raise ValueError(
+                f"state '{name}' of a sharded parameter must be sharded or whole, of shape {tuple(own.shape)}, "
+                f"got shape {tuple(value.shape)}"
+            )
+        shards = row_shards(own)
+        rows = slice(None) if shards is None else shards.rows
+        # A build of torch without distributed training can run everything else.
+        from torch.distributed.tensor import DTensor
+
+        state[name] = DTensor.from_local(
+            value[rows].clone(), own.device_mesh, own.placements, run_check=False, shape=own.shape, stride=own.stride()
+        )
 
 
 def _pieces(numels: Sequence[int], *, like: torch.Tensor) -> list[torch.Tensor]:

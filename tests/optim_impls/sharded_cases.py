@@ -129,6 +129,16 @@ class Training:
         dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
         set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
 
+    def load_whole(self, whole: dict[str, Any]) -> None:
+        """The whole tensors that one process trained, by `load_state_dict`."""
+        for name, parameter in self.model.items():
+            parameter.data.copy_(self.place(name, whole[name]["parameter"]))
+        state = {
+            number: {key: value for key, value in whole[name].items() if key != "parameter"}
+            for number, name in enumerate(self.model)
+        }
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+
     def whole(self) -> dict[str, dict[str, torch.Tensor]]:
         """The whole parameters, and the whole state by their names."""
         states = self.optimizer.state
@@ -219,9 +229,13 @@ def _run_rank(rank: int, port: int, folder: Path) -> None:
         resumed = Training(case, on_mesh(mesh))
         resumed.load(folder / f"{name}-on-one")
         resumed.run(SAVED_AFTER, NUM_STEPS)
+        cut = Training(case, on_mesh(mesh))
+        cut.load_whole(torch.load(folder / f"{name}-whole.pt"))
+        cut.run(SAVED_AFTER, NUM_STEPS)
         losses = train_network(case, mesh) if name in TRAIN_NETWORKS else []
         found[name] = {
-            "trained": training.whole(), "resumed": resumed.whole(), "own_bytes": own_bytes, "losses": losses,
+            "trained": training.whole(), "resumed": resumed.whole(), "cut": cut.whole(), "own_bytes": own_bytes,
+            "losses": losses,
         }  # fmt: skip
     torch.save(found, folder / f"found-{rank}.pt")
     dist.destroy_process_group()

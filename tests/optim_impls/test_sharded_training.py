@@ -52,6 +52,7 @@ def _train_alone(name: str, *, save_to: Path | None = None, load_from: Path | No
         training.run(0, SAVED_AFTER)
     if save_to is not None:
         training.save(save_to)
+        torch.save(training.whole(), f"{save_to.parent / name}-whole.pt")
     training.run(SAVED_AFTER, NUM_STEPS)
     found: Tensors = training.whole()
     return found
@@ -77,6 +78,11 @@ def test_two_ranks_train_as_one_process(results: dict[str, Any], name: str, rank
 @pytest.mark.parametrize("rank", [0, 1])
 def test_two_ranks_go_on_from_the_checkpoint_of_one_process(results: dict[str, Any], name: str, rank: int) -> None:
     _assert_same(name, results["ranks"][rank][name]["resumed"], results["one"][name])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_cut_a_whole_state_to_their_rows(results: dict[str, Any], name: str) -> None:
+    _assert_same(name, results["ranks"][0][name]["cut"], results["ranks"][0][name]["resumed"])
 
 
 @pytest.mark.parametrize("name", CASES)
