@@ -22,6 +22,7 @@ from optplan.optim_impls.optimizer_base import (
     KernelOptimizer,
     Member,
     as_scale,
+    on_device,
 )
 from optplan.optim_impls.rounding import mix_seed, random_bits, store
 from optplan.optim_impls.step_counters import State
@@ -198,7 +199,8 @@ class AdamMini(KernelOptimizer):
         for batch in plan.batches:
             batch.scratch["shared"] = shared
             add = self._sum_triton if batch.triton else self._sum_torch
-            add(batch, group, as_scale(grad_scale, batch.device), sums)
+            with on_device(batch.device):
+                add(batch, group, as_scale(grad_scale, batch.device), sums)
         shared.advance(sums, beta2=group["betas"][1])
 
     def _sum_torch(self, batch: Batch, group: dict[str, Any], grad_scale: GradScale, sums: torch.Tensor) -> None:

@@ -151,6 +151,53 @@ def test_a_counter_that_is_written_to_is_heeded() -> None:
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
+def _scale_counter(optimizer: AdamW, parameter: torch.Tensor) -> None:
+    optimizer.state[parameter]["step"].add_(7)
+
+
+def _replace_moment(optimizer: AdamW, parameter: torch.Tensor) -> None:
+    optimizer.state[parameter]["exp_avg"] = torch.ones_like(parameter)
+
+
+def _move_moment(optimizer: AdamW, parameter: torch.Tensor) -> None:
+    moment = optimizer.state[parameter]["exp_avg_sq"]
+    moment.data = moment.data.clone().mul_(3)
+
+
+def _replace_state(optimizer: AdamW, parameter: torch.Tensor) -> None:
+    optimizer.state[parameter] = {name: value.clone() * 2 for name, value in optimizer.state[parameter].items()}
+
+
+def _forget_state(optimizer: AdamW, parameter: torch.Tensor) -> None:
+    del optimizer.state[parameter]
+
+
+def _move_parameter(optimizer: AdamW, parameter: torch.Tensor) -> None:
+    parameter.data = parameter.data.clone().neg_()
+
+
+@pytest.mark.parametrize(
+    "meddle", [_scale_counter, _replace_moment, _move_moment, _replace_state, _forget_state, _move_parameter]
+)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_what_others_change_between_steps_is_heeded(meddle: Callable[..., None], backend: str) -> None:
+    """An optimizer that has planned its steps goes on as one that plans them for the first time."""
+    results = []
+    for planned in (True, False):
+        parameter = _parameter(5)
+        optimizer = AdamW([parameter], lr=0.1, backend=backend)
+        for _ in range(2):
+            _step(optimizer, parameter)
+        meddle(optimizer, parameter)
+        if not planned:
+            optimizer._reset_caches()
+        _step(optimizer, parameter)
+        results.append((parameter.detach(), dict(optimizer.state[parameter])))
+    (ours, our_state), (fresh, fresh_state) = results
+    assert torch.equal(ours, fresh)
+    assert all(torch.equal(our_state[name], value) for name, value in fresh_state.items())
+
+
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_parameters_over_the_same_memory_follow_each_other(backend: str) -> None:
     results = []
