@@ -71,7 +71,8 @@ def _ranks(pad, keys, CAPACITY: tl.constexpr):
     tl_put(pad, entry, keys, entry >= 0)
     tl.debug_barrier()
     others = tl_get(pad, entry[:, None] + tl.zeros((1, CAPACITY), tl.int32), entry[:, None] >= 0)
-    return tl.sum((others > keys[None, :]).to(tl.int32), axis=0)
+    # The sign of a difference, as comparisons would be gathered bit by bit; keys are too small to overflow.
+    return tl.sum((keys[None, :] - others).to(tl.uint32, bitcast=True) >> 31, axis=0).to(tl.int32)
 
 
 @triton.jit
