@@ -77,9 +77,17 @@ class Footprint(msgspec.Struct, frozen=True, dict=True):
 
     def device_sizes(self, parameters: Sequence[Parameter]) -> list[int]:
         """Bytes of each tensor on the device: those kept once first, then those of every parameter in turn."""
+        return [tensor.num_bytes for _, tensor in self._on_device(parameters)]
+
+    def device_names(self, parameters: Sequence[Parameter]) -> list[str]:
+        """Names of the same tensors: the parameter's and the state's."""
+        return [f"{owner} {tensor.name}" for owner, tensor in self._on_device(parameters)]
+
+    def _on_device(self, parameters: Sequence[Parameter]) -> Iterator[tuple[str, StateTensor]]:
         tensors = {member.name: group.tensors for group in self.groups for member in group.parameters}
-        each = (tensor for parameter in parameters for tensor in tensors[parameter.name])
-        return [tensor.num_bytes for tensor in (*self.shared, *each) if tensor.device == "device"]
+        shared = (("optimizer", tensor) for tensor in self.shared)
+        each = ((parameter.name, tensor) for parameter in parameters for tensor in tensors[parameter.name])
+        return ((owner, tensor) for owner, tensor in (*shared, *each) if tensor.device == "device")
 
 
 def pattern_of(name: str) -> str:

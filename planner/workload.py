@@ -24,7 +24,9 @@ from optplan.planner.records import PhasePeak, ResidentBytes, Saving
 from optplan.planner.request import StepRequest
 from optplan.planner.step.optimizer_step import temporary_bytes, write_optimizer_step
 from optplan.planner.step.rules import StepMemory, StepOptions, has_rules, step_memory
-from optplan.planner.step.simulation import ParameterStep, SimulatedStep, StepSimulator
+from optplan.planner.step.simulated_device import SimulatedStep
+from optplan.planner.step.simulation import ParameterStep, StepSimulator
+from optplan.planner.step_history import StepHistory
 from optplan.planner.tensors import Parameter
 from optplan.planner.timeline import Category, Phase, Timeline, TimelineBuilder
 from optplan.planner.units import round_up
@@ -116,6 +118,20 @@ class Workload:
         if self.request.config.step_in_backward:
             return simulator.simulate_in_backward(self._parameter_steps(candidate))
         return simulator.simulate(candidate.footprint.device_sizes(self._parameters), self.step_timeline(candidate))
+
+    def history(self, candidate: Candidate) -> StepHistory | None:
+        """The steady step event by event, None for a family without step rules."""
+        if not self.has_rules:
+            return None
+        simulator = self._simulator(self.request.config.batch_size)
+        if self.request.config.step_in_backward:
+            return simulator.history_in_backward(self._parameter_steps(candidate))
+        footprint = candidate.footprint
+        return simulator.history(
+            footprint.device_sizes(self._parameters),
+            self.step_timeline(candidate),
+            names=footprint.device_names(self._parameters),
+        )
 
     def _parameter_steps(self, candidate: Candidate) -> dict[str, ParameterStep]:
         """What an optimizer of each parameter's own keeps and allocates."""

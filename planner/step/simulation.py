@@ -8,56 +8,26 @@ What all optimizers share is simulated once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from itertools import zip_longest
+from typing import NamedTuple
 
 import msgspec
 
-from optplan.planner.allocator_choice import copy_of, make_allocator
 from optplan.planner.allocator_settings import AllocatorSettings
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.step.clipping import write_clipping
 from optplan.planner.step.options import StepOptions
 from optplan.planner.step.resident import write_load
 from optplan.planner.step.rules import write_forward_backward
-from optplan.planner.timeline import Allocation, Category, Phase, Timeline, TimelineBuilder
-
-_KEPT = 0
-"""Id of an allocation that stays for the rest of the run."""
+from optplan.planner.step.simulated_device import KEPT, SimulatedDevice, SimulatedEvent, SimulatedStep
+from optplan.planner.step_history import StepHistory
+from optplan.planner.timeline import Allocation, Category, Timeline, TimelineBuilder
 
 _PRODUCTS = (
     "proj output", "c_attn output", "query_key_value output", "query output", "SelfAttention.q output",
     "weight gradient",
 )  # fmt: skip
 """Operations that run a matrix product, the first of which in a phase makes its thread's library workspaces."""
-
-
-class _Event(NamedTuple):
-    """An allocation with its bytes and name, or with the negative id its end; the category is the memory's in both."""
-
-    id: int
-    num_bytes: int
-    category: Category
-    phase: Phase
-    name: str
-
-
-class SimulatedStep(msgspec.Struct, frozen=True):
-    """A steady step on a device with room for all it asks.
-
-    Attributes:
-        phases: Largest number of allocated bytes in forward, backward and step, and in clip if gradients are clipped.
-        categories: Allocated bytes by category at the largest of them.
-        reserved_bytes: Largest number of bytes held from the driver, cached blocks included.
-    """
-
-    phases: dict[Phase, int]
-    categories: dict[Category, int]
-    reserved_bytes: int
-
-    @property
-    def peak_phase(self) -> Phase:
-        """The phase with the largest peak, of equal ones the earliest."""
-        return max(self.phases, key=lambda phase: self.phases[phase])
 
 
 class ParameterStep(NamedTuple):
@@ -97,7 +67,7 @@ class StepSimulator:
         """
         self._options, self._empties_cache = options, empties_cache
         self._workspaces: list[Allocation] = []
-        self._start = _Device(settings)
+        self._start = SimulatedDevice(settings)
         self._load(spec, master_bytes)
         self._first, self._gradients = _micro_step(spec, options, has_gradients=False)
         self._last = _micro_step(spec, options, has_gradients=True)[0] if options.has_gradients else []
@@ -116,7 +86,7 @@ class StepSimulator:
             if event.category == "workspace":
                 self._workspaces.append(event)
             else:
-                self._start.keep(event.bytes, event.category)
+                self._start.keep(event.bytes, event.category, event.name)
 
     def _run_first_step(self) -> None:
         self._start.run(_with_workspaces(self._first, self._workspaces))
@@ -133,9 +103,17 @@ class StepSimulator:
             state_bytes: Bytes of its state tensors on the device, in the order in which the first step makes them.
             step: What its `step()` allocates and frees.
         """
+        return self._steady(state_bytes, step).result()
+
+    def history(self, state_bytes: Sequence[int], step: Timeline, *, names: Sequence[str] = ()) -> StepHistory:
+        """The same step event by event; `names` are those of the state tensors."""
+        return self._steady(state_bytes, step, names).history()
+
+    def _steady(self, state_bytes: Sequence[int], step: Timeline, names: Sequence[str] = ()) -> SimulatedDevice:
+        """A device that has taken the first step and measured the second."""
         device, optimizer = self._start.copy(), _events(step)
-        for num_bytes in state_bytes:
-            device.keep(num_bytes, "optimizer_state")
+        for num_bytes, name in zip_longest(state_bytes, names, fillvalue="state"):
+            device.keep(num_bytes, "optimizer_state", name)
         device.run(optimizer)
         if not self._options.keep_grads:
             device.clear()
@@ -149,7 +127,7 @@ class StepSimulator:
         if self._clip:
             device.measure(self._clip, "clip")
         device.measure(optimizer, "step")
-        return device.result()
+        return device
 
     def simulate_in_backward(self, steps: Mapping[str, ParameterStep]) -> SimulatedStep:
         """The steady step with an optimizer that takes each parameter's step when its gradient is there.
@@ -157,6 +135,13 @@ class StepSimulator:
         Args:
             steps: What each parameter's step takes, by the parameter's name.
         """
+        return self._steady_in_backward(steps).result()
+
+    def history_in_backward(self, steps: Mapping[str, ParameterStep]) -> StepHistory:
+        """The same step event by event."""
+        return self._steady_in_backward(steps).history()
+
+    def _steady_in_backward(self, steps: Mapping[str, ParameterStep]) -> SimulatedDevice:
         device = self._start.copy()
         first = _with_workspaces(self._first, self._workspaces)
         device.run(_with_steps(first, self._gradients, steps, makes_state=True))
@@ -164,10 +149,12 @@ class StepSimulator:
             device.empty_cache()
         device.measure(_with_steps(self._first, self._gradients, steps), "forward", "backward")
         device.measure([], "step")
-        return device.result()
+        return device
 
 
-def _micro_step(spec: ModelSpec, options: StepOptions, *, has_gradients: bool) -> tuple[list[_Event], dict[str, int]]:
+def _micro_step(
+    spec: ModelSpec, options: StepOptions, *, has_gradients: bool
+) -> tuple[list[SimulatedEvent], dict[str, int]]:
     """Forward and backward of a micro-step that makes the gradients or adds to them, and the gradients' ids by name."""
     timeline = TimelineBuilder("load")
     options = msgspec.structs.replace(options, grad_accum=2 if has_gradients else 1, keep_grads=False)
@@ -175,19 +162,19 @@ def _micro_step(spec: ModelSpec, options: StepOptions, *, has_gradients: bool) -
     return _events([event for event in timeline.events if event.phase != "load"]), gradients
 
 
-def _clip_events(spec: ModelSpec, options: StepOptions) -> list[_Event]:
+def _clip_events(spec: ModelSpec, options: StepOptions) -> list[SimulatedEvent]:
     timeline = TimelineBuilder("clip")
     write_clipping(timeline, spec.unique_parameters, dtype=options.parameter_dtype)
     return _events(timeline.events)
 
 
 def _with_steps(
-    events: Sequence[_Event],
+    events: Sequence[SimulatedEvent],
     gradients: Mapping[str, int],
     steps: Mapping[str, ParameterStep],
     *,
     makes_state: bool = False,
-) -> list[_Event]:
+) -> list[SimulatedEvent]:
     """The events of a micro-step with each parameter's step right before its gradient's end."""
     owner = {-id_: name for name, id_ in gradients.items()}
     last_id = max(event.id for event in events)
@@ -196,126 +183,37 @@ def _with_steps(
         if event.id in owner:
             step = steps[owner[event.id]]
             if makes_state:
-                result += [_Event(_KEPT, size, "optimizer_state", "backward", "") for size in step.state_bytes]
+                name = f"state of {owner[event.id]}"
+                result += [SimulatedEvent(KEPT, size, "optimizer_state", "backward", name) for size in step.state_bytes]
             inner = _events(step.timeline)
             result += [e._replace(id=e.id + (last_id if e.id > 0 else -last_id), phase="backward") for e in inner]
         result.append(event)
     return result
 
 
-def _events(timeline: Timeline) -> list[_Event]:
+def _events(timeline: Timeline) -> list[SimulatedEvent]:
     made: dict[int, tuple[Category, str]] = {}
     events = []
     for event in timeline:
         if isinstance(event, Allocation):
             made[event.id] = event.category, event.name
-            events.append(_Event(event.id, event.bytes, event.category, event.phase, event.name))
+            events.append(SimulatedEvent(event.id, event.bytes, event.category, event.phase, event.name))
         else:
-            events.append(_Event(-event.id, 0, made[event.id][0], event.phase, ""))
+            events.append(SimulatedEvent(-event.id, 0, made[event.id][0], event.phase, ""))
     return events
 
 
-def _with_workspaces(events: Sequence[_Event], workspaces: Sequence[Allocation]) -> list[_Event]:
+def _with_workspaces(events: Sequence[SimulatedEvent], workspaces: Sequence[Allocation]) -> list[SimulatedEvent]:
     """The events of the very first micro-step, in which each thread's first product makes its workspaces."""
     waiting, result = list(workspaces), []
     for event in events:
         result.append(event)
         if waiting and event.name.endswith(_PRODUCTS):
             made = [workspace for workspace in waiting if workspace.name.endswith(event.phase)]
-            result += [_Event(_KEPT, workspace.bytes, "workspace", event.phase, "") for workspace in made]
+            result += [
+                SimulatedEvent(KEPT, workspace.bytes, "workspace", event.phase, workspace.name) for workspace in made
+            ]
             waiting = [workspace for workspace in waiting if workspace not in made]
-    return result + [_Event(_KEPT, workspace.bytes, "workspace", "backward", "") for workspace in waiting]
-
-
-class _Device:
-    """An allocator and the memory of one run: what is kept for good, and what the current step has allocated."""
-
-    def __init__(self, settings: AllocatorSettings) -> None:
-        self._settings = settings
-        self._allocator = make_allocator(settings)
-        self._kept: dict[Category, int] = {}
-        self._blocks: dict[int, Any] = {}
-        self._gradients: list[Any] = []
-        self._phases: dict[Phase, int] = {}
-        self._categories: dict[Category, int] = {}
-        self._reserved_before_flush = 0
-
-    def copy(self) -> _Device:
-        """A device in the same state, between two parts of a step."""
-        other = _Device(self._settings)
-        other._allocator, twins = copy_of(self._allocator, filter(None, self._gradients))
-        other._kept = dict(self._kept)
-        other._gradients = [block and twins[block] for block in self._gradients]
-        return other
-
-    def empty_cache(self) -> None:
-        """Give back the cached segments."""
-        self._reserved_before_flush = max(self._reserved_before_flush, self._allocator.reserved_bytes)
-        self._allocator.empty_cache()
-
-    def keep(self, num_bytes: int, category: Category) -> None:
-        """Allocate for the rest of the run."""
-        block = self._allocator.alloc(num_bytes)
-        self._kept[category] = self._kept.get(category, 0) + (block.size if block else 0)
-
-    def set_aside(self) -> None:
-        """Keep the gradients, all that a micro-step leaves, to the end of the step; the ids to come may be the same."""
-        self._gradients += self._blocks.values()
-        self._blocks.clear()
-
-    def clear(self) -> None:
-        """Free the gradients, first the parameter's whose gradient came last."""
-        for block in reversed(self._gradients):
-            self._allocator.free(block)
-        self._gradients.clear()
-
-    def run(self, events: Sequence[_Event]) -> None:
-        """Run events."""
-        blocks, alloc, free = self._blocks, self._allocator.alloc, self._allocator.free
-        for id_, num_bytes, category, _, _ in events:
-            if id_ > 0:
-                blocks[id_] = alloc(num_bytes)
-            elif id_ < 0:
-                free(blocks.pop(-id_))
-            else:
-                self.keep(num_bytes, category)
-
-    def measure(self, events: Sequence[_Event], *phases: Phase) -> None:
-        """Run the events of these phases and note their peaks; the first begins with what is alive now."""
-        allocator, blocks = self._allocator, self._blocks
-        alloc, free = allocator.alloc, allocator.free
-        in_use = self._in_use()
-        history = [allocator.allocated_bytes]
-        for id_, num_bytes, _, _, _ in events:
-            if id_ > 0:
-                blocks[id_] = alloc(num_bytes)
-            else:
-                free(blocks.pop(-id_))
-            history.append(allocator.allocated_bytes)
-        self._note(events, phases, history, in_use)
-
-    def _note(
-        self, events: Sequence[_Event], phases: Sequence[Phase], history: list[int], in_use: dict[Category, int]
-    ) -> None:
-        before = max(self._phases.values(), default=-1)
-        start = 0
-        for phase in phases:
-            length = sum(event.phase == phase for event in events)
-            # A phase begins with what the one before it has left.
-            self._phases[phase] = max(history[start : start + length + 1])
-            start += length
-        if max(history) > before:
-            at_peak = history.index(max(history))
-            for index, event in enumerate(events[:at_peak]):
-                in_use[event.category] = in_use.get(event.category, 0) + history[index + 1] - history[index]
-            self._categories = in_use
-
-    def _in_use(self) -> dict[Category, int]:
-        gradients = sum(block.size for block in self._gradients if block is not None)
-        return {**self._kept, "gradients": gradients}
-
-    def result(self) -> SimulatedStep:
-        """What the measured step held."""
-        categories = {category: size for category, size in self._categories.items() if size}
-        reserved_bytes = max(self._reserved_before_flush, self._allocator.reserved_bytes)
-        return SimulatedStep(self._phases, categories, reserved_bytes)
+    return result + [
+        SimulatedEvent(KEPT, workspace.bytes, "workspace", "backward", workspace.name) for workspace in waiting
+    ]

@@ -1,0 +1,168 @@
+"""A device in a simulated training run: what is kept for good, and the peaks of the steady step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from optplan.planner.allocator_choice import copy_of, make_allocator
+from optplan.planner.allocator_settings import AllocatorSettings
+from optplan.planner.replay import LiveTensor
+from optplan.planner.step_history import StepHistory
+from optplan.planner.timeline import Allocation, Category, Event, Free, Phase
+
+KEPT = 0
+"""Id of an allocation that stays for the rest of the run."""
+
+
+class SimulatedEvent(NamedTuple):
+    """An allocation with its bytes and name, or with the negative id its end; the category is the memory's in both."""
+
+    id: int
+    num_bytes: int
+    category: Category
+    phase: Phase
+    name: str
+
+
+class SimulatedStep(msgspec.Struct, frozen=True):
+    """A steady step on a device with room for all it asks.
+
+    Attributes:
+        phases: Largest number of allocated bytes in forward, backward and step, and in clip if gradients are clipped.
+        categories: Allocated bytes by category at the largest of them.
+        reserved_bytes: Largest number of bytes held from the driver, cached blocks included.
+    """
+
+    phases: dict[Phase, int]
+    categories: dict[Category, int]
+    reserved_bytes: int
+
+    @property
+    def peak_phase(self) -> Phase:
+        """The phase with the largest peak, of equal ones the earliest."""
+        return max(self.phases, key=lambda phase: self.phases[phase])
+
+
+class SimulatedDevice:
+    """An allocator and the memory of one run: what is kept for good, and what the current step has allocated."""
+
+    def __init__(self, settings: AllocatorSettings) -> None:
+        self._settings = settings
+        self._allocator = make_allocator(settings)
+        self._kept: list[tuple[str, Category, int]] = []
+        self._segments: list[tuple[Sequence[SimulatedEvent], list[int]]] = []
+        self._num_earlier_gradients = 0
+        self._blocks: dict[int, Any] = {}
+        self._gradients: list[Any] = []
+        self._phases: dict[Phase, int] = {}
+        self._categories: dict[Category, int] = {}
+        self._reserved_before_flush = 0
+
+    def copy(self) -> SimulatedDevice:
+        """A device in the same state, between two parts of a step."""
+        other = SimulatedDevice(self._settings)
+        other._allocator, twins = copy_of(self._allocator, filter(None, self._gradients))
+        other._kept = list(self._kept)
+        other._gradients = [block and twins[block] for block in self._gradients]
+        return other
+
+    def empty_cache(self) -> None:
+        """Give back the cached segments."""
+        self._reserved_before_flush = max(self._reserved_before_flush, self._allocator.reserved_bytes)
+        self._allocator.empty_cache()
+
+    def keep(self, num_bytes: int, category: Category, name: str) -> None:
+        """Allocate for the rest of the run."""
+        block = self._allocator.alloc(num_bytes)
+        if block is not None:
+            self._kept.append((name, category, block.size))
+
+    def set_aside(self) -> None:
+        """Keep the gradients, all that a micro-step leaves, to the end of the step; the ids to come may be the same."""
+        self._gradients += self._blocks.values()
+        self._blocks.clear()
+
+    def clear(self) -> None:
+        """Free the gradients, first the parameter's whose gradient came last."""
+        for block in reversed(self._gradients):
+            self._allocator.free(block)
+        self._gradients.clear()
+
+    def run(self, events: Sequence[SimulatedEvent]) -> None:
+        """Run events."""
+        blocks, alloc, free = self._blocks, self._allocator.alloc, self._allocator.free
+        for id_, num_bytes, category, _, name in events:
+            if id_ > 0:
+                blocks[id_] = alloc(num_bytes)
+            elif id_ < 0:
+                free(blocks.pop(-id_))
+            else:
+                self.keep(num_bytes, category, name)
+
+    def measure(self, events: Sequence[SimulatedEvent], *phases: Phase) -> None:
+        """Run the events of these phases and note their peaks; the first begins with what is alive now."""
+        allocator, blocks = self._allocator, self._blocks
+        alloc, free = allocator.alloc, allocator.free
+        in_use = self._in_use()
+        history = [allocator.allocated_bytes]
+        for id_, num_bytes, _, _, _ in events:
+            if id_ > 0:
+                blocks[id_] = alloc(num_bytes)
+            else:
+                free(blocks.pop(-id_))
+            history.append(allocator.allocated_bytes)
+        if not self._segments:
+            self._num_earlier_gradients = len(self._gradients)
+        self._segments.append((events, history))
+        self._note(events, phases, history, in_use)
+
+    def _note(
+        self, events: Sequence[SimulatedEvent], phases: Sequence[Phase], history: list[int], in_use: dict[Category, int]
+    ) -> None:
+        before = max(self._phases.values(), default=-1)
+        start = 0
+        for phase in phases:
+            length = sum(event.phase == phase for event in events)
+            # A phase begins with what the one before it has left.
+            self._phases[phase] = max(history[start : start + length + 1])
+            start += length
+        if max(history) > before:
+            at_peak = history.index(max(history))
+            for index, event in enumerate(events[:at_peak]):
+                in_use[event.category] = in_use.get(event.category, 0) + history[index + 1] - history[index]
+            self._categories = in_use
+
+    def _in_use(self) -> dict[Category, int]:
+        total: dict[Category, int] = {}
+        for _, category, size in self._kept:
+            total[category] = total.get(category, 0) + size
+        return total | {"gradients": sum(block.size for block in self._gradients if block is not None)}
+
+    def history(self) -> StepHistory:
+        """The measured step event by event."""
+        earlier = [block for block in self._gradients[: self._num_earlier_gradients] if block is not None]
+        kept = [LiveTensor("gradient that is there already", "gradients", block.size) for block in earlier]
+        resident = [*(LiveTensor(*tensor) for tensor in self._kept), *kept]
+        allocated, events, base = self._segments[0][1][:1], [], len(resident)
+        for segment, history in self._segments:
+            events += [_named(event, base) for event in segment]
+            allocated += history[1:]
+            base += max((event.id for event in segment), default=0)
+        reserved_bytes = max(self._reserved_before_flush, self._allocator.reserved_bytes)
+        return StepHistory(resident, events, allocated, reserved_bytes)
+
+    def result(self) -> SimulatedStep:
+        """What the measured step held."""
+        categories = {category: size for category, size in self._categories.items() if size}
+        reserved_bytes = max(self._reserved_before_flush, self._allocator.reserved_bytes)
+        return SimulatedStep(self._phases, categories, reserved_bytes)
+
+
+def _named(event: SimulatedEvent, base: int) -> Event:
+    """An event with its id moved up by `base`."""
+    if event.id < 0:
+        return Free(base - event.id, event.phase)
+    return Allocation(base + event.id, event.num_bytes, event.category, event.name, event.phase)
