@@ -5,7 +5,8 @@ the window, the rest is carried on in 4-bit error feedback, quantized by buckets
 tensor smaller than a block is one short block: at least one element is selected of each. The window's indices count
 from the start of their block, so int16 holds them; the window of a block is contiguous. Runs of `RUN_NUMEL` elements
 are dealt to the block's buckets in turn, so that one GPU thread reads whole runs and owns a whole bucket; a short block
-needs no more buckets than it has runs. Densification (`alpha` in the authors' code) is not offered.
+needs no more buckets than it has runs. The codes of a run are four bytes, also of one that the tensor's end cuts short.
+Densification (`alpha` in the authors' code) is not offered.
 
 Source: Modoranu et al., NeurIPS 2024, arXiv 2405.15593.
 """
@@ -30,7 +31,10 @@ RUN_NUMEL = 8
 """Neighbouring elements of one bucket: 16 bytes of 16-bit gradients, one load of a thread."""
 
 NUM_LISTS = 7
-"""Pointers of a tensor in the launch table: parameter, gradient, error feedback and its range, the window."""
+"""Pointers of a tensor in the launch table: parameter, gradient, error feedback and its range, the window.
+
+Of capturable optimizers the step counter is one more.
+"""
 
 WINDOW = Option("window", "integer", 10, "gradients kept in the window", low=1, high=1000)
 DENSITY = Option(
@@ -103,6 +107,7 @@ class MicroAdam(OptimizerModel):
         DENSITY,
         Option("block", "integer", 2048, "elements among which the largest are selected", low=64, high=32_768),
         Option("bucket", "integer", 64, "elements that share a scale of the error feedback", low=8, high=32_768),
+        Option("capturable", "boolean", False, "step counters on the device, for CUDA graphs"),
     )
 
     def __init__(self, id_: str, implementation: str, options: Mapping[str, Any]) -> None:
@@ -134,9 +139,10 @@ class MicroAdam(OptimizerModel):
         )
 
     def write_step(self, timeline: TimelineBuilder, parameters: Sequence[Parameter], context: OptimizerContext) -> None:
-        """The launch table alone: candidates of the selection are gathered in the window row that they will fill."""
+        """The launch table alone; candidates of the selection are gathered in shared memory."""
         del context
-        timeline.free(write_launch_table(timeline, parameters, num_lists=NUM_LISTS))
+        num_lists = NUM_LISTS + self.options["capturable"]
+        timeline.free(write_launch_table(timeline, parameters, num_lists=num_lists))
 
     def moved_bytes(self, parameter: Parameter, context: OptimizerContext) -> int:
         """Gradient read, parameter and error feedback read and written, the window read and one row of it written."""

@@ -48,7 +48,7 @@ def test_every_implementation_builds_with_its_declared_defaults(id_: str, implem
 
 def test_options_are_read_from_text_and_equal_models_are_equal() -> None:
     model = build_optimizer("micro-adam", {"window": "20", "density": "2e-2", "block": "+4096"})
-    assert model.options == {"window": 20, "density": 0.02, "block": 4096, "bucket": 64}
+    assert model.options == {"window": 20, "density": 0.02, "block": 4096, "bucket": 64, "capturable": False}
     same = build_optimizer("micro-adam", {"window": 20, "density": 0.02, "block": 4096})
     assert model == same
     assert hash(model) == hash(same)
