@@ -55,7 +55,7 @@ def progress() -> Iterator[Callable[[str], None]]:
 
     console = Console(stderr=True)
     with console.status("starting", spinner="line") as status:
-        yield lambda text: status.update(text)
+        yield status.update
 
 
 def _deliver(write: Callable[[], None]) -> None:

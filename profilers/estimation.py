@@ -97,7 +97,7 @@ class TracedWorkload(Workload):
 
     def peaks(self, candidate: Candidate, *, batch_size: int | None = None) -> StepPeaks:
         """Peaks of the step by phase."""
-        runs = self._simulated(candidate, batch_size or self.request.config.batch_size)
+        runs = self._traced_runs(candidate, batch_size or self.request.config.batch_size)
         reserved = [run.reserved_bytes for run in runs]
         phases = {phase: PhasePeak(num_bytes) for phase, num_bytes in runs[0].phases.items()}
         return StepPeaks(
@@ -141,7 +141,7 @@ class TracedWorkload(Workload):
         """The run with one optimizer, as one timeline."""
         return self._step(self.request.config.batch_size).trace(candidate.optimizer, self._parameters)
 
-    def _simulated(self, candidate: Candidate, batch_size: int) -> list[SimulatedRun]:
+    def _traced_runs(self, candidate: Candidate, batch_size: int) -> list[SimulatedRun]:
         key = (candidate.optimizer, batch_size)
         if key not in self._runs:
             step = self._step(batch_size)
@@ -155,7 +155,9 @@ class TracedWorkload(Workload):
     def _step(self, batch_size: int) -> TracedStep:
         if batch_size not in self._traced:
             options = step_options(self.request, batch_size=batch_size)
-            self._progress(f"tracing {self._source.spec.name}, batch {batch_size}, {options.checkpointing} checkpointing")
+            self._progress(
+                f"tracing {self._source.spec.name}, batch {batch_size}, {options.checkpointing} checkpointing"
+            )
             self._traced[batch_size] = TracedStep(self._source.subject(options), options, self._settings)
         return self._traced[batch_size]
 
@@ -193,5 +195,3 @@ def _guess(tried: Mapping[int, int], usable: int) -> int:
     if high == low:
         return max(tried) * 2
     return left + (usable - low) * (right - left) // (high - low)
-
-

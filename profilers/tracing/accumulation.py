@@ -52,7 +52,7 @@ def overwritten(func: Any, args: tuple[Any, ...], node: Any) -> torch.Tensor | N
         node: The autograd node that is running, None in the forward.
     """
     if node is None:
-        return args[0] if _overwrites_sums and func is aten.add.Tensor else None  # type: ignore[no-any-return]
+        return args[0] if _overwrites_sums and func is aten.add.Tensor else None
     if func is aten.add.Tensor:
         return _sum_target(args, node)
     nodes = _FORMULAS.get(func)
@@ -68,8 +68,8 @@ def _sum_target(args: tuple[Any, ...], node: Any) -> torch.Tensor | None:
     if node.name() == _KEPT_GRADIENT:
         return first  # type: ignore[no-any-return]
     storage = first.untyped_storage()
-    owned = torch._C._storage_Use_Count(storage._cdata) <= _OWN_STORAGE_USES  # type: ignore[attr-defined]
-    if owned and first._use_count() <= _OWN_TENSOR_USES and _is_dense(first):  # type: ignore[attr-defined]
+    owned = torch._C._storage_Use_Count(storage._cdata) <= _OWN_STORAGE_USES
+    if owned and first._use_count() <= _OWN_TENSOR_USES and _is_dense(first):
         return first  # type: ignore[no-any-return]
     return None
 

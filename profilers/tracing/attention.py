@@ -34,9 +34,7 @@ class Chooser:
         self.chosen: list[Backend] = []
         self._capability = capability
 
-    def choose(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
-    ) -> Backend:
+    def choose(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> Backend:
         """The kernel for queries `[batch, heads, tokens, width]`, keys, values and a mask."""
         backend = self._by_sizes(query, key, value, mask)
         self.chosen.append(backend)

@@ -35,7 +35,7 @@ def as_on_cuda(chooser: Chooser) -> Iterator[None]:
     key = getattr(torch._C.DispatchKey, _KEY)
     torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
     try:
-        with torch._C._IncludeDispatchKeyGuard(key):  # type: ignore[attr-defined]
+        with torch._C._IncludeDispatchKeyGuard(key):
             yield
     finally:
         torch._C._dispatch_tls_set_dispatch_key_excluded(key, True)
@@ -48,19 +48,19 @@ _chooser = Chooser((8, 0))
 @cache
 def _register() -> None:
     """Register the kernels, once in a process; nothing reaches them outside `as_on_cuda`."""
-    everything = Library("_", "IMPL")  # noqa: TOR901
-    everything.fallback(fallthrough_kernel, _KEY)
-    library = Library("aten", "IMPL")  # noqa: TOR901
+    everything = Library("_", "IMPL")  # type: ignore[no-untyped-call]
+    everything.fallback(fallthrough_kernel, _KEY)  # type: ignore[no-untyped-call]
+    library = Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     _LIBRARIES.extend((everything, library))
     for policy, names in CAST_LISTS.items():
         for name in names:
             operation = _operation(name)
             if operation is not None and name not in _REPLACED:
-                library.impl(name, _casting(operation, policy), _KEY)
+                library.impl(name, _casting(operation, policy), _KEY)  # type: ignore[no-untyped-call]
     for name, replacement in _REPLACED.items():
         operation = _operation(name)
         if operation is not None:
-            library.impl(name, _replacing(operation, replacement), _KEY)
+            library.impl(name, _replacing(operation, replacement), _KEY)  # type: ignore[no-untyped-call]
 
 
 def _operation(name: str) -> Any:
@@ -70,7 +70,7 @@ def _operation(name: str) -> Any:
 
 def _below() -> Any:
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _KEY))
-    return torch._C._ExcludeDispatchKeyGuard(keys)  # type: ignore[attr-defined]
+    return torch._C._ExcludeDispatchKeyGuard(keys)
 
 
 def _casting(operation: Any, policy: str) -> Callable[..., Any]:
@@ -124,7 +124,7 @@ def _rms_norm(
     """CUDA has one kernel for the norm; it keeps its input and the roots."""
     if weight is not None and weight.dtype != source.dtype:
         return operation(source, shape, weight, eps)
-    return FusedRmsNorm.apply(source, list(shape), weight)
+    return FusedRmsNorm.apply(source, list(shape), weight)  # type: ignore[no-untyped-call]
 
 
 class FusedRmsNorm(torch.autograd.Function):
@@ -142,6 +142,7 @@ class FusedRmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         """Gradients of the input and of the weight."""
+        del gradients
         source, weight, _ = ctx.saved_tensors
         of_source = torch.empty_like(source, memory_format=torch.contiguous_format)
         return of_source, None, None if weight is None else torch.empty_like(weight)
@@ -154,4 +155,3 @@ _REPLACED: dict[str, Callable[..., Any]] = {
     "log_softmax.int": _softmax,
     "rms_norm": _rms_norm,
 }
-

@@ -49,7 +49,7 @@ def _clearing(original: Callable[[], None]) -> Callable[[], None]:
 
 
 def _on_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
-    """transformers' own `maybe_autocast`, which leaves alone what is on the simulated device, as on CUDA."""
+    """Transformers' own `maybe_autocast`, which leaves alone what is on the simulated device, as on CUDA."""
 
     def maybe_autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
         enabled = kwargs.get("enabled", True)

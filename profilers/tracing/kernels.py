@@ -245,9 +245,19 @@ def foreach_norm(call: Call) -> Any:
     return results
 
 
+def grouped_product(call: Call) -> Any:
+    """`_grouped_mm`: CUDA takes any floating dtype, group by group unless it is bf16."""
+    dtype = call.args[0].dtype
+    halves = [x.to(torch.bfloat16) for x in call.args[:2]]
+    shape = call.func(*halves, *call.args[2:], **call.kwargs)
+    result = shape if dtype == torch.bfloat16 else torch.empty_like(shape, dtype=dtype)
+    call.track(result)
+    return result
+
+
 def in_place(call: Call) -> Any:
     """An operation that changes its arguments and that has no implementation without contents."""
-    return None
+    del call
 
 
 KERNELS: dict[Any, Kernel] = {
@@ -270,6 +280,7 @@ KERNELS: dict[Any, Kernel] = {
     aten._scaled_dot_product_cudnn_attention_backward.default: cudnn_attention_backward,
     aten._scaled_dot_product_efficient_attention_backward.default: efficient_attention_backward,
     aten._foreach_norm.Scalar: foreach_norm,
+    aten._grouped_mm.default: grouped_product,
     aten._fused_sgd_.default: in_place,
     aten._amp_update_scale_.default: in_place,
 }

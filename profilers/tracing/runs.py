@@ -7,6 +7,7 @@ first step in which the optimizer makes its state, then steady steps, the last o
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -37,7 +38,7 @@ class OptimizerPart(NamedTuple):
 
     first: Timeline
     steady: Timeline
-    renewed: dict[int, int] = {}
+    renewed: Mapping[int, int] = MappingProxyType({})
 
     @classmethod
     def of(cls, first: Timeline, steady: Timeline) -> OptimizerPart:
@@ -47,7 +48,6 @@ class OptimizerPart(NamedTuple):
         outside = [event.id for event in steady if isinstance(event, Free) and event.id not in made]
         kept = [event.id for event in steady if isinstance(event, Allocation) and event.id not in ended]
         return cls(first, steady, dict(zip(kept, outside, strict=True)))
-
 
     def apart(self) -> OptimizerPart:
         """The same part with ids that no piece of a run has, so that it goes with the pieces of any run."""
@@ -110,9 +110,7 @@ def run_timeline(pieces: Pieces, optimizer: OptimizerPart, *, num_steps: int = N
         for event in piece:
             if isinstance(event, Allocation):
                 current[event.id] = id_ = len(timeline) + 1
-                timeline.append(
-                    Allocation(id_, event.bytes, event.category, event.name, event.phase, event.itemsize)
-                )
+                timeline.append(Allocation(id_, event.bytes, event.category, event.name, event.phase, event.itemsize))
             else:
                 timeline.append(Free(current.pop(event.id), event.phase))
         if piece is optimizer.steady:
@@ -225,6 +223,7 @@ class _Ascending:
 
     def of_range(self, stream: int, small: bool, span: int, /) -> int | None:
         del stream, small, span
+        return None
 
     def range_ended(self, start: int, /) -> None:
         del start
@@ -271,7 +270,7 @@ class _Device:
                 most = max(most, allocator.allocated_bytes)
             else:
                 free(blocks.pop(-id_)[0])
-        return most
+        return int(most)
 
     def rename(self, renewed: Mapping[int, int]) -> None:
         """Let what took another's place be known by the other's id."""
@@ -288,8 +287,8 @@ class _Device:
                     self._blocks[id_] = (block, category)
                     peaks.change(phase, category, block.size if block else 0)
                 else:
-                    block, category = self._blocks.pop(-id_)
-                    peaks.change(phase, category, -block.size if block else 0)
+                    block, owner = self._blocks.pop(-id_)
+                    peaks.change(phase, owner, -block.size if block else 0)
                     allocator.free(block)
         reserved = max(self._reserved_before, allocator.reserved_bytes)
         return SimulatedRun(peaks.phases, peaks.categories(), first_peak, reserved)

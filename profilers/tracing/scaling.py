@@ -20,7 +20,7 @@ class TracedScaler:
         """The loss times the scale."""
         if self._scaler is None:
             self._scaler = _Scaler("cuda")
-        return self._scaler.scale(loss)  # type: ignore[no-any-return]
+        return self._scaler.scale(loss)
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the gradients by the scale, as clipping needs it."""

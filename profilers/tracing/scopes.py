@@ -42,6 +42,7 @@ class Scopes:
         self._starts: list[int] = []
         self._scopes: list[Scope] = []
         self.current = OUTSIDE
+        self.innermost = ""
 
     @property
     def in_head(self) -> bool:
@@ -83,6 +84,7 @@ class Scopes:
         self._running_head = module is self._head
         self._past_head |= self._running_head
         path = self._paths.get(module, self.current.path)
+        self.innermost = path or self.innermost
         self._change(Scope(path, "logits_and_loss" if self._past_head else "activations"))
 
     def _leave(self, module: nn.Module) -> None:

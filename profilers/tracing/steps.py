@@ -79,6 +79,11 @@ class StepTracer:
         self._scopes = Scopes(subject.module, subject.head)
 
     @property
+    def where(self) -> str:
+        """The module entered last."""
+        return self._scopes.innermost
+
+    @property
     def attention(self) -> list[Backend]:
         """The attention kernels chosen so far."""
         return self._chooser.chosen
@@ -124,7 +129,7 @@ class StepTracer:
             loss = self._forward()
             self.recorder.phase = "backward"
             self._scopes.begin_backward()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             del loss
         for name, parameter in self.subject.trainable().items():
             if parameter.grad is not None:
@@ -135,7 +140,7 @@ class StepTracer:
     def using_gradients_up(self) -> Iterator[None]:
         """Within the context each gradient ends as soon as it is there, as if its parameter's step were taken."""
         hooks = [
-            parameter.register_post_accumulate_grad_hook(partial(self._use_up, name))
+            parameter.register_post_accumulate_grad_hook(partial(self._use_up, name))  # type: ignore[no-untyped-call]
             for name, parameter in self.subject.trainable().items()
         ]
         try:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from optplan.planner.allocator_settings import AllocatorSettings
+from optplan.planner.errors import ConfigError
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.optimizers.base import OptimizerContext, OptimizerModel
 from optplan.planner.optimizers.registry import build_optimizer
@@ -122,7 +123,12 @@ class TracedStep:
             autocast=getattr(torch, options.autocast_dtype) if options.autocast_dtype else None,
             master=getattr(torch, self._master) if self._master else None,
         )
-        self.pieces = _run_pieces(self._tracer, options, self._settings)
+        try:
+            self.pieces = _run_pieces(self._tracer, options, self._settings)
+        except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
+            # The module is not ours: whatever it does that cannot be done without contents ends here.
+            where = self._tracer.where or type(subject.module).__name__
+            raise ConfigError(f"{where} cannot be run without contents: {_sentence(error)}") from error
         self.attention = tuple(dict.fromkeys(self._tracer.attention))
 
     def part(self, optimizer: OptimizerModel | Factory, parameters: Sequence[Parameter] = ()) -> OptimizerPart:
@@ -202,6 +208,10 @@ class TracedStep:
         _label_state(tracer, optimizer)
         _end_gradients(list(tracer.subject.trainable().values()))
         return OptimizerPart.of(tracer.timeline(first), tracer.timeline(steady)).apart()
+
+
+def _sentence(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _label_state(tracer: StepTracer, optimizer: torch.optim.Optimizer) -> None:

@@ -23,7 +23,7 @@ aten = torch.ops.aten
 _EXISTENCE = {aten.any.default, aten.any.dim, aten.any.dims}
 
 
-class Tracer(TorchDispatchMode):
+class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records the memory of all operations run within it.
 
     Questions about contents that a module asks with `.all()` are answered yes, with `.any()` no: nothing is masked,
@@ -47,7 +47,7 @@ class Tracer(TorchDispatchMode):
             resident_threads: Threads that it holds at once.
             hides_tokens: Whether a padding mask hides tokens, so that `.all()` is answered no.
         """
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._hides_tokens = hides_tokens
         self._recorder = recorder
         self._scopes = scopes
@@ -62,7 +62,7 @@ class Tracer(TorchDispatchMode):
             return self._answer(args[0])
         if func is aten.equal.default:
             return True
-        node = None if torch.is_grad_enabled() else torch._C._current_autograd_node()  # type: ignore[attr-defined]
+        node = None if torch.is_grad_enabled() else torch._C._current_autograd_node()
         target = overwritten(func, args, node)
         kernel = KERNELS.get(func)
         if kernel is not None:

@@ -1,7 +1,7 @@
 """The workspaces that cuBLAS keeps: one a thread, made by the thread's first matrix product and never freed.
 
-Source: pytorch `aten/src/ATen/cuda/CublasHandlePool.cpp` (`parseChosenWorkspaceSize`), `CUDABlas.cpp`; sizes as recorded
-on an H200.
+Source: pytorch `aten/src/ATen/cuda/CublasHandlePool.cpp` (`parseChosenWorkspaceSize`), `CUDABlas.cpp`; sizes as
+recorded on an H200.
 """
 
 from __future__ import annotations

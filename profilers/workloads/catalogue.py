@@ -18,7 +18,6 @@ from optplan.profilers.workloads import flash
 from optplan.profilers.workloads.inputs import model_inputs
 from optplan.profilers.workloads.subject import Subject
 
-
 _CHECKPOINTING: dict[str, dict[str, Any]] = {
     "full": {"gradient_checkpointing_kwargs": {"use_reentrant": False}},
     "full-reentrant": {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
@@ -87,6 +86,8 @@ def model_class_and_config(spec: ModelSpec) -> tuple[Any, Any]:
     if cls is None:
         raise ConfigError(f"transformers has no class for {spec.name} ({spec.architecture}): it cannot be traced")
     config = cls.config_class.from_dict({**_plain(spec.config), "use_cache": False})
+    if (getattr(config, "pad_token_id", None) or 0) >= getattr(config, "vocab_size", 0):
+        config.pad_token_id = None  # the class's default, beyond a small vocabulary
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = config.pad_token_id or 0
     return cls, config

@@ -25,7 +25,7 @@ def played_flash_attention() -> Iterator[None]:
     try:
         yield
     finally:
-        del ALL_ATTENTION_FUNCTIONS[NAME]
+        del ALL_ATTENTION_FUNCTIONS[NAME]  # type: ignore[no-untyped-call]
 
 
 def _attend(

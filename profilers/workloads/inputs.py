@@ -8,9 +8,7 @@ from typing import Any
 import torch
 
 
-def model_inputs(
-    module: Any, *, batch_size: int, seq_len: int, padding_mask: bool = False
-) -> dict[str, torch.Tensor]:
+def model_inputs(module: Any, *, batch_size: int, seq_len: int, padding_mask: bool = False) -> dict[str, torch.Tensor]:
     """Arguments of the module's forward that yield a loss, with a padding mask if asked for.
 
     Language models, causal or masked, get tokens that are their own labels; models with an encoder and a decoder the
