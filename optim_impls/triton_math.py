@@ -37,7 +37,7 @@ def tl_fp32(x):
 
 @triton.jit
 def tl_dot_bf16(a, b, acc):
-    """acc + a @ b of bf16 operands, summed in fp32. The interpreter would multiply their bit patterns."""
+    """Acc + a @ b of bf16 operands, summed in fp32. The interpreter would multiply their bit patterns."""
     if INTERPRETED:
         return tl.dot(tl_fp32(a), tl_fp32(b), acc=acc)
     else:

@@ -70,7 +70,7 @@ def is_last(row, shares):
 
 
 @triton.jit
-def sum_of_squares_partials(partials, shares, R: tl.constexpr):
+def sum_of_partials(partials, shares, R: tl.constexpr):
     """The sum of the `[R, R]` partial results, in order."""
     at = tl.arange(0, R)[:, None] * R + tl.arange(0, R)[None, :]
     total = tl.zeros([R, R], tl.float32)
@@ -172,7 +172,7 @@ def gram_kernel(table, owners, scratch, clip, shift, R: tl.constexpr):
     partials = part_of(scratch, row, PARTIALS)
     tl.store(partials + share * R * R + square, gram)
     if is_last(row, shares):
-        gram = sum_of_squares_partials(partials, shares, R)
+        gram = sum_of_partials(partials, shares, R)
         diagonal = tl.sum(tl.where(k[:, None] == k[None, :], gram, 0.0), axis=0)
         unit = tl.where(diagonal > 1e-36, 1.0 / tl.sqrt(tl.maximum(diagonal, 1e-36)), 0.0)
         gram = gram * unit[:, None] * unit[None, :] + tl.where(k[:, None] == k[None, :], shift, 0.0)
@@ -198,7 +198,7 @@ def second_gram_kernel(table, owners, scratch, shift, R: tl.constexpr):
     partials = part_of(scratch, row, PARTIALS)
     tl.store(partials + share * R * R + square, gram)
     if is_last(row, shares):
-        gram = sum_of_squares_partials(partials, shares, R) + tl.where(k[:, None] == k[None, :], shift, 0.0)
+        gram = sum_of_partials(partials, shares, R) + tl.where(k[:, None] == k[None, :], shift, 0.0)
         tl.store(part_of(scratch, row, TURN) + k[None, :] * R + k[:, None], inverse_of_cholesky(gram, R))
 
 
@@ -223,7 +223,7 @@ def basis_kernel(table, owners, scratch, beta2, RANK: tl.constexpr, R: tl.conste
     partials = part_of(scratch, row, PARTIALS)
     tl.store(partials + share * R * R + square, overlap)
     if is_last(row, shares):
-        overlap = sum_of_squares_partials(partials, shares, R)
+        overlap = sum_of_partials(partials, shares, R)
         tl.store(part_of(scratch, row, TURN) + square, beta2 * overlap)
 
 

@@ -63,7 +63,7 @@ class Wave:
         tile = {"BM": TILE, "BN": TILE, "EVEN": self._even, "SCALED": scaled, "GRAD": DTYPES[gradient]}
         dtypes = {"WEIGHT": DTYPES[weight], "MOMENT": None if moment is None else DTYPES[moment]}
         in_b = pass_b_settings(weight, gradient, sizes["R"], momentum=moment is not None)
-        small = {"R": sizes["R"], "num_warps": 4 if sizes["R"] <= 32 else 8}
+        small = {"R": sizes["R"], "num_warps": small_warps(sizes["R"])}
         return Kernels(
             BoundKernel(between.start_kernel, shares, **small, RANK=sizes["RANK"]),
             BoundKernel(sketch_kernel, a, **tile, **sizes, **pass_a_settings(gradient, sizes["R"])),
@@ -136,6 +136,11 @@ def pass_b_settings(weight: torch.dtype, gradient: torch.dtype, wide: int, *, mo
     return {"num_warps": 4, "PARTS": parts, **more}
 
 
+def small_warps(wide: int) -> int:
+    """Warps of the kernels around the passes, enough for their square matrices to stay in registers."""
+    return 4 if wide <= 32 else 8
+
+
 class VectorKernels(NamedTuple):
     """The launches of a round of vectors, in order."""
 
@@ -151,9 +156,10 @@ def step_vectors(batch: Batch, *, numbers: Numbers) -> None:
         kept["vectors"] = vector_table(batch.members)
     table = kept["vectors"].upload(batch.device)
     scratch = torch.empty(table.num_scratch, dtype=torch.float32, device=batch.device)
-    if (scaled, rated) not in kept:
-        kept[scaled, rated] = _bind_vectors(batch.members[0], kept["vectors"].counts[0], scaled, rated)
-    run, owners = kept[scaled, rated], table.owners[0]
+    key = f"kernels of vectors {scaled} {rated}"
+    if key not in kept:
+        kept[key] = _bind_vectors(batch.members[0], kept["vectors"].counts[0], scaled, rated)
+    run, owners = kept[key], table.owners[0]
     beta1, rest1, beta2, rest2, eps = numbers.moments
     run.moment(table.rows, owners, scratch, scale, beta2, rest2, eps)
     weight_decay, clip = float(rates.weight_decay), float(rates.clip)

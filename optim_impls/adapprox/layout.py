@@ -20,7 +20,7 @@ FIELDS = NUM_FIELDS
 
 
 class Field(IntEnum):
-    """Columns of a table row: pointers in bytes, then sizes and a counter, then offsets into scratch in fp32 elements."""
+    """Columns of a table row: pointers in bytes, sizes and a counter, offsets into scratch in fp32 elements."""
 
     W = 0
     G = 1

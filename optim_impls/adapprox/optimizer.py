@@ -26,7 +26,7 @@ from optplan.optim_impls.optimizer_base import Batch, GradScale, KernelOptimizer
 from optplan.optim_impls.rounding import mix_seed
 from optplan.optim_impls.sharding import divide_apart, row_shards
 from optplan.optim_impls.step_counters import State
-from optplan.planner.optimizers.adapprox import max_rank
+from optplan.planner.optimizers.adapprox import DEFAULT_RANK, max_rank
 from optplan.planner.optimizers.adapprox_layout import MAX_KERNEL_RANK, MatrixLayout
 
 MODES = ("fast", "paper")
@@ -76,7 +76,7 @@ class Adapprox(KernelOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.1,
         clip: float = 1.0,
-        rank: int | str = 32,
+        rank: int | str = DEFAULT_RANK,
         mode: str = "fast",
         rank_rule: RankRule | None = None,
         guidance_cap: float | None = None,

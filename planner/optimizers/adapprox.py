@@ -32,6 +32,8 @@ from optplan.planner.timeline import TimelineBuilder
 
 MIN_RANK = 1
 MAX_RANK_DIVISOR = 4
+DEFAULT_RANK = 32
+"""Rank that the optimizer class takes by default; the planner's default is what an adaptive rank must reserve."""
 
 
 def matrix_shape(parameter: Parameter) -> tuple[int, int] | None:
@@ -53,15 +55,20 @@ class Adapprox(OptimizerModel):
     OPTIONS = (
         Option(
             "rank", "integer", "max", "rank of the factors, at most a quarter of the smaller side: "
-            "min is the least training can reach, max what it must reserve", low=1, high=2**20, choices=("min", "max"),
+            "min is the least training can reach, max what the paper's adaptive rank must reserve; the optimizer class "
+            "takes 32 by default", low=1, high=2**20, choices=("min", "max"),
         ),
         Option("beta1", "number", 0.9, "decay of the first moment; 0 keeps none", low=0, high=1, high_exclusive=True),
     )  # fmt: skip
     STATE_DTYPES: ClassVar[tuple[Dtype, ...]] = ("float32", "bfloat16")
 
     def variants(self) -> dict[str, OptimizerModel]:
-        """The least state that training can reach, and what it must reserve."""
-        ranks = {"best case (rank=min)": "min", "reserved (rank=max)": "max"}
+        """The least state that training can reach, that of the class's default rank, and what must be reserved."""
+        ranks = {
+            "best case (rank=min)": "min",
+            f"the class's default (rank={DEFAULT_RANK})": DEFAULT_RANK,
+            "reserved (rank=max)": "max",
+        }
         return {
             title: type(self)(self.id, self.implementation, self.options | {"rank": rank})
             for title, rank in ranks.items()

@@ -1,4 +1,4 @@
-"""What only a CUDA GPU shows: kernels against the reference, repetition, allocations, missing synchronisation, graphs."""
+"""What only a CUDA GPU shows: kernels against the reference, repetition, allocations, no synchronisation, graphs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from optplan.optim_impls import Adapprox
+from optplan.optim_impls.adapprox.reference import s_rsi, seeded_sketch
 from optplan.planner.optimizers.base import OptimizerContext
 from optplan.planner.optimizers.registry import build_optimizer
 from optplan.planner.tensors import Parameter
@@ -99,18 +100,15 @@ def test_one_step_equals_the_reference(dtype: torch.dtype, options: dict[str, An
     optimizer.step()
     reference.step()
     for a, b, start, moment in zip(ours, theirs, before, moments, strict=True):
-        if not a.numel():
-            continue
-        change = a.detach().double() - start
+        difference, change = (a.detach().double() - b.detach()).norm(), (b.detach() - start).norm()
         rounding = (b.detach().to(dtype).double() - b.detach()).norm()
-        assert (
-            float((change - (b.detach() - start)).norm()) < 2e-3 * float((b - start).detach().norm()) + 1.5 * rounding
-        )
+        assert difference <= 2e-3 * change + 1.5 * rounding
         if moment is not None:
-            errors = [
-                float((moment - _product(s)).norm() / moment.norm()) for s in (optimizer.state[a], reference.state[b])
-            ]
-            assert errors[0] < 1.01 * errors[1] + 1e-3
+            assert _error(moment, optimizer.state[a]) < 1.01 * _error(moment, reference.state[b]) + 1e-3
+
+
+def _error(moment: torch.Tensor, state: dict[str, torch.Tensor]) -> float:
+    return float((moment - _product(state)).norm() / moment.norm())
 
 
 def _second_moment(state: dict[str, torch.Tensor], gradient: torch.Tensor) -> torch.Tensor:
@@ -118,26 +116,21 @@ def _second_moment(state: dict[str, torch.Tensor], gradient: torch.Tensor) -> to
     return 0.999 * low.clamp(min=0) + 0.001 * gradient.double().reshape(low.shape).square()
 
 
-def test_a_hundred_steps_hold_the_second_moment_as_well_as_float64() -> None:
-    _, optimizer = _run(torch.bfloat16, 100)
+def test_a_hundred_steps_hold_the_second_moment_as_the_paper_s_mode_does() -> None:
+    """Against the whole second moment in float64: five iterations from noise on it, and the kernels."""
     parameters = _parameters(torch.bfloat16)
-    for p in parameters:
-        p.data = p.data.double()
-    exact = Adapprox(parameters, lr=1e-2, backend="torch")
-    whole = [torch.zeros_like(p) for p in parameters]
+    optimizer = Adapprox(parameters, lr=1e-2, backend="triton")
+    whole = [torch.zeros(p.shape, dtype=torch.float64, device="cuda") for p in parameters]
     for step in range(100):
         _set_gradients(parameters, step)
         for p, v in zip(parameters, whole, strict=True):
-            p.grad = p.grad.bfloat16().double()  # what the kernels were given
-            v.mul_(0.999).addcmul_(p.grad, p.grad, value=0.001)
-        exact.step()
-        for p in parameters:
-            p.grad = None
-    for ours, theirs, v in zip(optimizer.state.values(), exact.state.values(), whole, strict=True):
-        if "q_factor" in ours:
-            v = v.view(len(ours["q_factor"]), -1)
-            errors = [float((v - _product(state)).norm() / v.norm()) for state in (ours, theirs)]
-            assert errors[0] < 1.02 * errors[1] + 2e-3
+            v.mul_(0.999).addcmul_(p.grad.double(), p.grad.double(), value=0.001)
+        optimizer.step()
+    for p, v in zip(parameters, whole, strict=True):
+        if "q_factor" in (state := optimizer.state[p]):
+            v, rank = v.view(len(state["q_factor"]), -1), state["q_factor"].shape[1]
+            q, u = s_rsi(v, rank, seeded_sketch(0, step=1, index=0, like=v))
+            assert _error(v, state) <= 1.05 * float((v - q @ u.mT).norm() / v.norm()) + 0.01
 
 
 @pytest.mark.parametrize("options", OPTIONS)

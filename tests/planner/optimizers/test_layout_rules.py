@@ -244,8 +244,10 @@ def test_our_kernels_allocate_a_launch_table_and_little_else(step_peak: Any) -> 
     # Three sketches of the embedding, a Gram matrix and its factor: in plain torch at a rank this high.
     expected = 4 * (3 * 32000 * 1024 + 2 * 1024 * 1024)
     assert step_peak(build_optimizer("adapprox"), tensors, BF16) == expected
-    # 22 fields a matrix, 500 + 8 x 64 programs of both passes on the embedding, 64 + 64 on the query; scratch: sums,
-    # four scales, 16 peaks and Gram matrices, a basis, the sketch, and 8 partial projections of the embedding.
-    table = 2 * 22 * 8 + (500 + 512 + 64 + 64) * 4
-    words = 500 + 64 + 2 * (4 + 16 * 32 + 17 * 32 * 32) + 32 * (32000 + 8 * 4096 + 4096 + 4096)
+    # 30 fields a matrix; programs of both passes, and 63 + 8 that share the factors. Scratch: sums, four scales, 32
+    # peaks, a partial Gram matrix a share and one more, U in two bf16 parts, Q' in bf16, and the partial sketches: two
+    # across each matrix, 16 down the embedding, two down the query.
+    table = 2 * 30 * 8 + (2 * 500 + 16 * 64 + 2 * 64 + 2 * 64 + 63 + 8) * 4
+    words = 2 * 500 + 2 * 64 + 2 * (4 + 32) + (63 + 8 + 2) * 32 * 32 + 2 * 32 * 4096 + 16 * (32000 + 4096)
+    words += 32 * (2 * 32000 + 2 * 4096 + 16 * 4096 + 2 * 4096)
     assert step_peak(build_optimizer("adapprox", {"rank": "32"}), tensors, BF16) == table + 4 * words
