@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
 
 import msgspec
@@ -162,6 +162,18 @@ def check_request(
     _no_contradiction(config, engine)
     notes = (*notes, *_check_length(model, seq_len), *_check_hardware(config, target), *_check_allocator(config))
     return StepRequest(model, target, config, engine, _state_dtype(state_dtype), notes)
+
+
+def change_request(request: StepRequest, settings: Mapping[str, Any]) -> StepRequest:
+    """The same request with some settings of the step changed.
+
+    Raises:
+        ConfigError: Two settings contradict each other now, or the GPU cannot run them.
+    """
+    config = msgspec.structs.replace(request.config, **settings)
+    _no_contradiction(config, request.engine)
+    _check_hardware(config, request.gpu)
+    return msgspec.structs.replace(request, config=config)
 
 
 def default_seq_len(model: ModelSpec) -> int:
