@@ -19,6 +19,9 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, str]]] = {
 }
 """Optimizer of a record to the optimizer and implementation of an estimate."""
 
+FLAGS = ("fused_loss", "keep_grads", "padding_mask", "step_in_backward", "clip_grad_norm", "empty_cache")
+"""Options of an estimate that a record may name."""
+
 
 class Row(NamedTuple):
     """One measured step and its estimate; None where the family has no step rules."""
@@ -61,15 +64,22 @@ def accuracy_page() -> str:
         f"- **Peak reserved**: the median error is {median(reserved):.3%}, the largest {max(reserved):.2%}; where cached"
         " blocks of one size tie, the addresses that the driver chose decide, which nobody can know beforehand.",
         "",
-        "| model | precision | optimizer | batch x tokens | accumulated | checkpointing | attention | measured GiB"
+        "| model | precision | optimizer | batch x tokens | accumulated | checkpointing | attention | more | measured GiB"
         " | predicted GiB | error | reserved error |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     return "\n".join([*lines, *(_line(row) for row in rows)]) + "\n"
 
 
 def _cases(name: str) -> Iterator[dict[str, Any]]:
-    return map(json.loads, (RECORDS / name).read_text(encoding="utf-8").splitlines())
+    cases = map(json.loads, (RECORDS / name).read_text(encoding="utf-8").splitlines())
+    return (case for case in cases if "error" not in case)
+
+
+def _checkpointing(case: dict[str, Any]) -> str:
+    """The option of a record, which says true or false for the usual ones."""
+    named = {True: "full", False: "none"}
+    return named.get(case["checkpointing"], str(case["checkpointing"]))
 
 
 def _row(case: dict[str, Any]) -> Row:
@@ -86,8 +96,9 @@ def _row(case: dict[str, Any]) -> Row:
             batch_size=case["batch"],
             seq_len=case["seq"],
             grad_accum=case.get("grad_accum", 1),
-            checkpointing="full" if case["checkpointing"] else "none",
+            checkpointing=_checkpointing(case),
             attention=case["attention"],
+            **{name: case[name] for name in FLAGS if name in case},
         )
     (row,) = report.estimates
     exact = row.bytes.optimizer_state == case["state"] and report.model.num_parameters == case["params"]
@@ -117,8 +128,9 @@ def _line(row: Row) -> str:
         f"{optimizer} ({options['implementation']})",
         f"{case['batch']} x {case['seq']}",
         str(case.get("grad_accum", 1)),
-        "full" if case["checkpointing"] else "none",
+        _checkpointing(case),
         case["attention"],
+        ", ".join(name.replace("_", " ") for name in FLAGS if case.get(name)) or "-",
         f"{row.measured_bytes / 2**30:.3f}",
         "-" if row.predicted_bytes is None else f"{row.predicted_bytes / 2**30:.3f}",
         "no step rules" if row.error is None else f"{row.error:+.3%}",

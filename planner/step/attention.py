@@ -71,7 +71,7 @@ def choose_backend(dtype: Dtype, shape: AttentionShape, *, masked: bool, capabil
     """
     ampere = capability >= (8, 0)
     half = dtype != "float32" and shape.width <= WIDEST_FUSED_HEAD and shape.width % 8 == 0
-    if half and capability in ((9, 0), (10, 0), (10, 3)):
+    if half and shape.seq > 1 and capability in ((9, 0), (10, 0), (10, 3)):
         return "cudnn"
     if half and ampere and not masked:
         return "flash"
@@ -233,7 +233,9 @@ def _math(t: Tape, q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape, *, dr
     del scores
     weights = dropout(t, weights, float(drops))
     right = all_v if grouped else by_head(t, all_v, shape, "values")
-    out = batched_product(t, weights, right, shape.numel, "attention output by head", joined=shape.heads > 1)
+    out = batched_product(
+        t, weights, right, shape.numel, "attention output by head", joined=shape.heads > 1 and shape.batch > 1
+    )
     del all_k, q, mask, all_v, weights, right
     return clone(t, cast(t, out, dtype), "attention output")
 
@@ -280,6 +282,10 @@ def by_head(t: Tape, x: Tensor, shape: AttentionShape, what: str) -> Tensor:
     """
     if x.permuted or shape.heads == 1:
         return x
+    if shape.batch == 1:
+        # The heads of a single sequence need no copy to be read one by one.
+        node = t.node([x], lambda gradients: [gradients[0].view(permuted=what != "keys")])
+        return Tensor(x.storage, x.numel, x.dtype, node)
     return clone(t, x, f"{what} by head", permuted=what != "keys")
 
 
@@ -340,7 +346,9 @@ def weighted_values(t: Tape, weights: Tensor, v: Tensor, shape: AttentionShape) 
     cast_v = cast(t, v, t.autocast or v.dtype)
     cast_weights = cast(t, weights, t.autocast or weights.dtype)
     right = cast_v if _lies_by_head(v, cast_v, shape) else by_head(t, cast_v, shape, "values")
-    return batched_product(t, cast_weights, right, shape.numel, "attention output by head", joined=shape.heads > 1)
+    return batched_product(
+        t, cast_weights, right, shape.numel, "attention output by head", joined=shape.heads > 1 and shape.batch > 1
+    )
 
 
 def _lies_by_head(x: Tensor, as_cast: Tensor, shape: AttentionShape) -> bool:

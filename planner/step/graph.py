@@ -117,7 +117,7 @@ class Node:
         edges: The nodes that the inputs' gradients go to, and which output of theirs each input was.
         sizes: Elements of each input; a larger gradient is summed.
         dtypes: Dtype of each input; a gradient of another is cast.
-        column_sums: Whether such a sum runs over the leading dimensions, leaving one element a column.
+        broadcast: Index of the input, if any, that is the same in every row: its gradient is summed over the rows.
         saved: Memory kept for backward, in the order in which it is let go.
         frame: The checkpoint that recomputes the saved memory instead of keeping it, and the node's range in it.
         gradients: Gradients of the outputs that have arrived.
@@ -128,7 +128,7 @@ class Node:
     """
 
     __slots__ = (
-        "category", "column_sums", "dtypes", "edges", "frame", "gradients", "layer", "path", "rule", "saved",
+        "broadcast", "category", "dtypes", "edges", "frame", "gradients", "layer", "path", "rule", "saved",
         "sequence", "sizes", "waiting",
     )  # fmt: skip
 
@@ -141,7 +141,7 @@ class Node:
         self.edges: list[tuple[Node, int] | None] = []
         self.sizes: list[int] = []
         self.dtypes: list[Dtype] = []
-        self.column_sums = False
+        self.broadcast: int | None = None
         self.saved: list[Storage | None] = []
         self.frame: tuple[Checkpoint, int, int] | None = None
         self.gradients: list[Tensor | None] = [None] * num_outputs

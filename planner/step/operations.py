@@ -76,7 +76,8 @@ def multiply(t: Tape, a: Tensor, b: Tensor, operation: str = "product", *, colum
         return [t.new(numel, dtype, "gradient", permuted=permuted), of_b]
 
     node = t.node([a, b], backward, [b, a])
-    node.column_sums = columns
+    if columns:
+        node.broadcast = 0 if a.numel < numel or a.storage is None else 1
     out = t.new(numel, dtype, operation, permuted=a.permuted)
     out.node = node
     return out

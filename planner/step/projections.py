@@ -87,7 +87,7 @@ def project(t: Tape, x: Tensor, weight: Tensor, bias: Tensor | None, num_in: int
 
     inputs = [x, weight] if bias is None else [x, weight, bias]
     node = t.node(inputs, backward, [x, weight] if has_bias else [weight, x])
-    node.column_sums = True
+    node.broadcast = 2 if has_bias else None
     out = t.new(num_rows * num_out, dtype, "output")
     out.node = node
     return out

@@ -141,6 +141,7 @@ def record_step(spec: ModelSpec, options: StepOptions, *, compressed: bool = Tru
         autocast=options.autocast_dtype,
         keeps_gradients=options.has_gradients,
         drops_gradients=options.step_in_backward,
+        has_one_token=options.seq_len == 1,
     )
     kinds = family.layer_kinds(spec, options)
     plan = plan_layers(kinds) if compressed else LayerPlan(0, 0, 1, len(kinds))

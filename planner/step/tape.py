@@ -61,6 +61,7 @@ class Tape:
         autocast: Dtype | None = None,
         keeps_gradients: bool = False,
         drops_gradients: bool = False,
+        has_one_token: bool = False,
     ) -> None:
         """Start empty.
 
@@ -70,6 +71,7 @@ class Tape:
             autocast: As the attribute.
             keeps_gradients: Whether parameters have gradients already, to which new ones are added.
             drops_gradients: Whether each gradient is used up as soon as it is there.
+            has_one_token: Whether sequences have a single token: then joining heads never takes a copy.
         """
         self.parameter_dtype = parameter_dtype
         self.autocast = autocast
@@ -86,6 +88,7 @@ class Tape:
         self.keeps_graph = True
         self._keeps_gradients = keeps_gradients
         self._drops_gradients = drops_gradients
+        self._has_one_token = has_one_token
         self._parameters: dict[tuple[int | None, str], Node] = {}
         self._sequence = 0
         self._frame: Checkpoint | None = None
@@ -118,7 +121,7 @@ class Tape:
             return Tensor(None, 0, dtype)
         itemsize = ITEMSIZE_BYTES[dtype]
         storage = self.storage(numel * itemsize, operation, category, itemsize=itemsize)
-        return Tensor(storage, numel, dtype, None, 0, permuted)
+        return Tensor(storage, numel, dtype, None, 0, permuted and not self._has_one_token)
 
     def scratch(self, *sizes: int, operation: str) -> None:
         """Allocate what a kernel uses while it runs; let go in the reverse order."""
@@ -257,10 +260,10 @@ class Tape:
     def _reduced(self, gradient: Tensor | None, node: Node, index: int) -> Tensor | None:
         """The gradient summed to the size of the input that was broadcast."""
         size = node.sizes[index]
-        if gradient is None or gradient.numel == size:
+        if gradient is None or (gradient.numel == size and index != node.broadcast):
             return gradient
         total = self.new(size, gradient.dtype, "gradient", node.category_of(index))
-        if node.column_sums:
+        if index == node.broadcast:
             rows = gradient.numel // size
             buffers = column_reduction_bytes(rows, size, resident_threads=self.resident_threads)
             self.scratch(*filter(None, buffers), operation="sum of the gradient")

@@ -59,6 +59,16 @@ def written(program):
         ("olmo2", {}, {"precision": "amp"}),
         ("gpt2", {}, {"checkpointing": "full"}),
         ("gpt2", {}, {"precision": "amp", "attention": "eager"}),
+        ("llama", {}, {"checkpointing": "selective"}),
+        ("llama", {}, {"checkpointing": "full-reentrant"}),
+        ("llama", {}, {"padding_mask": True, "keep_grads": True}),
+        ("llama", {}, {"fused_loss": "liger", "step_in_backward": True}),
+        ("gpt_neox", {}, {"checkpointing": "selective", "precision": "amp"}),
+        ("opt", {"ffn_dim": 1088, "word_embed_proj_dim": 384}, {"padding_mask": True}),
+        ("bert", {}, {"attention": "eager"}),
+        ("roberta", {}, {}),
+        ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, {"checkpointing": "full"}),
+        ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}, {}),
     ],
 )
 def test_a_compressed_step_is_the_step(model_type, more, options, num_layers):

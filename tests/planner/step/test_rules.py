@@ -18,6 +18,15 @@ from optplan.planner.timeline import Allocation, TimelineBuilder
 from optplan.planner.units import MIB
 
 LLAMA = load_model("tinyllama-1.1b")
+FIELDS = {
+    "gpt2": {"n_embd": 384, "n_layer": 3, "n_head": 6},
+    "opt": {"ffn_dim": 512, "word_embed_proj_dim": 384, "max_position_embeddings": 128},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "mlp_only_layers": [1]},
+    "vit": {"image_size": 128, "patch_size": 16, "num_labels": 10},
+}
+"""What a family's configuration needs beside the usual fields."""
 SMALL = StepOptions(batch_size=1, seq_len=128)
 
 
@@ -40,11 +49,14 @@ def model(**config):
         ("qwen3-0.6b", True),
         ("gemma-2-2b", True),
         ("gpt2", True),
-        ("bert-base", False),
-        ("opt-125m", False),
+        ("bert-base", True),
+        ("opt-125m", True),
         ("t5-base", False),
-        ("mixtral-8x7b", False),
-        ("vit-base", False),
+        ("mixtral-8x7b", True),
+        ("vit-base", True),
+        ("pythia-160m", True),
+        ("bloom-560m", False),
+        ("falcon-7b", False),
     ],
 )
 def test_families_with_rules(name, expected):
@@ -54,10 +66,9 @@ def test_families_with_rules(name, expected):
 @pytest.mark.parametrize("family", RULED_FAMILIES)
 def test_every_ruled_family_takes_a_step_and_leaves_its_gradients(family):
     sizes = {"hidden_size": 384, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2}
-    spec = model(model_type=family, vocab_size=503, intermediate_size=512, head_dim=64, **sizes)
-    if family == "gpt2":
-        spec = model(model_type="gpt2", vocab_size=503, n_embd=384, n_layer=3, n_head=6)
-    timeline, gradients = step_of(spec, StepOptions(batch_size=2, seq_len=64, attention="eager"))
+    fields = {"vocab_size": 503, "intermediate_size": 512, "head_dim": 64, **sizes, **FIELDS.get(family, {})}
+    spec = model(model_type=family, **fields)
+    timeline, gradients = step_of(spec, StepOptions(batch_size=2, seq_len=65, attention="eager"))
     assert list(gradients) == [parameter.name for parameter in spec.unique_parameters]
     sizes = {event.id: event.bytes for event in timeline.events if isinstance(event, Allocation)}
     assert [sizes[id_] for id_ in gradients.values()] == [2 * p.numel for p in spec.unique_parameters]
@@ -68,10 +79,9 @@ def test_every_ruled_family_takes_a_step_and_leaves_its_gradients(family):
 
 def test_a_family_without_rules_is_refused():
     with pytest.raises(ConfigError) as refused:
-        record_step(load_model("bert-base"), SMALL)
-    assert str(refused.value) == (
-        "unknown family with step rules 'bert'; "
-        "known: llama, mistral, qwen2, qwen3, phi3, gemma, gemma2, gemma3_text, olmo2, gpt2"
+        record_step(load_model("bloom-560m"), SMALL)
+    assert (
+        str(refused.value) == "unknown family with step rules 'bloom'; known: llama, mistral, qwen2, qwen3 and 14 more"
     )
 
 
@@ -109,6 +119,27 @@ def test_a_family_without_rules_is_refused():
             LLAMA,
             {"step_in_backward": True, "grad_accum": 2},
             "step_in_backward uses each gradient up as it comes, so that grad_accum must be 1 and keep_grads off",
+        ),
+        (
+            LLAMA,
+            {"attention": "flash", "padding_mask": True},
+            "flash attention takes padding out of the batch, which no rule describes; use attention sdpa",
+        ),
+        (
+            load_model("gpt2"),
+            {"fused_loss": "liger"},
+            "unknown family with a fused loss by Liger 'gpt2'; "
+            "known: llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, phi3, gemma, gemma2, gemma3_text, olmo2",
+        ),
+        (
+            load_model("vit-base"),
+            {},
+            "vit-base cuts an image into 197 positions: seq_len must be that, got 128",
+        ),
+        (
+            load_model("vit-base"),
+            {"seq_len": 197, "padding_mask": True},
+            "vit-base classifies images: it takes no padding mask and no fused loss",
         ),
         (LLAMA, {"checkpointing": "ful"}, "unknown checkpointing 'ful'; nearest: full"),
         (LLAMA, {"fused_loss": "lige"}, "unknown fused_loss 'lige'; nearest: liger"),
