@@ -36,9 +36,9 @@ def render_timeline(report: TimelineReport, console: Console) -> None:
 
 
 def _headline(report: TimelineReport) -> Text:
-    verb = "fits" if report.fits else "does not fit"
+    name, verb = printable(report.model.name), "fits" if report.fits else "does not fit"
     return Text(
-        f"{printable(report.model.name)} with {report.optimizer} ({report.implementation}) {verb} on {report.gpu.name}: "
+        f"{name} with {report.optimizer} ({report.implementation}) {verb} on {report.gpu.name}: "
         f"peak {format_gib(report.peak_allocated_bytes)} allocated, in {report.peak_phase}",
         "bold green" if report.fits else "bold red",
     )

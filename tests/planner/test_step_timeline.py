@@ -59,9 +59,9 @@ def test_every_change_is_an_estimate_that_one_can_ask_for() -> None:
 
 
 def test_only_what_the_peak_holds_is_addressed() -> None:
-    # 8 tokens: weights, gradients and state are the whole peak, no activation or logit is worth a change.
+    # With 8 tokens the peak holds weights, gradients and state; recomputing activations would lower nothing.
     report = timeline("llama-3.2-1b", gpu="a100-40g", seq_len=8)
-    assert {change.addresses for change in report.changes} <= {"optimizer_state", "gradients"}
+    assert "activations" not in {change.addresses for change in report.changes}
     assert [change.saved_bytes for change in report.changes] == sorted(
         (change.saved_bytes for change in report.changes), reverse=True
     )
