@@ -78,7 +78,8 @@ class ExpandableRanges:
             if _has_room(block, size):
                 return block
         page = self._page(pool)
-        span = round_up(self._driver.span_bytes, page)
+        # On a device without end a request may be larger than a real device's range.
+        span = round_up(max(self._driver.span_bytes, size), page)
         address = self._driver.range_address(pool.stream, pool.small, span)
         whole = DeviceBlock(address, span, pool, address, mapped=False)
         pool.add_unmapped(whole)

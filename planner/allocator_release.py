@@ -14,7 +14,7 @@ from optplan.planner.allocator_pools import DeviceBlock, DevicePool
 
 def unsplit_blocks(pools: Iterable[DevicePool]) -> list[DeviceBlock]:
     """The cached blocks that are whole segments."""
-    return [block for pool in pools for _, _, block in pool.cached if not block.is_split and block.range_start < 0]
+    return [block for pool in pools for _, _, block in pool.cached if _is_segment(block)]
 
 
 def too_old(blocks: list[DeviceBlock], excess_bytes: int, *, now: int) -> list[DeviceBlock]:
@@ -46,14 +46,18 @@ def oversize_blocks(pool: DevicePool, wanted_bytes: int, *, limit: int) -> tuple
         limit: Size from which on blocks are never split.
     """
     index = bisect_left(pool.cached, (wanted_bytes,))
-    if index < len(pool.cached) and pool.cached[index][2].range_start < 0:
+    if index < len(pool.cached) and _is_segment(pool.cached[index][2]):
         return [pool.cached[index][2]], True
     blocks: list[DeviceBlock] = []
     total = 0
     for size, _, block in reversed(pool.cached[:index]):
         if total >= wanted_bytes or size < limit:
             break
-        if block.range_start < 0:
+        if _is_segment(block):
             blocks.append(block)
             total += size
     return blocks, total >= wanted_bytes
+
+
+def _is_segment(block: DeviceBlock) -> bool:
+    return block.range_start < 0 and not block.is_split

@@ -11,12 +11,13 @@ block's own, which matters to nothing but the allocated bytes.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from itertools import pairwise
 from typing import NamedTuple
 
 from optplan.planner.allocator import SMALL_LIMIT, SMALL_SEGMENT
 from optplan.planner.allocator_settings import AllocatorSettings
 from optplan.planner.errors import ConfigError
-from optplan.planner.history import DeviceHistory, HistoryEvent
+from optplan.planner.history import DeviceHistory, HeldSegment, HistoryEvent
 
 Owner = tuple[int, int]
 
@@ -69,6 +70,8 @@ class StartState:
         }
         self._segments = {s.address: StartSegment(*s[:6]) for s in history.segments if not s.expandable}
         self._mapped = [StartSegment(*s[:6]) for s in history.segments if s.expandable]
+        self._order = sorted(self._segments)
+        self._check_apart(sorted(history.segments))
         # A request maps one page of 2 MiB or a number of large pages; what is unmapped may be any number of either.
         maps = [event for event in history.events if event.action == "segment_map"]
         self._pages = {event.address: event.size == SMALL_SEGMENT for event in maps}
@@ -93,7 +96,7 @@ class StartState:
         starts = [segment.address for segment in segments]
         unknown = {address for address, block in self.blocks.items() if block.size is None}
         for action, address, *_ in history.events:
-            if not unknown:
+            if not unknown or not segments:
                 return
             index = bisect_left(in_use, address)
             if action == "free_completed":
@@ -118,6 +121,11 @@ class StartState:
         """Bytes of all segments."""
         return sum(segment.size for segment in self.segments)
 
+    def _check_apart(self, segments: list[HeldSegment]) -> None:
+        for below, above in pairwise(segments):
+            if below.address + below.size > above.address:
+                raise ConfigError(f"{self._source} contradicts itself: segments overlap at {above.address:#x}")
+
     def undo(self, event: HistoryEvent) -> None:
         """Go back behind an event.
 
@@ -134,16 +142,32 @@ class StartState:
                 raise self._contradiction(event)
             self.blocks[address] = self.blocks[address]._replace(waiting=False)
         elif action == "segment_alloc":
-            if self._segments.pop(address, None) is None:
+            segment = self._segments.pop(address, None)
+            if segment is None or segment.size != size:
                 raise self._contradiction(event)
+            del self._order[bisect_left(self._order, address)]
         elif action == "segment_free":
-            small = size == SMALL_SEGMENT
-            self._segments[address] = StartSegment(address, size, event.stream, event.owner, small, False)
+            self._add(event)
         elif action == "segment_map":
             self._unmap(event)
         elif action == "segment_unmap":
+            if any(s.address < address + size and address < s.address + s.size for s in self._mapped):
+                raise self._contradiction(event)
             small = self._is_small(event)
             self._mapped.append(StartSegment(address, size, event.stream, event.owner, small, True))
+
+    def _add(self, event: HistoryEvent) -> None:
+        """Bring a segment back between its neighbours."""
+        address, size = event.address, event.size
+        index = bisect_left(self._order, address)
+        below = self._segments[self._order[index - 1]] if index else None
+        above = self._order[index] if index < len(self._order) else None
+        if (below is not None and below.address + below.size > address) or (
+            above is not None and above < address + size
+        ):
+            raise self._contradiction(event)
+        self._order.insert(index, address)
+        self._segments[address] = StartSegment(address, size, event.stream, event.owner, size == SMALL_SEGMENT, False)
 
     def _undo_alloc(self, event: HistoryEvent) -> None:
         if self.blocks.pop(event.address, None) is None:
