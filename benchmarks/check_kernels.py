@@ -139,16 +139,16 @@ def sanitize(names: Sequence[str], tool: str) -> dict[str, Any]:
     apart = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=apart)
     text = result.stdout + result.stderr
-    summary = re.search(r"SUMMARY: (\d+)", text)
-    if summary is None or (result.returncode and not int(summary.group(1))):
+    num_errors = count_errors(text)
+    if num_errors is None or (result.returncode and not num_errors):
         raise SystemExit(f"{tool} did not finish:\n{text[-3000:]}")
-    if int(summary.group(1)):
+    if num_errors:
         print(text[:6000], file=sys.stderr)
     return {
         "schema": "optplan.kernel-check/1", "optimizers": list(names), "dtypes": list(DTYPES), "tool": tool,
         "tool_version": _version("compute-sanitizer"), "num_steps": 2,
         "shapes": {name: [list(p.shape) for p in small_tensors(name)] for name in names},
-        "num_errors": int(summary.group(1)),
+        "num_errors": num_errors,
     }  # fmt: skip
 
 
@@ -162,24 +162,42 @@ def profile(names: Sequence[str]) -> list[dict[str, Any]]:
 
     bandwidth = round(copy_bandwidth())
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = result.stdout.splitlines()
-    start = next((place for place, line in enumerate(lines) if line.startswith('"ID"')), None)
-    if result.returncode or start is None:
+    launches = read_launches(result.stdout)
+    if result.returncode or not launches:
         raise SystemExit(f"ncu did not finish:\n{(result.stdout + result.stderr)[-3000:]}")
-    units, *launches = csv.DictReader(io.StringIO("\n".join(lines[start:])))
     rows, version, number = [], _version("ncu"), -1
     for launch in launches:
-        if "spin" in launch["Kernel Name"]:
+        if "spin" in launch["kernel"]:
             number += 1
             continue
         rows.append({
             "schema": "optplan.kernel-profile/1", "optimizer": names[number], "dtype": DTYPES[0],
             "shapes": [list(p.shape) for p in large_tensors(names[number])], "tool_version": version,
-            "copy_bytes_per_s": bandwidth, "kernel": launch["Kernel Name"], "grid": launch["Grid Size"],
-            "block": launch["Block Size"],
-            **{METRICS[metric]: _number(launch[metric], units[metric]) for metric in METRICS},
+            "copy_bytes_per_s": bandwidth, **launch,
         })  # fmt: skip
     return rows
+
+
+def read_launches(text: str) -> list[dict[str, Any]]:
+    """The launches in what `ncu --csv --page raw` prints: lines of its own, names, units, then a line a launch."""
+    lines = text.splitlines()
+    start = next((place for place, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
+    units, *launches = [*csv.DictReader(io.StringIO("\n".join(lines[start:])))] or [{}]
+    return [
+        {
+            "kernel": launch["Kernel Name"],
+            "grid": launch["Grid Size"],
+            "block": launch["Block Size"],
+            **{METRICS[metric]: _number(launch[metric], units[metric]) for metric in METRICS},
+        }
+        for launch in launches
+    ]
+
+
+def count_errors(text: str) -> int | None:
+    """The errors, or hazards, that compute-sanitizer sums up at its end; None if it did not get there."""
+    found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", text)
+    return int(found[-1]) if found else None
 
 
 def environment(commit: str) -> dict[str, str]:
