@@ -170,13 +170,18 @@ def orthonormal_by_rows(
 
 def step_vectors_by_rows(vectors: Sequence[VectorRows], rates: Rates, together: Together) -> None:
     """One step of tensors with whole second moments, in place; the clip's sums are added up over the ranks."""
+    moments = [one.v for one in vectors]
     grads = [one.grad.to(one.v.dtype) for one in vectors]
-    for one, g in zip(vectors, grads, strict=True):
-        one.v.mul_(rates.beta2).addcmul_(g, g, value=1 - rates.beta2)
-    moves = [direction(g, one.v, rates) for one, g in zip(vectors, grads, strict=True)]
-    totals = together([move.square().sum() for move in moves], "sum")
-    for one, move, total in zip(vectors, moves, totals, strict=True):
-        step_rows(one.w, one.momentum, move.mul_(clip_factor(total, one.numel, rates)), rates)
+    torch._foreach_mul_(moments, rates.beta2)
+    torch._foreach_addcmul_(moments, grads, grads, value=1 - rates.beta2)
+    divisors = torch._foreach_sqrt(moments)
+    torch._foreach_add_(divisors, rates.eps)
+    moves = torch._foreach_div(grads, divisors)
+    (totals,) = together([torch.stack(torch._foreach_norm(moves)).square()], "sum")
+    means = torch._foreach_div(list(totals.unbind()), [max(1, one.numel) for one in vectors])
+    torch._foreach_mul_(moves, list(clip_factor(torch.stack(means), 1, rates).unbind()))
+    for one, move in zip(vectors, moves, strict=True):
+        step_rows(one.w, one.momentum, move, rates)
 
 
 def clip_factor(square_sum: Tensor, numel: int, rates: Rates) -> Tensor:

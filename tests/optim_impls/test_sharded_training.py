@@ -80,7 +80,7 @@ def test_two_ranks_go_on_from_the_checkpoint_of_one_process(results: dict[str, A
     _assert_same(name, results["ranks"][rank][name]["resumed"], results["one"][name])
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", RANKS["ONE_EACH"])
 def test_two_ranks_cut_a_whole_state_to_their_rows(results: dict[str, Any], name: str) -> None:
     _assert_same(name, results["ranks"][0][name]["cut"], results["ranks"][0][name]["resumed"])
 
@@ -98,7 +98,7 @@ def test_what_ranks_share_is_the_same_to_the_bit(results: dict[str, Any], name: 
             assert torch.equal(tensor, second[parameter][key]), f"{parameter} {key}"
 
 
-@pytest.mark.parametrize("name", RANKS["TRAIN_NETWORKS"])
+@pytest.mark.parametrize("name", RANKS["ONE_EACH"])
 def test_losses_under_fully_shard(results: dict[str, Any], name: str) -> None:
     expected = RANKS["train_network"](CASES[name], None)
     for rank in results["ranks"]:
