@@ -8,6 +8,8 @@ from optplan.planner.allocator import CachingAllocator
 from optplan.planner.allocator_copy import copy_allocator
 from optplan.planner.allocator_device import DeviceAllocator, OutOfMemory
 from optplan.planner.allocator_driver import Driver
+from optplan.planner.allocator_pools import DeviceBlock
+from optplan.planner.allocator_release import too_old
 from optplan.planner.allocator_settings import parse_alloc_conf
 from optplan.planner.units import MIB
 
@@ -109,6 +111,14 @@ def test_old_segments_are_collected_above_the_threshold_and_young_ones_kept():
     allocator.alloc(52 * MIB)
     freed = [event.size for event in allocator.driver.events if event.action == "segment_free"]
     assert freed == [30 * MIB]
+
+
+def test_collecting_stops_when_it_is_enough_to_the_byte():
+    pool = make().pool(0, (0, 0), False)
+    first, second = DeviceBlock(0, 30 * MIB, pool), DeviceBlock(64 * MIB, 20 * MIB, pool)
+    first.since, second.since = 0, 5
+    assert too_old([first, second], 30 * MIB, now=6) == [first]
+    assert too_old([first, second], 30 * MIB + 1, now=6) == [first, second]
 
 
 def test_an_expandable_range_grows_by_pages_and_splits_to_the_last_512_bytes():
