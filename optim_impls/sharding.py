@@ -153,8 +153,9 @@ def divide_apart(
 class GatheredBatch(Batch):
     """Members whose gradients are gathered from all ranks for a step, in one collective.
 
-    Every rank updates the whole tensors alike and keeps its own rows of the parameters. Within a step this takes, for
-    all members together, `ranks + 2` times the gradients of the largest shard and the whole parameters.
+    Every rank updates the whole tensors alike and keeps its own rows of the parameters. A step allocates for all
+    members together the gradients of the largest shard once and `ranks` times, which are freed when they are sorted
+    into the whole gradients; these and the whole parameters live until the step ends.
 
     Args:
         lead: As for a batch.

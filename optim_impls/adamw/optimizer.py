@@ -18,6 +18,9 @@ STATE_DTYPES = (None, torch.float32, torch.bfloat16)
 class AdamW(KernelOptimizer):
     """AdamW in one launch for all tensors of a kind, with bf16 rounding that loses nothing on average.
 
+    State of DTensors is DTensors, divided as the parameter is: with FSDP2 a rank keeps the moments of its own rows, and
+    a checkpoint loads on any number of ranks.
+
     Args:
         params: Parameters or param groups; a group may override every number below.
         lr: Learning rate, a number; with `capturable` also a scalar tensor on the device.

@@ -38,7 +38,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     ranks = [subprocess.Popen([sys.executable, str(SCRIPT), rank, port, str(folder)]) for rank in "01"]
-    assert [rank.wait(timeout=200) for rank in ranks] == [0, 0]
+    assert [rank.wait(timeout=500) for rank in ranks] == [0, 0]
     found = [torch.load(folder / f"found-{rank}.pt") for rank in range(2)]
     resumed = {name: _train_alone(name, load_from=folder / f"{name}-on-two") for name in CASES}
     return {"one": one, "ranks": found, "resumed_on_one": resumed}
