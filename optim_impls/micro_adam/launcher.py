@@ -25,7 +25,8 @@ MAX_BLOCK = 8192
 MAX_SELECTED = 127
 MAX_DENSITY = 1 / 16  # a short block then never selects more elements than it has groups of eight
 MAX_WINDOW = 32
-MAX_REGISTERS = 96
+MAX_REGISTERS = 104
+"""Of a thread of the selection: a few spills, but 19 warps a multiprocessor instead of 14."""
 MAX_SHARED_BYTES = 48 * 1024
 """Of a program's scratchpad that PTX may declare."""
 _WARP = 32

@@ -30,11 +30,16 @@ class MicroAdam(KernelOptimizer):
     alone, so that a checkpoint moves between machines. A block whose accumulated gradient is not finite sits out a
     step: its parameters and its left-over stay, and its older gradients age by one step.
 
+    Gradients are rounded to bfloat16, in which the window keeps them. Densification (`alpha` in the authors' code) is not
+    offered: it makes the update dense, for which the window is no saving and error feedback gives no guarantee.
+
     With FSDP2 the blocks stay those of the whole tensor: training does not depend on the number of ranks, but for the
     noise of stochastic rounding, which counts from the start of a shard. Where all ranks hold as many rows, and these
     are whole blocks, a rank steps on its own and keeps its part of the state: DTensors of the whole tensor's state,
     `1 / ranks` of its bytes on each. Other tensors (short vectors, uneven rows) have their gradients gathered in one
-    collective, and every rank keeps their whole state. Either way a checkpoint loads on any number of ranks.
+    collective, and every rank keeps their whole state. Either way a checkpoint of
+    `torch.distributed.checkpoint` loads on any number of ranks; to gather a whole state (`full_state_dict`) is beyond
+    NCCL and gloo, which know no 16-bit integers.
 
     Args:
         params: Parameters or param groups.

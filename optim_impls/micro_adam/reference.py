@@ -5,6 +5,9 @@ correction with the full step although the window forgets. Both `rounding="stoch
 are at hand. Densification (the authors' `alpha`) is left out: it makes the update dense, so that neither the window's
 cost nor the guarantees of the error feedback hold any longer, and all published results have it off.
 
+As in the authors' code, gradient and error feedback meet in bfloat16, in which the window keeps what is selected; the
+moments and the update are computed in float32. Parameters in float64 have all of it in float64, to be compared with.
+
 A block whose accumulated gradient is not finite is skipped for that step: its parameters and its error feedback stay as
 they are, and its window row is written empty, so that the older rows age.
 

@@ -27,8 +27,8 @@ select = dict(
 update = dict(SIZE=2048, WP=16, KP=32, CAPACITY=256, P_DTYPE=tl.bfloat16, LR_ON_DEVICE=False, FULL=True)
 types = {"rows": "*i64", "scratch": "*i32", "chunk_offset": "*i64", "chunk_row": "*i32"}
 types |= dict.fromkeys(("seed", "step", "slot", "filled"), "i32")
-jobs = [("select", select_kernel, select, {"maxnreg": 96}),
-        ("select_fp32", select_kernel, select | {"G_DTYPE": tl.float32}, {"maxnreg": 96}),
+jobs = [("select", select_kernel, select, {"maxnreg": 104}),
+        ("select_fp32", select_kernel, select | {"G_DTYPE": tl.float32}, {"maxnreg": 104}),
         ("update", update_kernel, update | {"DECAY": False}, {}),
         ("decay", update_kernel, update | {"DECAY": True}, {})]
 for name, kernel, constants, options in jobs:
@@ -58,9 +58,10 @@ def _kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
-# Bytes of stack are spills. At 96 registers 21 warps fit a multiprocessor, at 64 all 32 that it takes of single warps.
+# Bytes of stack are spills. At 104 registers 19 warps fit a multiprocessor, at 64 all 32 that it takes of single warps.
 @pytest.mark.parametrize(
-    ("name", "registers", "stack"), [("select", 96, 64), ("select_fp32", 96, 128), ("update", 64, 0), ("decay", 168, 0)]
+    ("name", "registers", "stack"),
+    [("select", 104, 40), ("select_fp32", 104, 96), ("update", 64, 0), ("decay", 168, 0)],
 )
 def test_registers_and_spills(kernels: dict[str, str], name: str, registers: int, stack: int) -> None:
     usage = re.search(r"REG:(\d+) STACK:(\d+)", kernels[name])
