@@ -90,6 +90,20 @@ def tl_hash_block(start, lane, seed):
 
 
 @triton.jit
+def tl_hash_from(start, lane, seed):
+    """As `tl_hash` for `start + lane`, in 32-bit arithmetic.
+
+    Args:
+        start: int64 scalar, any.
+        lane: Integers from 0 to 2^31, of which the low words count.
+        seed: 32-bit scalar.
+    """
+    begin = start.to(tl.uint32)
+    low = begin + lane.to(tl.uint32)
+    return _mix(low, (start >> 32).to(tl.uint32) + (low < begin).to(tl.uint32), seed)
+
+
+@triton.jit
 def _mix(low, high, seed):
     # A multiply-xorshift mix (constants of the finaliser lowbias32 of C. Wellons), keyed by seed and high word.
     x = low ^ (seed.to(tl.uint32) + high * 0x9E3779B9)

@@ -142,12 +142,12 @@ def column_update_kernel(
     key = seed
     if STOCHASTIC:
         key = random_key(pieces, piece, device_values, seed, step, ON_DEVICE)
-    begin = word(pieces, piece, FIRST)
+    begin = word(pieces, piece, FIRST) + first * num_columns
     for step in range(0, TILE, ROWS):
         rows = first + step + tl.arange(0, ROWS)
         mask = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
         at = rows[:, None] * num_columns + columns[None, :]
         update_tile(
-            p_base + at, g_base + at, m_base + at, mask, begin + at,
+            p_base + at, g_base + at, m_base + at, mask, begin, at - first * num_columns,
             factor, decay, scale, beta1_rest, key, STOCHASTIC, True,
         )  # fmt: skip

@@ -17,7 +17,7 @@ from optplan.optim_impls.triton_math import (
     tl_bf16_stochastic,
     tl_cast,
     tl_fp32,
-    tl_hash,
+    tl_hash_from,
     tl_mix_seed,
     tl_pointer,
 )
@@ -91,10 +91,10 @@ def random_key(pieces, piece, device_values, seed, step, ON_DEVICE: tl.constexpr
 
 
 @triton.jit
-def rounded(x, dtype: tl.constexpr, index, key, STOCHASTIC: tl.constexpr):
-    """fp32 to the parameter's dtype; `index` counts elements of the whole tensor."""
+def rounded(x, dtype: tl.constexpr, start, lane, key, STOCHASTIC: tl.constexpr):
+    """fp32 to the parameter's dtype; `start + lane` counts elements of the whole tensor."""
     if STOCHASTIC and dtype == tl.bfloat16:
-        return tl_bf16_stochastic(x, tl_hash(index, key) & 0xFFFF)
+        return tl_bf16_stochastic(x, tl_hash_from(start, lane, key) & 0xFFFF)
     else:
         return tl_cast(x, dtype)
 
@@ -146,8 +146,9 @@ def rows_kernel(
         key = seed
         if STOCHASTIC:
             key = random_key(pieces, piece, device_values, seed, step, ON_DEVICE)
-        index = word(pieces, piece, FIRST) + offsets
-        tl.store(p_base + offsets, rounded(p, P, index, key, STOCHASTIC), mask=mask)
+        start = word(pieces, piece, FIRST) + first * NUMEL
+        lane = tl.arange(0, TILE_ROWS)[:, None] * NUMEL + columns[None, :]
+        tl.store(p_base + offsets, rounded(p, P, start, lane, key, STOCHASTIC), mask=mask)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -161,7 +162,9 @@ def elements_kernel(
     pieces, chunks = table + pieces_at, table + chunks_at
     chunk = tl.program_id(0)
     piece = tl.load(chunks + chunk * 2)
-    offsets = tl.load(chunks + chunk * 2 + 1) + tl.arange(0, CHUNK)
+    begin = tl.load(chunks + chunk * 2 + 1)
+    lane = tl.arange(0, CHUNK)
+    offsets = begin + lane
     mask = offsets < word(pieces, piece, SIZE_A)
     p_base, g_base, m_base = pointers(pieces, piece, P, G, M, False)
     v_at = second_moment(pieces, piece) + offsets
@@ -179,5 +182,5 @@ def elements_kernel(
     key = seed
     if STOCHASTIC:
         key = random_key(pieces, piece, device_values, seed, step, ON_DEVICE)
-    index = word(pieces, piece, FIRST) + offsets
-    tl.store(p_base + offsets, rounded(p, P, index, key, STOCHASTIC), mask=mask)
+    start = word(pieces, piece, FIRST) + begin
+    tl.store(p_base + offsets, rounded(p, P, start, lane, key, STOCHASTIC), mask=mask)

@@ -92,7 +92,7 @@ def segment_moments_kernel(
 
 @triton.jit
 def update_tile(
-    p_at, g_at, m_at, mask, index, factor, decay, scale, beta1_rest, key,
+    p_at, g_at, m_at, mask, start, lane, factor, decay, scale, beta1_rest, key,
     STOCHASTIC: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """First moment and parameter of one tile, given the factor of its blocks."""
@@ -104,10 +104,10 @@ def update_tile(
     p_new = tl_fp32(p) * decay - m_new * factor
     if MASKED:
         tl.store(m_at, tl_cast(m_new, m.dtype), mask=mask)
-        tl.store(p_at, rounded(p_new, p.dtype, index, key, STOCHASTIC), mask=mask)
+        tl.store(p_at, rounded(p_new, p.dtype, start, lane, key, STOCHASTIC), mask=mask)
     else:
         tl.store(m_at, tl_cast(m_new, m.dtype))
-        tl.store(p_at, rounded(p_new, p.dtype, index, key, STOCHASTIC))
+        tl.store(p_at, rounded(p_new, p.dtype, start, lane, key, STOCHASTIC))
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -133,11 +133,11 @@ def segment_update_kernel(
         at = start + tile
         if at + TILE <= end:
             update_tile(
-                p_base + at + lane, g_base + at + lane, m_base + at + lane, lane >= 0, begin + at + lane,
+                p_base + at + lane, g_base + at + lane, m_base + at + lane, lane >= 0, begin + at, lane,
                 factor, decay, scale, beta1_rest, key, STOCHASTIC, False,
             )  # fmt: skip
         elif at < end:
             update_tile(
-                p_base + at + lane, g_base + at + lane, m_base + at + lane, at + lane < end, begin + at + lane,
+                p_base + at + lane, g_base + at + lane, m_base + at + lane, at + lane < end, begin + at, lane,
                 factor, decay, scale, beta1_rest, key, STOCHASTIC, True,
             )  # fmt: skip

@@ -16,6 +16,7 @@ from optplan.optim_impls.triton_math import (
     tl_fp32,
     tl_hash,
     tl_hash_block,
+    tl_hash_from,
     tl_mix_seed,
 )
 
@@ -38,6 +39,13 @@ def _hash_kernel(out_ptr, block_ptr, start, seed, n: tl.constexpr):
     index = start + lane.to(tl.int64)
     tl.store(out_ptr + lane, tl_hash(index, seed).to(tl.int64))
     tl.store(block_ptr + lane, tl_hash_block(tl.min(index, axis=0), lane, seed).to(tl.int64))
+
+
+@triton.jit
+def _hash_from_kernel(out_ptr, start, seed, n: tl.constexpr):
+    lane = tl.arange(0, n)
+    first = tl.min(start + lane.to(tl.int64), axis=0)
+    tl.store(out_ptr + lane, tl_hash_from(first, lane, seed).to(tl.int64))
 
 
 @triton.jit
@@ -74,6 +82,13 @@ def test_hash_is_the_reference_s(start: int, seed: int) -> None:
     expected = counter_hash(torch.arange(1024, device=DEVICE) + start, seed)
     assert torch.equal(out, expected)
     assert torch.equal(block, expected)
+
+
+@pytest.mark.parametrize("start", [0, 1, 2**31 - 3, 2**32 - 1023, 2**32 - 1, 2**32 + 5, 5 * 2**33 + 77])
+def test_hash_counts_on_past_32_bits(start: int) -> None:
+    out = torch.empty(1024, dtype=torch.int64, device=DEVICE)
+    _hash_from_kernel[(1,)](out, start, 7, n=1024)
+    assert torch.equal(out, counter_hash(torch.arange(1024, device=DEVICE) + start, 7))
 
 
 @pytest.mark.parametrize(("seed", "step", "ordinal"), [(0, 1, 0), (5, 100000, 290), (2**31 - 1, 3, 17)])

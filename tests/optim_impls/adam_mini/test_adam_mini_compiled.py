@@ -63,6 +63,14 @@ for name, dtype in (("bfloat16", tl.bfloat16), ("float32", tl.float32)):
         ("elements", kernels.elements_kernel, 4, dict(updating, CHUNK=work.ELEMENT_CHUNK_NUMEL)),
     ):
         found[f"{title}, {name}"] = figures(kernel, warps, **constants)
+stochastic = dict(P=tl.bfloat16, G=tl.bfloat16, M=tl.bfloat16, ON_DEVICE=False, ALIGNED=True, STOCHASTIC=True)
+found["rows of 4096, stochastic"] = figures(
+    kernels.rows_kernel, launcher._MAX_WARPS, **stochastic, NUMEL=4096, WIDTH=4096, TILE_ROWS=1, TILES=5
+)
+found["segment update, stochastic"] = figures(
+    segment_kernels.segment_update_kernel, launcher._SEGMENT_WARPS, **stochastic, CHUNK=work.ONE_PROGRAM_NUMEL,
+    TILE=launcher._SEGMENT_TILE,
+)
 found["segment moments"] = figures(segment_kernels.segment_moments_kernel, 1, SHARED=False, LANES=launcher._SUM_LANES)
 found["column moments"] = figures(
     column_kernels.column_moments_kernel, 4, SHARED=False, TILE=work.COLUMN_TILE, LANES=128
@@ -86,6 +94,8 @@ CASES = [
     ("column update, float32", [6, 4], 96),
     ("elements, bfloat16", [0, 0], 64),
     ("elements, float32", [0, 0], 64),
+    ("rows of 4096, stochastic", [6, 4], 96),
+    ("segment update, stochastic", [3, 2], 96),
     ("segment moments", [0, 0], 64),
     ("column moments", [0, 0], 64),
 ]

@@ -102,6 +102,42 @@ def test_step_counters_on_the_device_give_the_same() -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("capturable", [False, True])
+def test_kernels_round_stochastically_as_the_reference(capturable: bool) -> None:
+    found = []
+    for backend in ("triton", "torch"):
+        tensors = _tensors(torch.bfloat16)
+        optimizer = _optimizer(tensors, rounding="stochastic", seed=3, backend=backend, capturable=capturable)
+        optimizer.step()
+        found.append(torch.cat([tensor.detach().flatten() for tensor in tensors.values()]))
+    ours, reference = found
+    nearest = torch.cat([tensor.detach().flatten() for tensor in _stepped("nearest").values()])
+    # The last bit of fp32 decides a rounding now and then; nearest rounds every second element the other way.
+    assert (ours != reference).double().mean() < 0.01
+    assert (ours != nearest).double().mean() > 0.2
+
+
+def _stepped(rounding: str) -> dict[str, torch.nn.Parameter]:
+    tensors = _tensors(torch.bfloat16)
+    _optimizer(tensors, rounding=rounding, backend="torch").step()
+    return tensors
+
+
+def test_steps_too_small_for_bf16_arrive_on_average() -> None:
+    """Steps of a fortieth of a unit of bf16, which rounding to nearest loses altogether."""
+    moved = {}
+    for rounding in ("nearest", "stochastic"):
+        tensor = torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+        optimizer = AdamMini([tensor], roles={tensor: "mlp"}, lr=2.0**-12, rounding=rounding, backend="torch")
+        for _ in range(40):
+            tensor.grad = torch.ones_like(tensor)
+            optimizer.step()
+        moved[rounding] = 1 - tensor.detach().double().mean().item()
+    assert moved["nearest"] == 0
+    assert moved["stochastic"] == pytest.approx(40 * 2.0**-12, rel=0.02)
+
+
+@needs_kernels
 def test_mixed_dtypes() -> None:
     tensors = _tensors(torch.float32)
     for tensor in tensors.values():
