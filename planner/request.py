@@ -19,13 +19,14 @@ from optplan.planner.units import parse_size
 
 DEFAULT_SEQ_LEN = 2048
 CHECKPOINTING = ("none", "full", "full-reentrant", "selective")
-FUSED_LOSS = ("none", "liger", "chunked")
+FUSED_LOSS = ("none", "liger")
 ATTENTION = ("sdpa", "eager", "flash")
 SHARDING = ("none",)
 ENGINES = ("rules", "trace")
 
 _LIMITS = {"batch_size": 2**20, "seq_len": 2**24, "grad_accum": 2**20, "gpus": 2**16}
 _PLANNED = {
+    "fused-loss": {"chunked"},
     "sharding": {"ddp", "zero1", "zero2", "fsdp2", "fsdp2-noreshard"},
 }
 """Names that the command line reserves and that this version does not model."""
@@ -64,7 +65,7 @@ class StepFlags(TypedDict, total=False):
         grad_accum: Micro-batches accumulated before each optimizer step, 1 by default.
         checkpointing: none (default), full, full-reentrant (torch's older way) or selective (every second layer).
         attention: sdpa, eager or flash; what transformers takes by itself when None: sdpa, but eager for Gemma 2.
-        fused_loss: none (default); liger: Liger's fused linear cross entropy; chunked: torch's `linear_cross_entropy`.
+        fused_loss: none (default), or liger: Liger's fused linear cross entropy.
         step_in_backward: Whether the optimizer takes each parameter's step as soon as its gradient is there.
         clip_grad_norm: Largest norm of all gradients together, to which they are scaled before the step.
         keep_grads: Whether `zero_grad` keeps the gradients' memory (`set_to_none=False`).

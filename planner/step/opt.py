@@ -12,6 +12,7 @@ from functools import partial
 
 import msgspec
 
+from optplan.planner.dtypes import Dtype
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.step import kernels, projections, vocabulary
 from optplan.planner.step import operations as op
@@ -100,7 +101,8 @@ class Opt(StepModel[OptConfig]):
 
     def _positions(self) -> Tensor:
         """Each token's position, counted along the attention mask."""
-        t, dtype = self.t, "int64" if self.o.padding_mask else "float32"
+        t = self.t
+        dtype: Dtype = "int64" if self.o.padding_mask else "float32"
         counted = t.new(self.num_tokens, dtype, "visible tokens so far")
         if self.o.batch_size == 1:
             t.scratch(kernels.SCAN_SCRATCH, operation="scan")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from optplan.planner.catalog import load_model
@@ -74,3 +76,39 @@ def test_a_budget_is_all_usable() -> None:
 def test_counts_are_integers_in_range(value: object) -> None:
     with pytest.raises(ConfigError, match="--batch-size must be an integer between 1 and 1048576"):
         check_request(load_model("gpt2"), gpu="h200", batch_size=value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (
+            {"step_in_backward": True, "clip_grad_norm": 1.0},
+            "--step-in-backward and --clip-grad-norm contradict each other: the norm of all gradients needs all of them",
+        ),
+        (
+            {"step_in_backward": True, "grad_accum": 4},
+            "--step-in-backward and --grad-accum 4 contradict each other: gradients that are used up cannot be added to",
+        ),
+        (
+            {"step_in_backward": True, "keep_grads": True},
+            "--step-in-backward and --keep-grads contradict each other: gradients that are used up are not kept",
+        ),
+        ({"clip_grad_norm": 0.0}, "--clip-grad-norm must be above 0, got 0.0"),
+        ({"clip_grad_norm": float("nan")}, "--clip-grad-norm must be above 0, got nan"),
+        (
+            {"attention": "flash", "padding_mask": True},
+            "--attention flash and --padding-mask contradict each other: flash attention takes the padding out of the "
+            "batch, which is not modelled; use --attention sdpa",
+        ),
+        ({"fused_loss": "chunked"}, "--fused-loss chunked is not modelled in this version; allowed: none, liger"),
+        ({"fused_loss": "ligr"}, "unknown fused-loss for --fused-loss 'ligr'; nearest: liger"),
+        (
+            {"checkpointing": "reentrant"},
+            "unknown checkpointing for --checkpointing 'reentrant'; nearest: full-reentrant",
+        ),
+    ],
+)
+def test_options_that_contradict_each_other(flags: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_request(load_model("llama-2-7b"), gpu="h200", **flags)
+    assert str(caught.value) == sentence
