@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -39,57 +40,59 @@ def figures(kernel, constants, settings):
     counts = collections.Counter(re.findall(r"\\b((?:LDGSTS|LDG|STG|LDL|STL|HGMMA)[A-Z0-9.]*)", code))
     return {"registers": int(registers), "shared": compiled.metadata.shared, "accesses": counts}
 
-which, dtype, momentum, rank = json.loads(sys.argv[1])
-dtype = getattr(torch, dtype)
-tile = dict(GRAD=launcher.DTYPES[dtype], SCALED=0, RANK=rank, R=rank, BM=64, BN=64, EVEN=True)
-if which == "sketch":
-    found = figures(kernels.sketch_kernel, tile, launcher.pass_a_settings(dtype, rank))
-elif which == "update":
-    kinds = dict(WEIGHT=launcher.DTYPES[dtype], MOMENT=launcher.DTYPES[dtype] if momentum else None, LR=1)
-    settings = launcher.pass_b_settings(dtype, dtype, rank, momentum=momentum)
-    found = figures(kernels.update_kernel, tile | kinds, settings)
-else:
-    constants = dict(R=rank) if "gram" in which else dict(RANK=rank, R=rank)
-    found = figures(getattr(factor_kernels, which), constants, dict(num_warps=launcher.small_warps(rank)))
-print(json.dumps(found))
+def compiled(which, dtype, momentum, rank=32):
+    dtype = getattr(torch, dtype)
+    tile = dict(GRAD=launcher.DTYPES[dtype], SCALED=0, RANK=rank, R=rank, BM=64, BN=64, EVEN=True)
+    if which == "sketch":
+        return figures(kernels.sketch_kernel, tile, launcher.pass_a_settings(dtype, rank))
+    if which == "update":
+        kinds = dict(WEIGHT=launcher.DTYPES[dtype], MOMENT=launcher.DTYPES[dtype] if momentum else None, LR=1)
+        settings = launcher.pass_b_settings(dtype, dtype, rank, momentum=momentum)
+        return figures(kernels.update_kernel, tile | kinds, settings)
+    return figures(factor_kernels.second_gram_kernel, dict(R=rank), dict(num_warps=launcher.small_warps(rank)))
+
+print(json.dumps([compiled(*case) for case in json.loads(sys.argv[1])]))
 """
 
 SHARED_BYTES = 227 * 1024
 """Shared memory of a multiprocessor."""
+PASSES = [
+    # The programs that a multiprocessor has room for; held to 128 registers, some that the loop seldom needs spill.
+    ("sketch", "bfloat16", True, 4, 0),
+    ("update", "bfloat16", True, 2, 0),
+    ("update", "bfloat16", False, 4, 40),
+    ("update", "float32", True, 2, 0),
+]
+BETWEEN = ("second gram", "float32", False)
 
 
-def _compiled(*case: object) -> dict[str, object]:
+@pytest.fixture(scope="module")
+def figures() -> dict[tuple[str, str, bool], dict[str, Any]]:
+    """What the compiler says of each kernel."""
+    cases = [*(case[:3] for case in PASSES), BETWEEN]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE, json.dumps(case)]
+    command = [sys.executable, "-c", COMPILE, json.dumps(cases)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
-    result: dict[str, object] = json.loads(done.stdout)
-    return result
+    return dict(zip(cases, json.loads(done.stdout), strict=True))
 
 
-@pytest.mark.parametrize(
-    ("which", "dtype", "momentum", "programs", "few_spills"),
-    [
-        ("sketch", "bfloat16", True, 4, 0),
-        ("update", "bfloat16", True, 2, 0),
-        # Held to 128 registers for a fourth program; some that the loop seldom needs spill.
-        ("update", "bfloat16", False, 4, 40),
-        ("update", "float32", True, 2, 0),
-    ],
-)
+def _spills(accesses: dict[str, int]) -> int:
+    return sum(n for name, n in accesses.items() if name.startswith(("LDL", "STL")))
+
+
+@pytest.mark.parametrize(("which", "dtype", "momentum", "programs", "few_spills"), PASSES)
 def test_the_passes_load_ahead_in_vectors(
-    which: str, dtype: str, momentum: bool, programs: int, few_spills: int
+    figures: Any, which: str, dtype: str, momentum: bool, programs: int, few_spills: int
 ) -> None:
-    found = _compiled(which, dtype, momentum, 32)
-    accesses: dict[str, int] = found["accesses"]  # type: ignore[assignment]
-    assert int(found["registers"]) * 128 * programs <= 65536  # type: ignore[call-overload]
-    assert int(found["shared"]) * programs <= SHARED_BYTES  # type: ignore[call-overload]
-    assert sum(n for name, n in accesses.items() if name.startswith(("LDL", "STL"))) <= few_spills
-    copies = {name for name in accesses if name.startswith("LDGSTS")}
-    assert copies == {"LDGSTS.E.BYPASS.128"}
+    found = figures[which, dtype, momentum]
+    accesses = found["accesses"]
+    assert found["registers"] * 128 * programs <= 65536
+    assert found["shared"] * programs <= SHARED_BYTES
+    assert _spills(accesses) <= few_spills
+    assert {name for name in accesses if name.startswith("LDGSTS")} == {"LDGSTS.E.BYPASS.128"}
     assert sum(n for name, n in accesses.items() if name.startswith("HGMMA")) >= 6
 
 
-def test_what_lies_between_does_not_spill() -> None:
-    accesses: dict[str, int] = _compiled("second_gram_kernel", "float32", False, 32)["accesses"]  # type: ignore[assignment]
-    assert sum(n for name, n in accesses.items() if name.startswith(("LDL", "STL"))) <= 4
+def test_what_lies_between_does_not_spill(figures: Any) -> None:
+    assert _spills(figures[BETWEEN]["accesses"]) <= 4
