@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from optplan.planner.allocator import CachingAllocator
 from optplan.planner.allocator_copy import copy_allocator
 from optplan.planner.allocator_device import DeviceAllocator
+from optplan.planner.allocator_driver import Driver
 from optplan.planner.allocator_settings import AllocatorSettings
 
 Allocator = CachingAllocator | DeviceAllocator
 
 
-def make_allocator(settings: AllocatorSettings) -> Allocator:
-    """An empty allocator on one stream of a device without end."""
-    return CachingAllocator() if settings.is_plain else DeviceAllocator(settings)
+def make_allocator(
+    settings: AllocatorSettings, *, segment_addresses: Literal["ascending", "descending"] = "descending"
+) -> Allocator:
+    """An empty allocator on one stream of a device without end.
+
+    Args:
+        settings: How it deals out memory.
+        segment_addresses: Where the driver puts each new segment relative to the last.
+    """
+    if settings.is_plain:
+        return CachingAllocator(segment_addresses=segment_addresses)
+    return DeviceAllocator(settings, driver=Driver(segment_addresses=segment_addresses))
 
 
 def copy_of(allocator: Allocator, live: Iterable[Any]) -> tuple[Allocator, dict[Any, Any]]:

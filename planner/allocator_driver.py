@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from optplan.planner.units import GIB, MIB, round_up
 
@@ -51,8 +51,8 @@ class Driver:
     """
 
     __slots__ = (
-        "_addresses", "_low", "_next_range", "capacity_bytes", "events", "reserved_bytes", "reserved_peak_bytes",
-        "total_bytes",
+        "_addresses", "_ascending", "_next", "_next_range", "capacity_bytes", "events", "reserved_bytes",
+        "reserved_peak_bytes", "total_bytes",
     )  # fmt: skip
 
     def __init__(
@@ -61,6 +61,7 @@ class Driver:
         capacity_bytes: int | None = None,
         total_bytes: int | None = None,
         addresses: Addresses | None = None,
+        segment_addresses: Literal["ascending", "descending"] = "descending",
     ) -> None:
         """Start with nothing given.
 
@@ -68,6 +69,7 @@ class Driver:
             total_bytes: The whole device, of which a part may be taken by others; the capacity if left out.
             addresses: Where memory lies. Where they do not know it, and by default, segments lie below all before them,
                 as drivers mostly put them.
+            segment_addresses: Or above all before them.
         """
         self.capacity_bytes = capacity_bytes
         self.total_bytes = total_bytes or capacity_bytes or _DEFAULT_TOTAL_BYTES
@@ -75,7 +77,8 @@ class Driver:
         self.reserved_peak_bytes = 0
         self.events: list[SegmentEvent] = []
         self._addresses = addresses
-        self._low = _TOP
+        self._ascending = segment_addresses == "ascending"
+        self._next = _TOP
         self._next_range = _RANGES
 
     @property
@@ -87,8 +90,9 @@ class Driver:
         """Where the next segment lies."""
         address = self._addresses.of_segment(size) if self._addresses is not None else None
         if address is None:
-            self._low -= round_up(size, 2 * MIB)
-            address = self._low
+            step = round_up(size, 2 * MIB)
+            address = self._next if self._ascending else self._next - step
+            self._next += step if self._ascending else -step
         return address
 
     def range_address(self, stream: int, small: bool, span: int) -> int:
@@ -123,5 +127,5 @@ class Driver:
         """A driver in the same state, its list of events empty."""
         other = Driver(capacity_bytes=self.capacity_bytes, total_bytes=self.total_bytes, addresses=self._addresses)
         other.reserved_bytes, other.reserved_peak_bytes = self.reserved_bytes, self.reserved_peak_bytes
-        other._low, other._next_range = self._low, self._next_range
+        other._ascending, other._next, other._next_range = self._ascending, self._next, self._next_range
         return other

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optplan.planner.allocator import CachingAllocator
+from optplan.planner.allocator_choice import make_allocator
 from optplan.planner.allocator_copy import copy_allocator
 from optplan.planner.allocator_device import DeviceAllocator, OutOfMemory
 from optplan.planner.allocator_driver import Driver
@@ -171,6 +172,15 @@ def run(allocator, requests, live):
 @given(REQUESTS)
 def test_under_torch_s_own_settings_it_is_the_lean_simulator(requests):
     assert run(make(), requests, []) == run(CachingAllocator(), requests, [])
+
+
+@pytest.mark.parametrize(("order", "first"), [("ascending", 0), ("descending", 1)])
+def test_of_equal_segments_the_lowest_serves_first(order, first):
+    allocator = make_allocator(parse_alloc_conf("max_split_size_mb:64"), segment_addresses=order)
+    blocks = [allocator.alloc(16 * MIB) for _ in range(2)]
+    for block in blocks:
+        allocator.free(block)
+    assert allocator.alloc(16 * MIB).address == blocks[first].address
 
 
 CONFS = ["", "max_split_size_mb:20", "roundup_power2_divisions:4", "expandable_segments:True"]
