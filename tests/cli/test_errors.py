@@ -52,10 +52,13 @@ SENTENCES = [
     ([*ESTIMATE, "--sharding", "fsdp2"], "--sharding fsdp2 is not modelled in this version; allowed: none"),
     ([*ESTIMATE, "--engine", "trase"], "unknown engine for --engine 'trase'; nearest: trace"),
     (
-        [*ESTIMATE, "--checkpointing", "selective"],
-        "--checkpointing selective is not modelled in this version; allowed: none, full",
+        [*ESTIMATE, "--fused-loss", "chunked"],
+        "--fused-loss chunked is not modelled in this version; allowed: none, liger",
     ),
-    ([*ESTIMATE, "--checkpointing", "al"], "unknown checkpointing for --checkpointing 'al'; known: none, full"),
+    (
+        [*ESTIMATE, "--checkpointing", "al"],
+        "unknown checkpointing for --checkpointing 'al'; known: none, full, full-reentrant, selective",
+    ),
     ([*ESTIMATE, "--precision", "bf61"], "unknown precision for --precision 'bf61'; nearest: bf16"),
     (
         [*ESTIMATE, "--precision", "fp32", "--attention", "flash"],

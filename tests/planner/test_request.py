@@ -83,11 +83,13 @@ def test_counts_are_integers_in_range(value: object) -> None:
     [
         (
             {"step_in_backward": True, "clip_grad_norm": 1.0},
-            "--step-in-backward and --clip-grad-norm contradict each other: the norm of all gradients needs all of them",
+            "--step-in-backward and --clip-grad-norm contradict each other: "
+            "the norm of all gradients needs all of them",
         ),
         (
             {"step_in_backward": True, "grad_accum": 4},
-            "--step-in-backward and --grad-accum 4 contradict each other: gradients that are used up cannot be added to",
+            "--step-in-backward and --grad-accum 4 contradict each other: "
+            "gradients that are used up cannot be added to",
         ),
         (
             {"step_in_backward": True, "keep_grads": True},
