@@ -18,7 +18,7 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
     Eight elements take four bytes, low halves first: elements 0, 2, 4, 6, then 1, 3, 5, 7. Read as an integer, both
     elements of a pair are 16 bits apart, as in a register that holds two bfloat16 numbers.
     """
-    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % RUN_NUMEL)).unflatten(1, (-1, RUN_NUMEL))
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % RUN_NUMEL)).view(len(codes), -1, RUN_NUMEL)
     halves = padded[..., _ORDER].flatten(1)
     return halves[:, 0::2] | (halves[:, 1::2] << 4)
 

@@ -43,7 +43,7 @@ def kernels_take(*, window: int, density: float, block: int, bucket: int) -> boo
 
 
 def _update_words(block: int, num_entries: int) -> int:
-    return block // 16 + 3 * triton.next_power_of_2(num_entries)
+    return block // 16 + 3 * int(triton.next_power_of_2(num_entries))
 
 
 class MicroAdamLaunch:

@@ -30,8 +30,8 @@ class MicroAdam(KernelOptimizer):
     alone, so that a checkpoint moves between machines. A block whose accumulated gradient is not finite sits out a
     step: its parameters and its left-over stay, and its older gradients age by one step.
 
-    Gradients are rounded to bfloat16, in which the window keeps them. Densification (`alpha` in the authors' code) is not
-    offered: it makes the update dense, for which the window is no saving and error feedback gives no guarantee.
+    Gradients are rounded to bfloat16, in which the window keeps them. Densification (`alpha` in the authors' code) is
+    not offered: it makes the update dense, for which the window is no saving and error feedback gives no guarantee.
 
     With FSDP2 the blocks stay those of the whole tensor: training does not depend on the number of ranks, but for the
     noise of stochastic rounding, which counts from the start of a shard. Where all ranks hold as many rows, and these

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from optplan.optim_impls import MicroAdam
 from optplan.optim_impls.micro_adam.reference import Hyperparameters
@@ -29,6 +31,21 @@ def test_float64_steps_equal_the_oracle(numel: int, num_steps: int, decay: float
     parameter = torch.nn.Parameter(torch.from_numpy(start.copy()))
     optimizer = MicroAdam([parameter], lr=0.01, weight_decay=decay)
     for gradient in _gradients(numel, num_steps):
+        naive.step(gradient)
+        parameter.grad = torch.from_numpy(gradient)
+        optimizer.step()
+    np.testing.assert_allclose(parameter.detach().numpy(), naive.parameter, rtol=0, atol=1e-12)
+
+
+@given(numel=st.integers(1, 2300), seed=st.integers(0, 2**16), exponent=st.integers(-20, 20), zeros=st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_one_float64_step_of_any_shape_equals_the_oracle(numel: int, seed: int, exponent: int, zeros: bool) -> None:
+    rng = np.random.default_rng(seed)
+    gradient = rng.standard_normal(numel) * 2.0**exponent * (rng.integers(0, 2, size=numel) if zeros else 1)
+    naive = NaiveMicroAdam(np.zeros(numel), lr=0.01, betas=(0.9, 0.999), eps=1e-8, decay=0.0)
+    parameter = torch.nn.Parameter(torch.zeros(numel, dtype=torch.float64))
+    optimizer = MicroAdam([parameter], lr=0.01)
+    for _ in range(2):  # the second with what the first left over
         naive.step(gradient)
         parameter.grad = torch.from_numpy(gradient)
         optimizer.step()
