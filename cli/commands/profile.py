@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,12 +16,22 @@ if TYPE_CHECKING:
 
 @takes_step(without=("memory", "engine", "gpus", "sharding", "alloc_conf"))
 def profile(
-    model: options.Model,
     step: Any,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", metavar="NAME", help="Model: an id of `optplan models`, or a config.json."),
+    ] = None,
     optimizer: Annotated[
         str, typer.Option("--optimizer", "-o", help="Optimizer: an id of `optplan optimizers`.")
     ] = "adamw",
     settings: options.Settings = None,
+    script: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Instead of building a model: run this training script and follow it."),
+    ] = None,
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="-- ARGS", help="The script's own arguments.")
+    ] = None,
     steps: options.Steps = 8,
     device: Annotated[str, typer.Option(help="Where to run: cuda, cuda:1 ..., or cpu.")] = "cuda",
     out: Annotated[str | None, typer.Option(metavar="FILE", help="Save the record here, compressed.")] = None,
@@ -29,17 +40,24 @@ def profile(
     """Run a real training step on this machine and measure it.
 
     Trains a few steps of the model with random weights, records the third event by event, times the rest, and prints
-    every figure beside what the rules predict. The exit status is 0 if the step ran, 1 if the memory did not suffice
-    (the record says where), 2 for bad input.
+    every figure beside what the rules predict. With --script, a training script of your own is run instead and the
+    first optimizer that it steps is followed; --model then only names its model. The exit status is 0 if the step ran,
+    1 if the memory did not suffice (the record says where), 2 for bad input.
     """
     from optplan.planner.record_files import check_target, save_record
 
     if out is not None:
         check_target(out)
-    measuring = output.import_torch_part("optplan.profilers.live.command")
-    with output.progress() as tell:
-        record: Measurement = measuring.profile(
-            model, optimizer=optimizer, options=settings, device=device, num_steps=steps, progress=tell, **step
+    # The command line switches it off for its own short life; a training loop needs it.
+    gc.enable()
+    if script is not None:
+        scripts = output.import_torch_part("optplan.profilers.live.script")
+        record: Measurement = scripts.profile_script(
+            script, arguments or [], num_steps=steps, name=model, gpu=step["gpu"]
+        )
+    else:
+        record = _measure(
+            model, arguments, optimizer=optimizer, options=settings, device=device, num_steps=steps, **step
         )
     # Shown first: what was measured is not lost if it cannot be saved.
     _show(record, json=json)
@@ -47,6 +65,22 @@ def profile(
         save_record(record, out)
     if record.out_of_memory is not None:
         raise typer.Exit(1)
+    if any(note.startswith("interrupted") for note in record.notes):
+        raise KeyboardInterrupt
+
+
+def _measure(model: str | None, arguments: list[str] | None, **request: Any) -> Measurement:
+    """A catalogue model's step."""
+    from optplan.planner.errors import ConfigError, shorten
+
+    if arguments:
+        raise ConfigError(f"arguments belong to a script: give --script FILE, or leave {shorten(arguments[0])} out")
+    if model is None:
+        raise ConfigError("nothing to profile: give --model NAME, or a training script with --script FILE")
+    measuring = output.import_torch_part("optplan.profilers.live.command")
+    with output.progress() as tell:
+        record: Measurement = measuring.profile(model, progress=tell, **request)
+    return record
 
 
 def _show(record: Measurement, *, json: bool) -> None:

@@ -28,6 +28,9 @@ from optplan.profilers.workloads.real_step import RealStep, build_real_step
 MIN_STEPS = RECORDED_STEP + 1
 """Two steps of warm-up and the recorded one; more are timed."""
 
+INTERRUPTED = "interrupted: fewer steps were timed than asked for"
+"""Note of a record whose run was stopped after its recorded step."""
+
 Progress = Callable[[str], None]
 
 
@@ -77,25 +80,29 @@ def measure(
         losses=run.losses(),
         out_of_memory=run.failure,
         environment=read_environment(
-            driver=reader.driver if reader else None, other_processes_bytes=_held_by_others(before)
+            driver=reader.driver if reader else None, other_processes_bytes=held_by_others(before)
         ),
-        notes=_notes(run.profile, reader),
+        notes=[*profile_notes(run.profile, reader), *([INTERRUPTED] if run.is_interrupted else [])],
         **profile_fields(run.profile),
         **device_bytes(before, after),
     )
 
 
-def _held_by_others(before: DeviceMemory | None) -> int | None:
+def held_by_others(before: DeviceMemory | None) -> int | None:
     """What others held before this process put anything on the GPU: all of it, where processes are not told apart."""
     if before is None:
         return None
     return before.used_bytes if before.other_bytes is None else before.other_bytes
 
 
-def _notes(profile: LiveProfile | None, reader: DeviceReader | None) -> list[str]:
+def profile_notes(profile: LiveProfile | None, reader: DeviceReader | None) -> list[str]:
+    """What a reader of the figures must know."""
     notes = [reader.remark] if reader and reader.remark else []
     if profile is not None and profile.first_difference:
         notes.append(f"the allocator's record could not be followed exactly: {profile.first_difference}")
+    seconds = profile.step_seconds() if profile else []
+    if profile is not None and seconds:
+        notes.append(f"observing took {profile.hook_seconds / sum(seconds):.2%} of the time of the steps timed")
     return notes
 
 
@@ -105,6 +112,7 @@ class _Run:
     def __init__(self, device: torch.device, progress: Progress, num_steps: int) -> None:
         self.profile: LiveProfile | None = None
         self.failure: OutOfMemory | None = None
+        self.is_interrupted = False
         self._device = device
         self._progress = progress
         self._num_steps = num_steps
@@ -124,6 +132,11 @@ class _Run:
                 self._take_steps(step, self.profile)
         except torch.cuda.OutOfMemoryError:
             self.failure = self.profile.out_of_memory
+        except KeyboardInterrupt:
+            # What is measured already is worth keeping; before that there is nothing.
+            if self.profile.num_steps <= self.profile.recorded_step:
+                raise
+            self.is_interrupted = True
 
     def losses(self) -> list[float]:
         """The loss of every step."""
@@ -180,7 +193,7 @@ def step_time(
         phases=phases,
         num_steps=len(seconds),
         tokens_per_second=config.batch_size * config.seq_len * config.grad_accum / step_seconds,
-        optimizer_copy_fraction=moved_bytes / in_step / bandwidth if bandwidth and in_step else None,
+        optimizer_copy_fraction=moved_bytes / in_step / bandwidth if bandwidth and in_step and moved_bytes else None,
         copy_bandwidth_bytes_per_second=bandwidth,
     )
 

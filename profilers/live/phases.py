@@ -23,7 +23,6 @@ from torch import nn
 
 from optplan.planner.timeline import Phase
 
-
 _MARKED = "optplan.profilers.live"
 
 
@@ -75,7 +74,7 @@ class StepWatcher:
         handles = [
             self._model.register_forward_pre_hook(self._forward_begins, with_kwargs=True),
             self._optimizer.register_step_pre_hook(lambda *_: self._enter("step")),
-            self._optimizer.register_step_post_hook(lambda *_: self._step_ends()),
+            self._optimizer.register_step_post_hook(lambda *_: self.end_step()),
         ]
         original = torch.autograd.backward
         torch.autograd.backward = self._wrap_backward(original)
@@ -86,12 +85,16 @@ class StepWatcher:
             for handle in handles:
                 handle.remove()
 
-    def _forward_begins(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin_forward(self, *inputs: Any) -> None:
+        """Say that a forward begins; the model's own call says so by itself."""
         # A model that a checkpointed part calls again in backward is still in backward.
         if self.phase != "backward":
-            self.inputs = [*_tensors_of(args), *_tensors_of(kwargs)]
+            self.inputs = [tensor for value in inputs for tensor in _tensors_of(value)]
             self._enter("forward")
             self.inputs = []
+
+    def _forward_begins(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.begin_forward(args, kwargs)
 
     def _wrap_backward(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def backward(*args: Any, **kwargs: Any) -> Any:
@@ -105,7 +108,8 @@ class StepWatcher:
 
         return backward
 
-    def _step_ends(self) -> None:
+    def end_step(self) -> None:
+        """Say that an optimizer's step has ended; the optimizer itself says so by itself."""
         self.num_steps += 1
         self._enter("zero")
 

@@ -7,6 +7,7 @@ run as they would without being watched, but for a handful of calls a step, and 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -38,6 +39,20 @@ class Residents(NamedTuple):
     state_tensors: dict[str, int]
 
 
+class Call(NamedTuple):
+    """How the model was called in a step.
+
+    Attributes:
+        shapes: Shapes of the tensors given to its forward.
+        autocast: Dtype of autocast around it, None without.
+        count: Forwards since the step began.
+    """
+
+    shapes: tuple[torch.Size, ...]
+    autocast: torch.dtype | None
+    count: int
+
+
 class LiveProfile:
     """One training loop under observation.
 
@@ -45,6 +60,8 @@ class LiveProfile:
         residents: What lives across the step, None before the first step.
         history: The recorded step, None without allocator figures or before its end.
         phase_peaks: Most bytes allocated in each of its phases.
+        call: How the model was called in the last step begun, None before the first.
+        hook_seconds: Time that observing took on the host in the steps after the recorded one.
         out_of_memory: How the loop ended, if the memory did not suffice.
         first_difference: Where the record could not be followed exactly, None if nowhere.
     """
@@ -65,6 +82,8 @@ class LiveProfile:
         self.phase_peaks: dict[Phase, int] = {}
         self.out_of_memory: OutOfMemory | None = None
         self.first_difference: str | None = None
+        self.call: Call | None = None
+        self.hook_seconds = 0.0
         self.recorded_step = recorded_step
         self._owners = Owners(model, optimizer)
         self._record = AllocatorRecord(self.device.index or 0) if self.device.type == "cuda" else None
@@ -110,13 +129,31 @@ class LiveProfile:
     def _timed_steps(self) -> range:
         return range(self.recorded_step + 1, self.num_steps)
 
+    @property
+    def watcher(self) -> StepWatcher:
+        """What tells the phases; a trainer that does not call its model may tell it of a forward."""
+        return self._watcher
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether the optimizer steps copies of the model's parameters."""
+        return bool(self._owners.masters)
+
     def _phase_begins(self, before: Phase, phase: Phase) -> None:
+        begin = time.perf_counter()
+        self._take_note(before, phase)
+        if self.num_steps > self.recorded_step:
+            self.hook_seconds += time.perf_counter() - begin
+
+    def _take_note(self, before: Phase, phase: Phase) -> None:
         begins_step = phase == "forward" and before == "zero"
         if begins_step and self._recording:
             self._end_record()
         # What follows an optimizer's step, its `zero_grad` above all, still belongs to the step that it ends.
         self._clock.note(self.num_steps - (phase == "zero"), phase)
-        if phase == "step":
+        if phase == "forward":
+            self._note_call(begins_step)
+        if phase == "step" and self.num_steps <= self.recorded_step:
             self._gradient_bytes = storage_bytes((t for t, _ in self._owners.gradients()), self.device)
         if phase == "zero" and self.num_steps <= self.recorded_step + 1:
             self._note_residents()
@@ -126,6 +163,13 @@ class LiveProfile:
             self._note_owners()
         if self._recording:
             self._follower.enter(phase)
+
+    def _note_call(self, begins_step: bool) -> None:
+        shapes = tuple(tensor.shape for tensor in self._watcher.inputs)
+        kind = self.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        earlier = 0 if begins_step or self.call is None else self.call.count
+        self.call = Call(shapes, autocast, earlier + 1)
 
     def _begin_record(self) -> None:
         self._follower.marks.clear()

@@ -95,3 +95,33 @@ def test_without_a_gpu_the_sentence_says_what_to_do(config: str, capsys: pytest.
         "optplan: no CUDA GPU is visible to torch (driver missing, CUDA_VISIBLE_DEVICES empty, or a torch without"
         " CUDA); --device cpu measures tensors without an allocator\n"
     )
+
+
+@pytest.mark.parametrize(("interrupted_at", "is_saved"), [(1, False), (4, True)])
+def test_an_interrupt_keeps_what_is_measured(
+    config: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    interrupted_at: int,
+    is_saved: bool,
+) -> None:
+    torch = pytest.importorskip("torch")
+    steps, backward = iter(range(100)), torch.Tensor.backward
+
+    def interrupted(loss: object) -> None:
+        if next(steps) == interrupted_at:
+            raise KeyboardInterrupt
+        backward(loss)
+
+    monkeypatch.setattr(torch.Tensor, "backward", interrupted)
+    out = tmp_path / "step.json.gz"
+    command = ["profile", "-m", config, *ON_CPU, "-o", "sgd", "--set", "implementation=foreach", "--out", str(out)]
+    assert run(app, command) == 130
+    assert capsys.readouterr().err.endswith("optplan: interrupted\n")
+    assert out.exists() is is_saved
+    if is_saved:
+        record = load_record(out)
+        assert isinstance(record, Measurement)
+        assert record.notes[-1] == "interrupted: fewer steps were timed than asked for"
+        assert record.time is not None and record.time.num_steps == 1
