@@ -1,0 +1,193 @@
+"""Exact answers for the steps around the one asked for, so that a page can switch between them without a formula."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+from math import prod
+from typing import Any
+
+import msgspec
+
+from optplan.planner.candidates import Candidate, bind_candidate
+from optplan.planner.errors import ConfigError
+from optplan.planner.gpus import Gpu, load_gpu, load_gpus
+from optplan.planner.optimizers.base import OptimizerModel
+from optplan.planner.recommend import command_of
+from optplan.planner.request import StepRequest
+from optplan.planner.timeline import Category, Phase
+from optplan.planner.workload import StepPeaks, Workload, step_options
+
+WORK = 18_000
+"""Parameter tensors that the whole grid may simulate: about a second of one core."""
+
+_PREPARATION = 1.6
+"""What a step's shared part costs, counted in simulations of one optimizer."""
+
+_USUAL_GPUS = ("a100-40g", "h100-80g", "rtx-4090-24g", "l40s-48g")
+
+_GROWTH = (
+    "checkpointing", "optimizer", "batch_size", "gpu", "seq_len", "optimizer", "batch_size", "optimizer", "batch_size",
+    "seq_len", "gpu", "optimizer", "seq_len", "gpu",
+)  # fmt: skip
+"""Which axis gets its next value, one after another, where the grid then stays within `WORK`."""
+
+
+class WhatIfCell(msgspec.Struct, frozen=True, kw_only=True):
+    """One exact answer: the first five fields say what it is of, the others are those of an estimate."""
+
+    gpu: str
+    optimizer: str
+    batch_size: int
+    seq_len: int
+    checkpointing: str
+    peak_allocated_bytes: int
+    peak_phase: Phase
+    peak_categories: dict[Category, int]
+    peak_reserved_bytes: int
+    usable_bytes: int
+    headroom_bytes: int
+    fits: bool
+    command: str
+
+
+class WhatIf(msgspec.Struct, frozen=True, kw_only=True):
+    """Answers for the combinations of the axes.
+
+    Attributes:
+        axes: The values of each axis, named as the fields of a cell.
+        start: The value of each axis that was asked for.
+        cells: The answers; a combination that cannot run is missing.
+    """
+
+    axes: dict[str, list[Any]]
+    start: dict[str, Any]
+    cells: list[WhatIfCell]
+
+
+def what_if(request: StepRequest, optimizers: Sequence[OptimizerModel], *, work: int = WORK) -> WhatIf | None:
+    """The grid around a request, None for a family without step rules.
+
+    Args:
+        request: The step that was asked for.
+        optimizers: What may be switched to, the one to start with first; no two of one name.
+        work: How much may be simulated, in parameter tensors.
+    """
+    if request.engine != "rules" or not Workload(request).has_rules:
+        return None
+    axes = _axes(request, optimizers, budget=work / len(request.model.unique_parameters))
+    cells = [cell for step in _steps(request, axes) for cell in _cells(step, axes["optimizer"], axes["gpu"])]
+    if not cells:
+        return None
+    config = request.config
+    start = {name: getattr(config, name) for name in ("batch_size", "seq_len", "checkpointing")}
+    return WhatIf(
+        axes={
+            "optimizer": [optimizer.id for optimizer in axes["optimizer"]],
+            "batch_size": sorted(axes["batch_size"]),
+            "seq_len": sorted(axes["seq_len"]),
+            "checkpointing": axes["checkpointing"],
+            "gpu": [gpu.id for alike in axes["gpu"] for gpu in alike],
+        },
+        start={"gpu": request.gpu.id, "optimizer": optimizers[0].id, **start},
+        cells=cells,
+    )
+
+
+def _axes(request: StepRequest, optimizers: Sequence[OptimizerModel], *, budget: float) -> dict[str, list[Any]]:
+    """The values of each axis, grown from the request one at a time while the work stays within the budget."""
+    wanted: dict[str, list[Any]] = {
+        "batch_size": _batch_sizes(request.config.batch_size),
+        "seq_len": _seq_lens(request),
+        "checkpointing": list(dict.fromkeys((request.config.checkpointing, "none", "full"))),
+        "optimizer": list(optimizers),
+        "gpu": _gpus(request.gpu),
+    }
+    lengths = dict.fromkeys(wanted, 1)
+    for name in _GROWTH:
+        more = lengths | {name: lengths[name] + 1}
+        if more[name] <= len(wanted[name]) and _work(more) <= budget:
+            lengths = more
+    return {name: values[: lengths[name]] for name, values in wanted.items()}
+
+
+def _work(lengths: dict[str, int]) -> float:
+    steps = prod(length for name, length in lengths.items() if name != "optimizer")
+    return steps * (_PREPARATION + lengths["optimizer"])
+
+
+def _batch_sizes(asked: int) -> list[int]:
+    return list(dict.fromkeys((asked, 2 * asked, max(1, asked // 2), 4 * asked, 8 * asked)))
+
+
+def _seq_lens(request: StepRequest) -> list[int]:
+    asked, most = request.config.seq_len, request.model.max_seq_len
+    longer = [length for length in (2 * asked, 4 * asked) if length <= most]
+    return list(dict.fromkeys((asked, max(1, asked // 2), *longer, max(1, asked // 4))))
+
+
+def _gpus(asked: Gpu) -> list[list[Gpu]]:
+    """GPUs that a step cannot tell apart, in one list each, that of the GPU asked for first."""
+    groups = [[asked, *(gpu for gpu in load_gpus().values() if _is_like(gpu, asked) and gpu.id != asked.id)]]
+    for name in _USUAL_GPUS:
+        usual = load_gpu(name)
+        if not any(_is_like(usual, group[0]) for group in groups):
+            groups.append([gpu for gpu in load_gpus().values() if _is_like(gpu, usual)])
+    return groups
+
+
+def _is_like(gpu: Gpu, other: Gpu) -> bool:
+    """Whether the rules make the same step for both."""
+    return _traits(gpu) == _traits(other) and gpu.vendor == other.vendor
+
+
+def _traits(gpu: Gpu) -> tuple[object, ...]:
+    return gpu.compute_capability, gpu.sm_count
+
+
+def _steps(request: StepRequest, axes: dict[str, list[Any]]) -> Iterator[Workload]:
+    for batch_size, seq_len, checkpointing, alike in product(
+        axes["batch_size"], axes["seq_len"], axes["checkpointing"], axes["gpu"]
+    ):
+        config = msgspec.structs.replace(
+            request.config, batch_size=batch_size, seq_len=seq_len, checkpointing=checkpointing
+        )
+        step = msgspec.structs.replace(request, config=config, gpu=alike[0])
+        try:
+            step_options(step)
+        except ConfigError:
+            continue
+        yield Workload(step)
+
+
+def _cells(step: Workload, optimizers: Sequence[OptimizerModel], groups: list[list[Gpu]]) -> Iterator[WhatIfCell]:
+    """The answers of one step, on every GPU on which it is the same."""
+    alike = next(group for group in groups if group[0].id == step.request.gpu.id)
+    for optimizer in optimizers:
+        try:
+            candidate = bind_candidate(step.request, optimizer)
+            peaks = step.peaks(candidate)
+        except ConfigError:
+            continue
+        if peaks is not None:
+            for gpu in alike:
+                yield _cell(Workload(msgspec.structs.replace(step.request, gpu=gpu)), candidate, peaks)
+
+
+def _cell(step: Workload, candidate: Candidate, peaks: StepPeaks) -> WhatIfCell:
+    config, gpu = step.request.config, step.request.gpu
+    return WhatIfCell(
+        gpu=gpu.id,
+        optimizer=candidate.id,
+        batch_size=config.batch_size,
+        seq_len=config.seq_len,
+        checkpointing=config.checkpointing,
+        peak_allocated_bytes=peaks.peak_bytes,
+        peak_phase=peaks.peak_phase,
+        peak_categories=peaks.categories,
+        peak_reserved_bytes=peaks.reserved_bytes,
+        usable_bytes=gpu.usable_bytes,
+        headroom_bytes=gpu.usable_bytes - peaks.peak_bytes,
+        fits=peaks.peak_bytes <= gpu.usable_bytes,
+        command=command_of(step, candidate),
+    )

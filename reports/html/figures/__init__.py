@@ -1,0 +1,1 @@
+"""Plotly figures, each a plain function from a record."""

@@ -1,0 +1,110 @@
+"""Predicted against measured, and the errors of the predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from plotly.graph_objects import Box, Figure, Scatter
+
+from optplan.planner.accuracy import AccuracyRow
+from optplan.reports.html import theme
+from optplan.reports.html.text import gib, plain
+
+BAND = 0.01
+"""The band that is drawn around equality: 1 %."""
+
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
+
+
+def scatter(rows: Sequence[AccuracyRow]) -> Figure:
+    """Predicted peaks against measured ones on logarithmic axes, with equality and the band around it."""
+    models = list(dict.fromkeys(row.model for row in rows))
+    sizes = [gib(size) for row in rows for size in (row.measured_peak_bytes, row.predicted_peak_bytes or 0) if size]
+    low, high = min(sizes) * 0.85, max(sizes) * 1.15
+    return Figure(
+        data=[*_band(low, high), *(_points(rows, model, index) for index, model in enumerate(models))],
+        layout=theme.layout(
+            height=560,
+            showlegend=True,
+            hovermode="closest",
+            margin={"l": 8, "r": 16, "t": 8, "b": 8},
+            legend={"orientation": "h", "y": -0.16, "yanchor": "top", "x": 0,
+                    "font": {"size": 12, "color": theme.variable("muted")}},
+            xaxis=_axis("GiB measured, peak allocated"),
+            yaxis=_axis("GiB predicted"),
+        ),
+    )  # fmt: skip
+
+
+def error_boxes(groups: dict[str, list[float]], *, what: str) -> Figure:
+    """The errors of each group: every point, its median and quartiles; the band is shaded."""
+    return Figure(
+        data=[
+            Box(
+                name=plain(name),
+                x=[100 * error for error in errors],
+                customdata=errors,
+                boxpoints="all",
+                jitter=0.5,
+                pointpos=0,
+                fillcolor="rgba(0,0,0,0)",
+                line={"color": theme.variable("muted"), "width": 1},
+                marker={"color": theme.variable("accent"), "size": 5, "opacity": 0.7},
+                hovertemplate="<b>%{y}</b><br>%{x:+.3f} %<extra></extra>",
+            )
+            for name, errors in reversed(groups.items())
+        ],
+        layout=theme.layout(
+            height=90 + 34 * len(groups),
+            margin={"l": 8, "r": 16, "t": 12, "b": 8},
+            xaxis=theme.axis(title=theme.titled(f"% error of the predicted {what}"), zerolinewidth=2),
+            yaxis=theme.axis(tickfont={"color": theme.variable("ink"), "size": 12}),
+            shapes=[{
+                "type": "rect", "x0": -100 * BAND, "x1": 100 * BAND, "y0": 0, "y1": 1, "yref": "paper",
+                "fillcolor": theme.variable("good-soft"), "line": {"width": 0}, "layer": "below",
+            }],
+        ),
+    )  # fmt: skip
+
+
+def _axis(title: str) -> dict[str, object]:
+    return theme.axis(
+        type="log", title=theme.titled(title), tickvals=[1, 2, 5, 10, 20, 50, 100], ticktext=["1", "2", "5", "10", "20",
+        "50", "100"], zeroline=False,
+    )  # fmt: skip
+
+
+def _band(low: float, high: float) -> list[Scatter]:
+    return [
+        Scatter(
+            name="within 1 %", x=[low, high, high, low], y=[low * (1 - BAND), high * (1 - BAND), high * (1 + BAND),
+            low * (1 + BAND)], mode="lines", fill="toself", line={"width": 0}, fillcolor=theme.variable("good-soft"),
+            hoverinfo="skip",
+        ),
+        Scatter(
+            name="equal", x=[low, high], y=[low, high], mode="lines", hoverinfo="skip",
+            line={"color": theme.variable("muted"), "width": 1, "dash": "dot"},
+        ),
+    ]  # fmt: skip
+
+
+def _points(rows: Sequence[AccuracyRow], model: str, index: int) -> Scatter:
+    mine = [row for row in rows if row.model == model and row.predicted_peak_bytes is not None]
+    return Scatter(
+        name=plain(model),
+        x=[gib(row.measured_peak_bytes) for row in mine],
+        y=[gib(row.predicted_peak_bytes or 0) for row in mine],
+        customdata=[[row.measured_peak_bytes, row.predicted_peak_bytes, plain(row.setting), row.peak_error]
+                    for row in mine],
+        mode="markers",
+        marker={
+            "size": 9,
+            "color": theme.series(index),
+            "symbol": _SYMBOLS[index // len(theme.SERIES) % len(_SYMBOLS)],
+            "line": {"width": 1, "color": theme.variable("card")},
+        },
+        hovertemplate=(
+            "<b>%{fullData.name}</b><br>%{customdata[2]}<br>measured %{customdata[0]:,} bytes"
+            "<br>predicted %{customdata[1]:,} bytes<br>%{customdata[3]:+.3%}<extra></extra>"
+        ),
+    )  # fmt: skip

@@ -1,0 +1,50 @@
+"""What each optimizer saves against AdamW in state, and how much of it is still there at the peak."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from plotly.graph_objects import Bar, Figure
+
+from optplan.planner.records import Estimate
+from optplan.reports.html import theme
+from optplan.reports.html.text import gib, plain
+
+
+def savings(rows: Sequence[Estimate]) -> Figure:
+    """Two bars an optimizer: saved in state, and saved at the peak of the step."""
+    known = [row for row in rows if row.saving_against_adamw is not None]
+    known.sort(key=lambda row: row.saving_against_adamw.state_bytes if row.saving_against_adamw else 0)
+    names = [plain(row.optimizer) for row in known]
+    states = [row.saving_against_adamw.state_bytes if row.saving_against_adamw else 0 for row in known]
+    peaks = [row.saving_against_adamw.peak_bytes if row.saving_against_adamw else None for row in known]
+    return Figure(
+        data=[
+            _bar("saved at the peak", names, peaks, "accent"),
+            _bar("saved in state", names, states, "optimizer_state"),
+        ],
+        layout=theme.layout(
+            height=96 + 30 * len(known),
+            barmode="group",
+            bargap=0.3,
+            bargroupgap=0.08,
+            showlegend=True,
+            margin={"l": 8, "r": 24, "t": 44, "b": 8},
+            legend={"orientation": "h", "y": 1.0, "yref": "container", "yanchor": "top", "x": 0,
+                    "traceorder": "reversed", "font": {"size": 12, "color": theme.variable("muted")}},
+            xaxis=theme.axis(title=theme.titled("GiB less than AdamW"), zerolinewidth=2),
+            yaxis=theme.axis(tickfont={"color": theme.variable("ink"), "size": 12}),
+        ),
+    )  # fmt: skip
+
+
+def _bar(name: str, names: Sequence[str], sizes: Sequence[int | None], colour: str) -> Bar:
+    return Bar(
+        name=name,
+        orientation="h",
+        x=[None if size is None else gib(size) for size in sizes],
+        y=list(names),
+        customdata=list(sizes),
+        hovertemplate="<b>%{y}</b><br>%{fullData.name}: %{customdata:,} bytes · %{x:.2f} GiB<extra></extra>",
+        marker={"color": theme.variable(colour)},
+    )

@@ -1,0 +1,1 @@
+"""The sections of the pages, each a function from records to a `Section`."""

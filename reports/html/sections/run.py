@@ -1,0 +1,69 @@
+"""What to run: the configuration, its command, and the same for programs."""
+
+from __future__ import annotations
+
+import shlex
+
+from optplan.planner.records import EstimateReport, Recommendation
+from optplan.reports.html.parts import Code, Column, Download, Part, Section, Table
+
+
+def run(report: EstimateReport) -> Section:
+    """The recommended configuration, or what to try where there is none."""
+    advice = report.recommendation
+    if advice is None:
+        text = (
+            "Nothing is recommended: no configuration leaves room. Try a shorter sequence, other optimizers or a larger"
+            " GPU; the switches below show some."
+        )
+        return Section("run", "What should I run?", text, [Download("optplan-estimate.json")])
+    parts: list[Part] = [
+        _configuration(report, advice),
+        Code("command", "Command that prints this estimate", advice.command),
+        Code("python", "The same in Python", _python(report, advice)),
+        Download("optplan-estimate.json"),
+    ]
+    return Section("run", "What should I run?", f"{advice.optimizer}, as follows.", parts)
+
+
+def _configuration(report: EstimateReport, advice: Recommendation) -> Table:
+    config = advice.config
+    rows: list[list[str | int | float | bool | None]] = [
+        ["model", report.model.name],
+        ["GPU", report.gpu.name],
+        ["optimizer", f"{advice.optimizer}, implementation {advice.implementation}"],
+        *([f"option {name}", str(value)] for name, value in advice.options.items()),
+        ["precision", config.precision],
+        ["micro-batch", f"{config.batch_size} × {config.seq_len} tokens"],  # noqa: RUF001
+        ["accumulated micro-batches", str(config.grad_accum)],
+        ["checkpointing", config.checkpointing],
+        ["attention", config.attention],
+        *([["allocator settings", config.alloc_conf]] if config.alloc_conf else []),
+    ]
+    return Table(
+        id="configuration",
+        caption="Configuration",
+        columns=[Column("Setting"), Column("Value")],
+        rows=rows,
+        source="recommendation; options left out are the defaults",
+    )
+
+
+def _python(report: EstimateReport, advice: Recommendation) -> str:
+    config = advice.config
+    words = shlex.split(advice.command)
+    model = words[words.index("--model") + 1] if "--model" in words else report.model.name
+    target = {"memory": report.gpu.total_bytes} if report.gpu.context_bytes == 0 else {"gpu": report.gpu.name}
+    settings = {
+        **target,
+        "optimizer": advice.optimizer,
+        "options": {"implementation": advice.implementation, **advice.options},
+        "precision": config.precision,
+        "batch_size": config.batch_size,
+        "seq_len": config.seq_len,
+        "grad_accum": config.grad_accum,
+        "checkpointing": config.checkpointing,
+        "attention": config.attention,
+    }
+    lines = "".join(f"    {name}={value!r},\n" for name, value in settings.items())
+    return f"import optplan\n\nreport = optplan.estimate(\n    {model!r},\n{lines})\n"

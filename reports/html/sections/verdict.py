@@ -1,0 +1,91 @@
+"""Does it fit: the chosen configuration's numbers and its bar against the GPU's memory."""
+
+from __future__ import annotations
+
+from optplan.planner.estimate_details import focus_of
+from optplan.planner.records import Estimate, EstimateReport
+from optplan.planner.units import format_gib
+from optplan.reports.html.figures.memory import memory_bar
+from optplan.reports.html.parts import Column, Drawing, Fact, Facts, Part, Section, Table
+from optplan.reports.labels import CATEGORY_NAMES
+
+
+def headline(report: EstimateReport) -> tuple[str, str]:
+    """The answer in one sentence, and its tone."""
+    model, gpu, rows = report.model.name, report.gpu.name, report.estimates
+    fitting = [row for row in rows if row.fits]
+    if not rows:
+        return f"No optimizer can run this step of {model}", "bad"
+    if all(row.fits is None for row in rows):
+        return f"{model} on {gpu}: the resident bytes fit, the peak is not predicted", ""
+    if not fitting:
+        return f"{model} does not fit on {gpu}", "bad"
+    if len(rows) == 1:
+        return f"{model} with {rows[0].optimizer} fits on {gpu}", "good"
+    return f"{model} fits on {gpu}", "good"
+
+
+def lead(report: EstimateReport) -> str:
+    """How many optimizers fit, and which to run."""
+    rows, advice = report.estimates, report.recommendation
+    count = f"{sum(bool(row.fits) for row in rows)} of {len(rows)} optimizers fit" if len(rows) > 1 else ""
+    if advice is None:
+        rest = "none has room to spare, not even with full checkpointing" if rows and rows[0].phases else ""
+    else:
+        extra = "" if advice.config == report.config else f" with {advice.config.checkpointing} checkpointing"
+        rest = f"run {advice.optimizer}{extra}"
+    sentence = "; ".join(part for part in (count, rest) if part)
+    return f"{sentence[:1].upper()}{sentence[1:]}." if sentence else ""
+
+
+def verdict(report: EstimateReport, estimate: Estimate | None) -> Section:
+    """The section; `estimate` is the configuration in focus as it would run."""
+    row = estimate or (focus_of(report)[0] if report.estimates else None)
+    if row is None:
+        return Section("fit", "Does it fit?", "No optimizer was left to estimate.", [])
+    gpu, parts = report.gpu, [_facts(report, row)]
+    if row.peak_categories:
+        parts.append(_bar(report, row))
+    context = f" The context takes {format_gib(gpu.context_bytes)} before." if gpu.context_bytes else ""
+    text = (
+        f"{row.optimizer} at the peak of a steady step, beside what {gpu.name} leaves to torch's allocator:"
+        f" {format_gib(gpu.usable_bytes)} of {format_gib(gpu.total_bytes)}.{context}"
+    )
+    return Section("fit", "Does it fit?", text, parts)
+
+
+def _facts(report: EstimateReport, row: Estimate) -> Part:
+    engine = report.engine
+    tone = {True: "good", False: "bad", None: ""}[row.fits]
+    return Facts(
+        [
+            Fact(f"peak allocated{f', in {row.peak_phase}' if row.peak_phase else ''}", row.peak_allocated_bytes, engine),
+            Fact("headroom", row.headroom_bytes, f"usable less peak, {engine}", tone=tone),
+            Fact("peak reserved", row.peak_reserved_bytes, f"allocator simulated, {engine}"),
+            Fact("usable", report.gpu.usable_bytes, "GPU catalogue"),
+            Fact("resident", row.bytes.total, "exact, inventory"),
+            Fact("largest micro-batch", row.max_batch_size, engine, kind="int"),
+        ]
+    )
+
+
+def _bar(report: EstimateReport, row: Estimate) -> Drawing:
+    categories, peak = row.peak_categories or {}, row.peak_allocated_bytes or 0
+    rows = [[CATEGORY_NAMES[name], categories[name], categories[name] / peak] for name in CATEGORY_NAMES
+            if categories.get(name)]  # fmt: skip
+    largest = max(rows, key=lambda cells: cells[1])
+    table = Table(
+        id="memory-data",
+        caption=f"Allocated at the peak by category, {row.optimizer}",
+        columns=[Column("Category"), Column("At the peak", "bytes"), Column("Share", "percent")],
+        rows=[*rows, ["peak allocated", peak, 1.0]],
+        source=f"{report.engine}, optplan {report.version}",
+    )
+    return Drawing(
+        id="memory",
+        title="The GPU's memory at the peak",
+        summary=f"Peak {format_gib(peak)} of {format_gib(report.gpu.usable_bytes)} usable; the largest part is "
+        f"{largest[0]} with {format_gib(largest[1])}.",
+        figure=memory_bar(categories, reserved_bytes=row.peak_reserved_bytes, gpu=report.gpu),
+        table=table,
+    )

@@ -1,0 +1,57 @@
+"""Values as text: for cells of tables, and for plotly, which takes its strings for markup."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable
+
+from optplan.planner.errors import printable
+from optplan.planner.units import GIB, format_bytes
+from optplan.reports.html.parts import Kind, Value
+
+MISSING = "–"  # noqa: RUF001
+
+
+def plain(text: str) -> str:
+    """Text from outside as plotly shows it letter for letter."""
+    return html.escape(printable(text), quote=False)
+
+
+def gib(num_bytes: float) -> float:
+    """Bytes as a number of GiB for an axis, to a KiB; the exact bytes go along as the figure's custom data."""
+    return round(num_bytes / GIB, 6)
+
+
+def shown(value: Value, kind: Kind) -> str:
+    """A value as a cell shows it."""
+    if value is None:
+        return MISSING
+    if isinstance(value, str):
+        return printable(value)
+    return _FORMATS[kind](value)
+
+
+def exact(value: Value, kind: Kind) -> str:
+    """A value with all its digits, for the tooltip; empty where the cell shows them already."""
+    if value is None or isinstance(value, str) or "bytes" not in kind:
+        return ""
+    return f"{int(value):,} bytes"
+
+
+def _signed_bytes(value: float) -> str:
+    if not value:
+        return "equal"
+    return ("+" if value > 0 else "−") + format_bytes(abs(int(value)))  # noqa: RUF001
+
+
+_FORMATS: dict[Kind, Callable[[float], str]] = {
+    "text": str,
+    "code": str,
+    "bytes": lambda value: f"{value / GIB:,.2f}",
+    "signed_bytes": _signed_bytes,
+    "int": lambda value: f"{int(value):,}",
+    "percent": lambda value: f"{value:.0%}",
+    "signed_percent": lambda value: f"{value:+.3%}",
+    "milliseconds": lambda value: f"{value * 1000:,.2f}",
+    "number": lambda value: f"{value:,.4g}",
+}

@@ -1,0 +1,122 @@
+"""The one theme: every colour in its light and its dark form, and the layout that all figures share.
+
+Figures name colours as `var(--parameters)`; the page's script puts in the value of the scheme that is shown, and draws
+them again when it changes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from optplan.planner.timeline import Category
+
+INTERFACE: dict[str, tuple[str, str]] = {
+    "page": ("#f7f6f3", "#121419"),
+    "card": ("#ffffff", "#1a1d24"),
+    "sunken": ("#f1efea", "#222630"),
+    "ink": ("#1b1d22", "#eceae6"),
+    "muted": ("#565b66", "#a9afbb"),
+    "line": ("#dedad2", "#343945"),
+    "grid": ("#ebe8e2", "#2a2f39"),
+    "accent": ("#2f4fa8", "#9db4ff"),
+    "on-accent": ("#ffffff", "#10131a"),
+    "good": ("#176b3c", "#74d79c"),
+    "good-soft": ("#e3f2e8", "#17301f"),
+    "bad": ("#ab2419", "#ff9a90"),
+    "bad-soft": ("#fbe7e4", "#3a1b19"),
+    "limit": ("#ab2419", "#ff9a90"),
+}
+"""Name to its colour in the light and in the dark scheme."""
+
+CATEGORIES: dict[Category, tuple[str, str]] = {
+    "parameters": ("#3d5fb8", "#7f9ff0"),
+    "gradients": ("#3a9c9c", "#58c4c4"),
+    "master_weights": ("#86a9e3", "#b4cdf8"),
+    "optimizer_state": ("#a63d85", "#dd7fc0"),
+    "optimizer_temporaries": ("#dc9cc6", "#f3c6e3"),
+    "activations": ("#3f8a50", "#71c283"),
+    "logits_and_loss": ("#9bbf58", "#c8e08d"),
+    "communication": ("#cf8420", "#f0b055"),
+    "workspace": ("#8b8e97", "#a5a9b4"),
+    "unexplained": ("#c6474f", "#f08a90"),
+}
+"""The same for what memory is for."""
+
+SERIES = (
+    ("#2f4fa8", "#9db4ff"),
+    ("#b5531c", "#f2a36b"),
+    ("#1f7a6d", "#63cdbd"),
+    ("#a63d85", "#dd7fc0"),
+    ("#6a7d1d", "#bccf62"),
+    ("#5b4bb0", "#b7a8ff"),
+    ("#8a6a10", "#e2c25e"),
+    ("#5c626e", "#b0b6c2"),
+)
+"""The same for lines that stand for records, optimizers or models, in the order of their appearance."""
+
+DASHES = ("solid", "dash", "dot", "dashdot")
+FONT = 'ui-sans-serif, system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", Arial, sans-serif'
+MONOSPACE = 'ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas, "Liberation Mono", monospace'
+
+
+def variables(*, dark: bool) -> str:
+    """The colours of one scheme as declarations of CSS custom properties."""
+    pairs = {name.replace("_", "-"): pair for name, pair in {**INTERFACE, **CATEGORIES}.items()}
+    pairs |= {f"series-{index}": pair for index, pair in enumerate(SERIES)}
+    return "".join(f"--{name}:{pair[dark]};" for name, pair in pairs.items())
+
+
+def variable(name: str) -> str:
+    """A colour of `INTERFACE` or `CATEGORIES` as a figure names it."""
+    return f"var(--{name.replace('_', '-')})"
+
+
+def series(index: int) -> str:
+    """The colour of the line with this index."""
+    return f"var(--series-{index % len(SERIES)})"
+
+
+def axis(**more: Any) -> dict[str, Any]:
+    """An axis with the shared lines and fonts, and what a figure adds to them."""
+    return {
+        "gridcolor": variable("grid"),
+        "zerolinecolor": variable("line"),
+        "linecolor": variable("line"),
+        "tickfont": {"color": variable("muted"), "size": 12},
+        "automargin": True,
+        "fixedrange": True,
+        **more,
+    }
+
+
+def titled(text: str) -> dict[str, Any]:
+    """An axis title."""
+    return {"text": text, "font": {"color": variable("muted"), "size": 12}, "standoff": 10}
+
+
+def layout(*, height: int, **more: Any) -> dict[str, Any]:
+    """The layout that all figures share, with what one adds to it."""
+    return {
+        "height": height,
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"family": FONT, "size": 13, "color": variable("ink")},
+        "margin": {"l": 8, "r": 16, "t": 16, "b": 8},
+        "hoverlabel": {
+            "bgcolor": variable("card"),
+            "bordercolor": variable("line"),
+            "font": {"family": FONT, "size": 13, "color": variable("ink")},
+            "align": "left",
+        },
+        "legend": {
+            "orientation": "h",
+            "yanchor": "bottom",
+            "y": 1.02,
+            "xanchor": "left",
+            "x": 0,
+            "font": {"size": 12, "color": variable("muted")},
+        },
+        "showlegend": False,
+        "dragmode": False,
+        **more,
+    }

@@ -1,0 +1,39 @@
+"""The words that all reports use for categories, metrics and the parts of a comparison."""
+
+from __future__ import annotations
+
+from optplan.planner.comparison import Section
+from optplan.planner.timeline import Category
+
+CATEGORY_NAMES: dict[Category, str] = {
+    "parameters": "parameters",
+    "gradients": "gradients",
+    "master_weights": "master weights",
+    "optimizer_state": "optimizer state",
+    "optimizer_temporaries": "optimizer temporaries",
+    "activations": "activations",
+    "logits_and_loss": "logits and loss",
+    "communication": "communication",
+    "workspace": "workspace",
+    "unexplained": "unexplained",
+}
+"""Categories in the order in which they are drawn."""
+
+SECTION_TITLES: dict[Section, str] = {
+    "resident": "Resident, unrounded",
+    "state": "Optimizer state by name, unrounded",
+    "phases": "Peak allocated by phase",
+    "peak": "Allocated at the peak by category",
+    "totals": "Per GPU",
+    "time": "Time",
+}
+
+ROW_NAMES: dict[str, str] = {
+    **{str(category): label for category, label in CATEGORY_NAMES.items()},
+    "peak_allocated_bytes": "peak allocated",
+    "peak_reserved_bytes": "peak reserved",
+    "device_bytes": "device, context included",
+    "tokens_per_second": "tokens per second",
+    "optimizer_copy_fraction": "optimizer, share of copy bandwidth",
+}
+"""Names of a comparison's rows for people, where they are not their own."""

@@ -1,0 +1,1 @@
+"""Records as Markdown for issues and pull requests."""
