@@ -21,6 +21,10 @@ Progress = Callable[[str], None]
 
 _SEARCHED = 3
 """Optimizers up to which the largest batch and the range of the reserved bytes are found for each."""
+_STRIDE = 8
+"""How much larger the next batch is while the peak does not tell how it grows."""
+_LINES = 6
+"""Batches tried after which the search halves what is left."""
 _TOO_LARGE = 1 << 20
 
 
@@ -181,7 +185,8 @@ def _largest(peak_bytes: Callable[[int], int], usable: int, *, start: int) -> in
         smallest = min((batch for batch, peak in tried.items() if peak > usable), default=_TOO_LARGE)
         if smallest - largest == 1:
             return largest
-        guess = min(max(_guess(tried, usable), largest + 1), smallest - 1)
+        guess = _guess(tried, usable) if len(tried) < _LINES else (largest + min(smallest, 4 * largest + 4)) // 2
+        guess = min(max(guess, largest + 1), smallest - 1)
         tried[guess] = peak_bytes(guess)
 
 
@@ -190,8 +195,8 @@ def _guess(tried: Mapping[int, int], usable: int) -> int:
     nearest = sorted(tried.items(), key=lambda pair: abs(pair[1] - usable))[:2]
     if len(nearest) == 1:
         batch, peak = nearest[0]
-        return batch + 1 if peak <= usable else 1
+        return _STRIDE * batch if peak <= usable else 1
     (left, low), (right, high) = nearest
     if high == low:
-        return max(tried) * 2
+        return _STRIDE * max(tried)
     return left + (usable - low) * (right - left) // (high - low)

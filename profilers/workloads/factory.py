@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from optplan.planner.errors import ConfigError, shorten
+from optplan.planner.errors import ConfigError, printable
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.step.options import StepOptions
 from optplan.planner.tensors import Buffer
@@ -105,7 +105,7 @@ def _call(model: str, factory: Any) -> nn.Module:
 
 
 def _sentence(error: Exception) -> str:
-    return shorten(f"{type(error).__name__}: {' '.join(str(error).split())}", limit=300)
+    return f"{type(error).__name__}: {printable(' '.join(str(error).split())[:300])}"
 
 
 def _spec(model: str, module: nn.Module) -> ModelSpec:

@@ -1,4 +1,4 @@
-"""Traced steps against the public measurements on an H200: every phase, first step and later, allocated and reserved."""
+"""Traced steps against the public measurements on an H200: every phase, the first step, allocated and reserved."""
 
 import json
 from pathlib import Path
@@ -30,8 +30,10 @@ def optimizer_of(row):
         "adamw": lambda: lambda params: torch.optim.AdamW(params, lr=1e-4, fused=True),
         "adamw_foreach": lambda: lambda params: torch.optim.AdamW(params, lr=1e-4, foreach=True),
         "sgd": lambda: lambda params: torch.optim.SGD(params, lr=1e-3, momentum=0.9, fused=True),
-        "adafactor": lambda: lambda params: transformers.optimization.Adafactor(
-            params, lr=1e-3, scale_parameter=False, relative_step=False
+        "adafactor": lambda: (
+            lambda params: transformers.optimization.Adafactor(
+                params, lr=1e-3, scale_parameter=False, relative_step=False
+            )
         ),
         "adam_mini": lambda: build_optimizer("adam-mini", {"implementation": "official"}),
     }[row["optimizer"]]()

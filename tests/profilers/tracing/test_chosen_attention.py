@@ -1,0 +1,47 @@
+"""The attention kernel that CUDA would take, and what a trace says about it."""
+
+import pytest
+import torch
+
+from optplan.profilers.tracing.attention import Chooser
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "heads", "kv_heads", "width", "masked", "kernel"),
+    [
+        ((9, 0), BF16, 8, 8, 64, False, "cudnn"),
+        ((9, 0), BF16, 8, 2, 64, True, "cudnn"),
+        ((8, 0), BF16, 8, 8, 64, False, "flash"),
+        ((8, 0), FP16, 8, 2, 128, False, "flash"),
+        ((8, 0), BF16, 8, 8, 64, True, "efficient"),
+        ((8, 0), BF16, 8, 8, 512, False, "efficient"),
+        ((8, 0), BF16, 8, 2, 64, True, "math"),
+        ((7, 5), FP16, 8, 8, 64, False, "efficient"),
+        ((7, 5), BF16, 8, 8, 64, False, "math"),
+        ((8, 0), FP32, 8, 8, 64, False, "efficient"),
+        ((9, 0), FP32, 8, 2, 64, False, "math"),
+    ],
+)
+def test_the_kernel_follows_from_dtype_heads_width_mask_and_gpu(
+    capability, dtype, heads, kv_heads, width, masked, kernel
+):
+    query = torch.empty(1, heads, 16, width, dtype=dtype, device="meta")
+    key = torch.empty(1, kv_heads, 16, width, dtype=dtype, device="meta")
+    mask = torch.empty(1, 1, 16, 16, dtype=torch.bool, device="meta") if masked else None
+    chooser = Chooser(capability)
+    assert chooser.choose(query, key, key, mask) == kernel
+    assert chooser.chosen == [kernel]
+
+
+def test_a_bias_that_learns_needs_the_math_kernel():
+    query = torch.empty(1, 8, 16, 64, dtype=BF16, device="meta")
+    bias = torch.empty(1, 8, 16, 16, dtype=BF16, device="meta", requires_grad=True)
+    assert Chooser((9, 0)).choose(query, query, query, bias) == "math"
+
+
+def test_values_of_another_width_are_beyond_flash_attention():
+    query = torch.empty(1, 8, 16, 64, dtype=BF16, device="meta")
+    value = torch.empty(1, 8, 16, 32, dtype=BF16, device="meta")
+    assert Chooser((8, 0)).choose(query, query, value, None) == "efficient"
