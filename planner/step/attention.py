@@ -126,6 +126,7 @@ def sdpa(
     backend: Backend,
     *,
     mask: Tensor | None = None,
+    added: Tensor | None = None,
     drops: bool = False,
 ) -> Tensor:
     """`F.scaled_dot_product_attention`: the result with its heads joined, `[batch, seq, heads * width]`.
@@ -136,6 +137,7 @@ def sdpa(
         shape: Sizes; keys and values have `kv_heads` heads.
         backend: The kernel, as `choose_backend` says.
         mask: Boolean mask, for kernels that take one.
+        added: Numbers without gradient that are added to the scores, instead of a mask.
         drops: Whether attention weights are dropped out.
     """
     q, k, v = qkv
@@ -144,15 +146,24 @@ def sdpa(
     del qkv
     if backend == "math":
         return _math(t, q, k, v, shape, drops=drops)
-    return _fused(t, q, k, v, shape, backend, mask)
+    return _fused(t, q, k, v, shape, backend, mask, added)
 
 
 def _fused(
-    t: Tape, q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape, backend: Backend, mask: Tensor | None
+    t: Tape,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shape: AttentionShape,
+    backend: Backend,
+    mask: Tensor | None,
+    added: Tensor | None,
 ) -> Tensor:
     dtype, inputs = q.dtype, (q, k, v)
     layouts = [(x.numel, x.permuted) for x in inputs]
     bias = [] if mask is None else [_bias(t, shape, dtype, padded=backend == "efficient")]
+    if added is not None:
+        bias = [_padded(t, cast(t, added, dtype), shape) if backend == "efficient" else cast(t, added, dtype)]
 
     def backward(_: list[Tensor]) -> list[Tensor]:
         gradients = [
@@ -188,6 +199,13 @@ def _bias(t: Tape, shape: AttentionShape, dtype: Dtype, *, padded: bool) -> Tens
     if not padded or shape.seq % 8 == 0:
         return bias
     return t.new(shape.batch * shape.seq * round_up(shape.seq, 8), dtype, "padded attention mask")
+
+
+def _padded(t: Tape, added: Tensor, shape: AttentionShape) -> Tensor:
+    """Numbers to add, each row of a multiple of 8 elements."""
+    if shape.seq % 8 == 0:
+        return added
+    return t.new(added.numel // shape.seq * round_up(shape.seq, 8), added.dtype, "padded bias")
 
 
 def _backward_scratch(t: Tape, shape: AttentionShape, backend: Backend, itemsize: int) -> None:
@@ -229,7 +247,7 @@ def _math(t: Tape, q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape, *, dr
     right = scaled_k if grouped else by_head(t, scaled_k, shape, "keys")
     scores = batched_product(t, left, right, shape.num_scores, "attention scores")
     del left, right, scaled_k
-    weights = _safe_softmax(t, scores, shape)
+    weights = safe_softmax(t, scores, shape)
     del scores
     weights = dropout(t, weights, float(drops))
     right = all_v if grouped else by_head(t, all_v, shape, "values")
@@ -252,7 +270,7 @@ def _triangle(t: Tape, seq: int) -> Tensor:
     return mask
 
 
-def _safe_softmax(t: Tape, scores: Tensor, shape: AttentionShape) -> Tensor:
+def safe_softmax(t: Tape, scores: Tensor, shape: AttentionShape) -> Tensor:
     """A softmax that also looks for rows without a finite score."""
     weights = softmax(t, scores, operation="attention weights")
     rows = shape.num_scores // shape.seq

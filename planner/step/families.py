@@ -16,6 +16,7 @@ from optplan.planner.step.gpt2 import Gpt2, gpt2_config
 from optplan.planner.step.gpt_neox import GptNeox, gpt_neox_config
 from optplan.planner.step.opt import Opt, opt_config
 from optplan.planner.step.options import StepOptions
+from optplan.planner.step.t5 import T5, t5_config, t5_layer_names, t5_layers
 from optplan.planner.step.tape import Tape
 from optplan.planner.step.vit import Vit, vit_config
 
@@ -28,14 +29,22 @@ class StepFamily(msgspec.Struct, frozen=True, kw_only=True):
         config: What it needs to know about a model.
         layers: A name for each layer of a model; layers of the same name are alike.
         layer_name: From a layer's number to its dotted name.
+        layer_names: The same where it depends on the model.
         activation: Field that names the activation of the MLPs.
     """
 
     model: Callable[[Tape, Any, tuple[str, ...], StepOptions], StepModel[Any]]
     config: Callable[[ModelSpec], Any]
     layers: Callable[[ModelSpec], tuple[str, ...]]
-    layer_name: Callable[[int], str]
+    layer_name: Callable[[int], str] | None = None
+    layer_names: Callable[[ModelSpec], Callable[[int], str]] | None = None
     activation: str = "hidden_act"
+
+    def namer(self, spec: ModelSpec) -> Callable[[int], str]:
+        """From a layer's number to its dotted name in this model."""
+        name = self.layer_names(spec) if self.layer_names is not None else self.layer_name
+        assert name is not None
+        return name
 
     def layer_kinds(self, spec: ModelSpec, options: StepOptions) -> tuple[str, ...]:
         """A name for each layer that also says whether it alone is recomputed.
@@ -86,6 +95,13 @@ FAMILIES: dict[str, StepFamily] = {
         layers=_alike("num_hidden_layers"),
         layer_name="model.decoder.layers.{}".format,
         activation="activation_function",
+    ),
+    "t5": StepFamily(
+        model=T5,
+        config=t5_config,
+        layers=t5_layers,
+        layer_names=t5_layer_names,
+        activation="dense_act_fn",
     ),
     "vit": StepFamily(
         model=Vit, config=vit_config, layers=_alike("num_hidden_layers"), layer_name="vit.layers.{}".format

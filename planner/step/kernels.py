@@ -17,10 +17,12 @@ SMALL_SORT = 4096
 """Up to this many elements `torch.sort` takes no scratch."""
 _ONE_TILE = 2304
 """Up to this many 64-bit keys with 64-bit values, one thread block sorts them all."""
+_SORT_TILE = 4608
+"""Such keys that one thread block of a larger sort takes."""
 _GROUP_BYTES = 60
 """What a grouped product keeps of each group: pointers, shapes and strides."""
-_FEW_ROWS = 16
-"""Rows of an embedding up to which its gradient's segments are added to the rows at once: so with 2, not with 2003."""
+_FEW_ROWS = 64
+"""Rows of an embedding up to which its gradient's segments are added to the rows at once: so of 2 and 32, not 2003."""
 _EMBEDDING_SORT_LIMIT = 3072
 """Up to this many tokens the gradient of an embedding is made by a kernel that needs no scratch."""
 
@@ -32,16 +34,16 @@ def embedding_partial_sums(num_tokens: int, num_rows: int) -> int | None:
     return num_tokens // 10 + min(num_tokens, num_rows)
 
 
-def embedding_segment_scratch(segments: int, num_rows: int, width: int) -> tuple[int, ...]:
-    """What the sums of an embedding's segments take: a sum of each, or where rows are few a sum of each row."""
+def embedding_segment_scratch(segments: int, num_rows: int, width: int, *, is_fp32: bool) -> tuple[int, ...]:
+    """What the sums of an embedding's segments take: a sum of each, or where rows are few a sum of each row in fp32."""
     if num_rows <= _FEW_ROWS:
-        return 8 * segments, 4 * num_rows * width
+        return (8 * segments,) if is_fp32 else (8 * segments, 4 * num_rows * width)
     return (4 * segments * width,)
 
 
 def radix_sort_scratch(num_keys: int) -> int:
     """Scratch of cub's radix sort of 64-bit keys with 64-bit values: two buffers and histograms."""
-    return 2 * round_up(8 * num_keys, 256) + 16_895 + 1024 * -(-num_keys // 5120)
+    return 2 * round_up(8 * num_keys, 256) + 16_895 + 1024 * -(-num_keys // _SORT_TILE)
 
 
 def pair_sort_scratch(count: int, num_rows: int) -> int:
@@ -49,7 +51,7 @@ def pair_sort_scratch(count: int, num_rows: int) -> int:
     if count <= _ONE_TILE:
         return 1
     passes = -(-max(num_rows - 1, 1).bit_length() // 8)
-    return 2 * round_up(8 * count, 256) + 511 + 2048 * passes + 1024 * -(-count // 5120)
+    return 2 * round_up(8 * count, 256) + 511 + 2048 * passes + 1024 * -(-count // _SORT_TILE)
 
 
 def grouped_product_scratch(num_groups: int, resident_threads: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from optplan.planner.step.graph import Tensor
 from optplan.planner.step.operations import add_constant, cast, mean_of_rows, multiply, power, reciprocal_root
 from optplan.planner.step.tape import Tape
 
-NormStyle = Literal["llama", "gemma", "olmo2"]
+NormStyle = Literal["llama", "gemma", "olmo2", "t5"]
 
 
 def rms_norm(t: Tape, hidden: Tensor, path: str, width: int, style: NormStyle) -> Tensor:
@@ -22,11 +22,14 @@ def rms_norm(t: Tape, hidden: Tensor, path: str, width: int, style: NormStyle) -
         hidden: What is normalised.
         path: The module, within its layer.
         width: Elements of a row, as many as the weight has.
-        style: `llama` weighs after casting back, `olmo2` before; `gemma` weighs by one plus the weight.
+        style: `llama` weighs after casting back, `olmo2` before; `gemma` weighs by one plus the weight; `t5` normalises
+            the input as it is by its root mean square in fp32.
     """
     t.path = path
     if style == "gemma":
         return _gemma(t, hidden, width)
+    if style == "t5":
+        return _t5(t, hidden, width)
     dtype = hidden.dtype
     hidden = cast(t, hidden, "float32")
     variance = mean_of_rows(t, power(t, hidden), hidden.numel // width)
@@ -35,6 +38,14 @@ def rms_norm(t: Tape, hidden: Tensor, path: str, width: int, style: NormStyle) -
     if style == "olmo2":
         return cast(t, multiply(t, weight, hidden, columns=True), dtype)
     return multiply(t, weight, cast(t, hidden, dtype), "output", columns=True)
+
+
+def _t5(t: Tape, hidden: Tensor, width: int) -> Tensor:
+    variance = mean_of_rows(t, power(t, cast(t, hidden, "float32")), hidden.numel // width)
+    hidden = multiply(t, hidden, reciprocal_root(t, add_constant(t, variance)), "normalised input")
+    if t.parameter_dtype != "float32":
+        hidden = cast(t, hidden, t.parameter_dtype)
+    return multiply(t, t.parameter(f"{t.path}.weight", width), hidden, "output", columns=True)
 
 
 def _gemma(t: Tape, x: Tensor, width: int) -> Tensor:

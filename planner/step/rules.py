@@ -100,6 +100,10 @@ def _check_family(spec: ModelSpec, options: StepOptions) -> None:
         raise ConfigError(f"{spec.name} has norms without weights, which the step rules do not model")
     if options.fused_loss == "liger" and spec.model_type not in LIGER_FAMILIES:
         raise unknown("family with a fused loss by Liger", spec.model_type, LIGER_FAMILIES)
+    if spec.model_type == "t5" and (options.recomputes or options.padding_mask or options.attention != "sdpa"):
+        raise ConfigError(
+            f"the step rules describe {spec.name} without checkpointing and padding mask, and with attention sdpa alone"
+        )
     if spec.model_type == "vit":
         _check_images(spec, options)
 
@@ -146,7 +150,7 @@ def record_step(spec: ModelSpec, options: StepOptions, *, compressed: bool = Tru
     kinds = family.layer_kinds(spec, options)
     plan = plan_layers(kinds) if compressed else LayerPlan(0, 0, 1, len(kinds))
     tape.backward(family.model(tape, family.config(spec), plan.recorded_kinds(kinds), options).loss())
-    return Program(tape, plan, family.layer_name)
+    return Program(tape, plan, family.namer(spec))
 
 
 def write_forward_backward(timeline: TimelineBuilder, spec: ModelSpec, options: StepOptions) -> dict[str, int]:

@@ -26,6 +26,7 @@ def embedding(
     indices: Sequence[Tensor] = (),
     *,
     is_expanded: bool = False,
+    is_transposed: bool = False,
 ) -> Tensor:
     """The current module's rows for `num_tokens` tokens.
 
@@ -35,6 +36,7 @@ def embedding(
         num_rows: Rows there are.
         width: Elements of a row.
         indices: Saved if they are not the resident inputs.
+        is_transposed: Whether the gradient comes in another order than the rows, so that it is copied first.
         is_expanded: Whether the indices of one sequence serve all, so that they are written out to be used.
     """
     name = f"{t.path}.weight"
@@ -43,9 +45,10 @@ def embedding(
     written_out = num_tokens if is_expanded else 0
 
     def backward(_: list[Tensor]) -> list[Tensor]:
+        rows = t.new(num_tokens * width if is_transposed else 0, dtype, "gradient of the rows")
         index = t.new(written_out, "int64", "indices")
         gradient = embedding_gradient(t, num_tokens, num_rows, width, dtype)
-        del index
+        del index, rows
         return [gradient]
 
     node = t.node([weight], backward, indices)
@@ -69,7 +72,7 @@ def embedding_gradient(t: Tape, num_tokens: int, num_rows: int, width: int, dtyp
     t.scratch(index_bytes, kernels.SCAN_SCRATCH, operation="segments")
     rows = [t.storage(row_bytes, "segments", "workspace") for _ in range(2)]
     t.scratch(kernels.SCAN_SCRATCH, operation="segments")
-    sums = kernels.embedding_segment_scratch(segments, num_rows, width)
+    sums = kernels.embedding_segment_scratch(segments, num_rows, width, is_fp32=dtype == "float32")
     t.scratch(INDEX_BYTES, INDEX_BYTES * segments, *sums, operation="partial sums")
     for held in (rows, counts, order):
         while held:

@@ -24,6 +24,7 @@ FIELDS = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "mlp_only_layers": [1]},
+    "t5": {"d_model": 384, "d_ff": 512, "num_layers": 2, "num_heads": 6, "num_decoder_layers": 3},
     "vit": {"image_size": 128, "patch_size": 16, "num_labels": 10},
 }
 """What a family's configuration needs beside the usual fields."""
@@ -51,7 +52,7 @@ def model(**config):
         ("gpt2", True),
         ("bert-base", True),
         ("opt-125m", True),
-        ("t5-base", False),
+        ("t5-base", True),
         ("mixtral-8x7b", True),
         ("vit-base", True),
         ("pythia-160m", True),
@@ -68,7 +69,9 @@ def test_every_ruled_family_takes_a_step_and_leaves_its_gradients(family):
     sizes = {"hidden_size": 384, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2}
     fields = {"vocab_size": 503, "intermediate_size": 512, "head_dim": 64, **sizes, **FIELDS.get(family, {})}
     spec = model(model_type=family, **fields)
-    timeline, gradients = step_of(spec, StepOptions(batch_size=2, seq_len=65, attention="eager"))
+    timeline, gradients = step_of(
+        spec, StepOptions(batch_size=2, seq_len=65, attention="sdpa" if family == "t5" else "eager")
+    )
     assert list(gradients) == [parameter.name for parameter in spec.unique_parameters]
     sizes = {event.id: event.bytes for event in timeline.events if isinstance(event, Allocation)}
     assert [sizes[id_] for id_ in gradients.values()] == [2 * p.numel for p in spec.unique_parameters]
@@ -81,7 +84,7 @@ def test_a_family_without_rules_is_refused():
     with pytest.raises(ConfigError) as refused:
         record_step(load_model("bloom-560m"), SMALL)
     assert (
-        str(refused.value) == "unknown family with step rules 'bloom'; known: llama, mistral, qwen2, qwen3 and 14 more"
+        str(refused.value) == "unknown family with step rules 'bloom'; known: llama, mistral, qwen2, qwen3 and 15 more"
     )
 
 
@@ -140,6 +143,11 @@ def test_a_family_without_rules_is_refused():
             load_model("vit-base"),
             {"seq_len": 197, "padding_mask": True},
             "vit-base classifies images: it takes no padding mask and no fused loss",
+        ),
+        (
+            load_model("t5-base"),
+            {"checkpointing": "full"},
+            "the step rules describe t5-base without checkpointing and padding mask, and with attention sdpa alone",
         ),
         (LLAMA, {"checkpointing": "ful"}, "unknown checkpointing 'ful'; nearest: full"),
         (LLAMA, {"fused_loss": "lige"}, "unknown fused_loss 'lige'; nearest: liger"),
