@@ -11,6 +11,7 @@ from optplan.planner.optimizers.base import OptimizerModel
 from optplan.planner.records import EstimateReport, PhasePeak
 from optplan.planner.request import StepFlags, StepRequest, check_request
 from optplan.planner.timeline import Timeline
+from optplan.planner.units import format_gib
 from optplan.planner.workload import StepPeaks, Workload, step_options
 from optplan.profilers.tracing.optimizers import optimizer_factory
 from optplan.profilers.tracing.runs import ORDERS, OptimizerPart, SimulatedRun
@@ -124,10 +125,14 @@ class TracedWorkload(Workload):
         return _largest(lambda batch: self.peaks(candidate, batch_size=batch).peak_bytes, usable, start=asked)
 
     def notes(self, candidate: Candidate) -> list[str]:
-        """Whether the optimizer was run or its step is the planner's."""
-        if optimizer_factory(candidate.optimizer) is not None and not self.request.config.step_in_backward:
-            return ["its step was traced"]
-        return ["its step is the planner's, the rest was traced"]
+        """Whether the optimizer was run or its step is the planner's, and what the reserved bytes depend on."""
+        is_traced = optimizer_factory(candidate.optimizer) is not None and not self.request.config.step_in_backward
+        notes = ["its step was traced" if is_traced else "its step is the planner's, the rest was traced"]
+        least, most = self.peaks(candidate).reserved_range_bytes or (0, 0)
+        if least < most:
+            between = f"between {format_gib(least)} and {format_gib(most)}"
+            notes.append(f"reserved {between}, depending on where the driver puts segments")
+        return notes
 
     def findings(self) -> list[str]:
         """Which attention kernels run, and what follows from it."""

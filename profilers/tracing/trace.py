@@ -241,7 +241,7 @@ def _run_pieces(tracer: StepTracer, options: StepOptions, settings: RunSettings)
     return Pieces(
         load=tracer.timeline(load),
         first=(tracer.timeline(first), *added),
-        steady=(_without_workspaces(tracer.timeline(again)), *added),
+        steady=(_without_lasting(tracer.timeline(again)), *added),
         clip=tracer.timeline(clip),
         zero=tracer.timeline(zero),
     )
@@ -257,11 +257,11 @@ def _end_gradients(parameters: Sequence[nn.Parameter]) -> None:
         parameter.grad = None
 
 
-def _without_workspaces(timeline: Timeline) -> Timeline:
-    """A micro-step after the first, which finds in place what the first has made for good."""
+def _without_lasting(timeline: Timeline) -> Timeline:
+    """A micro-step after the first, which finds in place what the first made for good: workspaces, modules' caches."""
     ended = {event.id for event in timeline if not isinstance(event, Allocation)}
 
     def is_made_for_good(event: Event) -> bool:
-        return isinstance(event, Allocation) and event.category == "workspace" and event.id not in ended
+        return isinstance(event, Allocation) and event.category != "gradients" and event.id not in ended
 
     return [event for event in timeline if not is_made_for_good(event)]

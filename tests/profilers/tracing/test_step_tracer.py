@@ -85,6 +85,20 @@ def test_everything_but_gradients_and_workspaces_ends_within_a_micro_step():
     ]
 
 
+def test_what_a_module_makes_once_is_made_in_the_first_step_alone():
+    class Caching(Perceptron):
+        cache = None
+
+        def forward(self, x):
+            if self.cache is None:
+                self.cache = torch.zeros(1000, device=x.device)
+            return super().forward(x) + self.cache[0]
+
+    pieces = TracedStep(subject(Caching), OPTIONS).pieces
+    assert 4000 in [num_bytes for _, num_bytes, _ in allocations(pieces.first[0])]
+    assert 4000 not in [num_bytes for _, num_bytes, _ in allocations(pieces.steady[0])]
+
+
 def test_fused_adamw_keeps_two_moments_and_a_counter_and_nothing_else():
     step = TracedStep(subject(Perceptron), OPTIONS)
     part = step.part(fused)
