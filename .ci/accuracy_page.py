@@ -73,7 +73,13 @@ def accuracy_page() -> str:
 
 def _cases(name: str) -> Iterator[dict[str, Any]]:
     cases = map(json.loads, (RECORDS / name).read_text(encoding="utf-8").splitlines())
-    return (case for case in cases if "error" not in case)
+    return (case for case in cases if "error" not in case and not _is_beyond_rules(case))
+
+
+def _is_beyond_rules(case: dict[str, Any]) -> bool:
+    """Steps of T5 that the rules refuse, as their own tests say."""
+    is_t5 = case.get("config", {}).get("model_type") == "t5"
+    return is_t5 and bool(case["checkpointing"] or case.get("padding_mask") or case["attention"] != "sdpa")
 
 
 def _checkpointing(case: dict[str, Any]) -> str:

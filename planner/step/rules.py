@@ -102,7 +102,8 @@ def _check_family(spec: ModelSpec, options: StepOptions) -> None:
         raise unknown("family with a fused loss by Liger", spec.model_type, LIGER_FAMILIES)
     if spec.model_type == "t5" and (options.recomputes or options.padding_mask or options.attention != "sdpa"):
         raise ConfigError(
-            f"the step rules describe {spec.name} without checkpointing and padding mask, and with attention sdpa alone"
+            f"the step rules describe {spec.name} with attention sdpa, without checkpointing and padding mask; "
+            "use --engine trace for anything else"
         )
     if spec.model_type == "vit":
         _check_images(spec, options)

@@ -65,12 +65,12 @@ def t5_config(spec: ModelSpec) -> T5Config:
 
 def t5_layers(spec: ModelSpec) -> tuple[str, ...]:
     """Kind of each layer: of the encoder or of the decoder."""
-    return ("encoder",) * spec.config["num_layers"] + ("decoder",) * spec.config["num_decoder_layers"]
+    return ("encoder",) * int(spec.config["num_layers"]) + ("decoder",) * int(spec.config["num_decoder_layers"])
 
 
 def t5_layer_names(spec: ModelSpec) -> Callable[[int], str]:
     """From a layer's number to its dotted name."""
-    count = spec.config["num_layers"]
+    count = int(spec.config["num_layers"])
     return lambda layer: f"encoder.block.{layer}" if layer < count else f"decoder.block.{layer - count}"
 
 
