@@ -20,8 +20,9 @@ from optplan.planner.candidates import Candidate
 from optplan.planner.optimizers.facts import load_facts
 from optplan.planner.records import Recommendation
 from optplan.planner.request import default_attention, default_seq_len
+from optplan.planner.step.rules import describes
 from optplan.planner.units import format_gib
-from optplan.planner.workload import Workload
+from optplan.planner.workload import Workload, step_options
 
 ROOM = 0.02
 """Share of the usable bytes that a recommended step does not even reserve."""
@@ -130,7 +131,10 @@ def _variants(workload: Workload) -> list[Workload]:
     if request.config.checkpointing != "none":
         return [workload]
     config = msgspec.structs.replace(request.config, checkpointing="full")
-    return [workload, workload.at(msgspec.structs.replace(request, config=config))]
+    recomputing = msgspec.structs.replace(request, config=config)
+    if request.engine == "rules" and not describes(request.model, step_options(recomputing)):
+        return [workload]
+    return [workload, workload.at(recomputing)]
 
 
 def _reasons(best: _Option, asked: Workload, candidates: Sequence[Candidate]) -> list[str]:

@@ -25,6 +25,7 @@ __all__ = [
     "RULED_FAMILIES",
     "StepMemory",
     "StepOptions",
+    "describes",
     "has_rules",
     "record_step",
     "step_memory",
@@ -55,6 +56,15 @@ class StepMemory(msgspec.Struct, frozen=True):
 def has_rules(spec: ModelSpec) -> bool:
     """Whether the timeline of a step is described for this model's family."""
     return spec.model_type in RULED_FAMILIES
+
+
+def describes(spec: ModelSpec, options: StepOptions) -> bool:
+    """Whether the rules describe this model's step under these options."""
+    try:
+        check_step(spec, options)
+    except ConfigError:
+        return False
+    return True
 
 
 def check_step(spec: ModelSpec, options: StepOptions) -> None:

@@ -8,7 +8,7 @@ What all optimizers share is simulated once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import zip_longest
+from itertools import repeat
 from typing import NamedTuple
 
 import msgspec
@@ -112,7 +112,7 @@ class StepSimulator:
     def _steady(self, state_bytes: Sequence[int], step: Timeline, names: Sequence[str] = ()) -> SimulatedDevice:
         """A device that has taken the first step and measured the second."""
         device, optimizer = self._start.copy(), _events(step)
-        for num_bytes, name in zip_longest(state_bytes, names, fillvalue="state"):
+        for num_bytes, name in zip(state_bytes, names or repeat("state"), strict=False):
             device.keep(num_bytes, "optimizer_state", name)
         device.run(optimizer)
         if not self._options.keep_grads:

@@ -92,3 +92,8 @@ def test_a_model_from_a_file_is_named_by_its_path(tmp_path: Path) -> None:
     assert "\x1b" not in report.model.source
     assert report.recommendation is not None
     assert follow(report.recommendation).model == report.model
+
+
+def test_what_no_rule_describes_is_not_recommended() -> None:
+    # T5 has no rules for checkpointing: where nothing fits without it, nothing is recommended.
+    assert optplan.estimate("t5-11b", gpu="l4-24g").recommendation is None
