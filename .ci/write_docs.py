@@ -27,7 +27,20 @@ if TYPE_CHECKING:
     from optplan.planner.listings import ImplementationItem
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("estimate", "explain", "timeline", "profile", "compare", "show", "models", "gpus", "optimizers", "published", "replay")
+COMMANDS = (
+    "estimate",
+    "explain",
+    "timeline",
+    "profile",
+    "validate",
+    "compare",
+    "show",
+    "models",
+    "gpus",
+    "optimizers",
+    "published",
+    "replay",
+)
 
 
 def picture() -> str:
@@ -71,6 +84,7 @@ SCHEMAS = {
     "explain": "optplan.planner.explanation:Explanation",
     "compare": "optplan.planner.comparison:Comparison",
     "measurement": "optplan.planner.measurement:Measurement",
+    "validation": "optplan.planner.validation:ValidationReport",
     "timeline": "optplan.planner.timeline_report:TimelineReport",
     "models": "optplan.planner.listings:ModelListing",
     "gpus": "optplan.planner.listings:GpuListing",

@@ -18,6 +18,7 @@ from optplan.commands.published import published
 from optplan.commands.replay import replay
 from optplan.commands.show import show
 from optplan.commands.timeline import timeline
+from optplan.commands.validate import validate
 
 app = typer.Typer(
     name="optplan",
@@ -28,7 +29,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (estimate, explain, timeline, profile, compare, show, models, gpus, optimizers, published, replay):
+for command in (
+    estimate,
+    explain,
+    timeline,
+    profile,
+    validate,
+    compare,
+    show,
+    models,
+    gpus,
+    optimizers,
+    published,
+    replay,
+):
     app.command()(command)
 
 

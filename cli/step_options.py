@@ -54,7 +54,7 @@ def takes_step(*, without: tuple[str, ...] = ()) -> Callable[[Callable[..., None
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters} | {"return": None}
         # What wraps keeps of the original's annotations would come before these.
-        del run.__wrapped__  # type: ignore[attr-defined]
+        del run.__wrapped__
         return run
 
     return decorate

@@ -197,7 +197,7 @@ def _events(timeline: Timeline) -> list[SimulatedEvent]:
     for event in timeline:
         if isinstance(event, Allocation):
             made[event.id] = event.category, event.name
-            events.append(SimulatedEvent(event.id, event.bytes, event.category, event.phase, event.name))
+            events.append(SimulatedEvent(event.id, event.bytes, event.category, event.phase, event.name, event.stream))
         else:
             events.append(SimulatedEvent(-event.id, 0, made[event.id][0], event.phase, ""))
     return events

@@ -65,7 +65,7 @@ def trainer_callback() -> type[Any]:
     except ImportError:
         raise ConfigError("ProfileCallback needs transformers, which is not installed") from None
 
-    class ProfileCallback(_Callback, TrainerCallback):  # type: ignore[misc]
+    class ProfileCallback(_Callback, TrainerCallback):
         """Profiles a Trainer's steps; `measurement` is there when `train()` returns.
 
         Example: `Trainer(..., callbacks=[ProfileCallback(out="step.json.gz")])`.
@@ -96,7 +96,7 @@ def lightning_callback() -> type[Any]:
     except ImportError:
         raise ConfigError("LightningProfileCallback needs lightning, which is not installed") from None
 
-    class LightningProfileCallback(_Callback, Callback):  # type: ignore[misc]
+    class LightningProfileCallback(_Callback, Callback):
         """Profiles a LightningModule's steps; `measurement` is there when `fit()` returns."""
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:

@@ -122,7 +122,8 @@ class _Step:
         for _ in range(self._config.grad_accum):
             with self._precision():
                 loss: torch.Tensor = self._model(**self._inputs).loss
-            (self._scaler.scale(loss) if self._scaler else loss).backward()
+            scaled: torch.Tensor = self._scaler.scale(loss) if self._scaler else loss
+            scaled.backward()  # type: ignore[no-untyped-call]
         if self._masters:
             self._step_masters()
         elif self._scaler:

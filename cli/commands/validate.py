@@ -1,0 +1,72 @@
+"""`optplan validate`: many steps measured on this machine's GPU, and the accuracy of the estimates over all of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from optplan import options, output
+
+if TYPE_CHECKING:
+    from optplan.planner.validation import ValidationReport
+
+
+def validate(
+    records: Annotated[
+        str, typer.Option("--records", metavar="FOLDER", help="Where the records are kept; those there already count.")
+    ],
+    matrix: Annotated[str, typer.Option(help="Which steps: quick or full.")] = "quick",
+    minutes: Annotated[float, typer.Option(help="Begin no step after so many minutes.")] = 30,
+    steps: options.Steps = 8,
+    device: Annotated[str, typer.Option(help="Where to run: cuda, cuda:1 ..., or cpu.")] = "cuda",
+    check: Annotated[bool, typer.Option("--check", help="Measure nothing: judge the records that are there.")] = False,
+    keep_history: Annotated[
+        bool, typer.Option("--keep-history", help="Keep each step event by event; larger records.")
+    ] = False,
+    json: options.Json = False,
+) -> None:
+    """Measure a matrix of steps and judge the estimates by them.
+
+    Each step runs in a process of its own; a validation that was stopped goes on where it ended. Then every record is
+    held against today's rules: state bytes, peak, reserved and device memory, times. The exit status is 0 if all state
+    bytes are predicted exactly, 1 if not, 2 for bad input.
+    """
+    if not check:
+        _measure(records, matrix, minutes=minutes, steps=steps, device=device, keep_history=keep_history)
+    report = _judge(records)
+    if json:
+        output.print_json(report)
+    else:
+        from optplan.reports.terminal.validation import render_validation
+
+        output.print_terminal(render_validation, report)
+    if not report.is_exact:
+        raise typer.Exit(1)
+
+
+def _judge(records: str) -> ValidationReport:
+    from pathlib import Path
+
+    from optplan.planner.errors import ConfigError, shorten
+    from optplan.planner.validation import validate_records
+
+    folder = Path(records)
+    if not folder.is_dir():
+        raise ConfigError(f"--records {shorten(records)} is no folder")
+    paths = [path for path in folder.iterdir() if path.name.endswith((".json.gz", ".json"))]
+    if not paths:
+        raise ConfigError(f"--records {shorten(records)} holds no record")
+    return validate_records(paths)
+
+
+def _measure(records: str, matrix: str, *, minutes: float, device: str, **how: Any) -> None:
+    from pathlib import Path
+
+    validation = output.import_torch_part("optplan.profilers.validation.command")
+    with output.progress() as tell:
+        outcome = validation.run_matrix(
+            matrix, Path(records), device=device, budget_seconds=minutes * 60, tell=tell, **how
+        )
+    for name, reason in outcome.items():
+        typer.echo(f"{name}: {reason}", err=True)

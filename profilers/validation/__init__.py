@@ -1,0 +1,1 @@
+"""Many training steps measured one after another, each in a process of its own."""

@@ -1,0 +1,113 @@
+"""A matrix of steps measured in processes of their own: what is measured, kept, left out, and resumed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from optplan.app import app
+from optplan.boundary import run
+from optplan.planner.errors import ConfigError
+from optplan.planner.measurement import Measurement
+from optplan.planner.record_files import load_record
+from optplan.profilers.validation.matrix import ValidationCase, fitting, matrix_names, read_matrix
+from optplan.profilers.validation.runner import Progress, run_cases
+
+TINY = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "num_key_value_heads": 1,
+    "vocab_size": 32,
+    "max_position_embeddings": 64,
+}
+STEP = {"batch_size": 1, "seq_len": 8}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(TINY))
+    return str(path)
+
+
+def test_steps_that_do_not_fit_or_cannot_be_run_are_told_why() -> None:
+    large = ValidationCase("llama-2-7b", "adamw", (), {"seq_len": 512})
+    strange = ValidationCase("pythia-1b", "adam-mini", ("implementation=official",), {"seq_len": 512})
+    reasons = [reason for _, reason in fitting([*read_matrix("quick"), large, strange], gpu="a100-40g")]
+    assert reasons[:-2] == [None] * len(read_matrix("quick"))
+    assert reasons[-2] == "it does not fit"
+    assert reasons[-1] is not None and reasons[-1].startswith("adam-mini 1.1.1 fails on gpt_neox")
+
+
+def test_no_two_cases_share_a_record() -> None:
+    for name in matrix_names():
+        cases = read_matrix(name)
+        assert len({case.name for case in cases}) == len(cases) > 0
+
+
+def test_the_full_matrix_has_what_is_promised() -> None:
+    cases = read_matrix("full")
+    assert len(cases) >= 60
+    assert len({case.model for case in cases}) >= 8
+    assert {case.step.get("precision", "bf16") for case in cases} >= {"bf16", "fp32", "amp"}
+    assert {case.step.get("checkpointing", "none") for case in cases} == {"none", "full"}
+
+
+def test_an_unknown_matrix() -> None:
+    with pytest.raises(ConfigError, match=r"^unknown matrix 'fll'; nearest: full$"):
+        read_matrix("fll")
+
+
+def test_the_command_line_of_a_case() -> None:
+    case = ValidationCase("gpt2", "adamw", ("implementation=foreach",), {"batch_size": 2})
+    assert case.arguments == [
+        "--model", "gpt2", "--optimizer", "adamw", "--set", "implementation=foreach", "--batch-size", "2",
+    ]  # fmt: skip
+    assert case.name == "gpt2_adamw_implementation=foreach_batch_size=2"
+
+
+def test_a_run_goes_on_where_it_ended(config: str, tmp_path: Path) -> None:
+    good = ValidationCase(config, "sgd", ("implementation=foreach",), STEP)
+    bad = ValidationCase(config, "lion", (), STEP)
+    folder, told = tmp_path / "records", list[Progress]()
+    how = {"device": "cpu", "num_steps": 3}
+    first = run_cases([good, bad], folder, budget_seconds=600, progress=told.append, **how)  # type: ignore[arg-type]
+    assert first.measured == [good.name]
+    assert list(first.failed) == [bad.name]
+    assert first.failed[bad.name].startswith("optplan: lion (pytorch_optimizer) cannot be run by the profiler")
+    assert [(now.done, now.total) for now in told] == [(0, 2), (1, 2), (2, 2)]
+    record = load_record(folder / f"{good.name}.json.gz")
+    assert isinstance(record, Measurement) and record.history is None
+    second = run_cases([good, bad], folder, budget_seconds=0, **how)  # type: ignore[arg-type]
+    assert (second.measured, second.kept, second.left) == ([], [good.name], [bad.name])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--records", "none", "--check"], "--records 'none' is no folder"),
+        (["--records", ".", "--check"], "--records '.' holds no record"),
+        (["--records", ".", "--matrix", "quik", "--device", "cpu"], "unknown matrix 'quik'; nearest: quick"),
+        (["--records", ".", "--minutes", "0", "--device", "cpu"], "--minutes must be above 0, got 0.0"),
+        (
+            ["--records", ".", "--steps", "1", "--device", "cpu"],
+            "--steps must be at least 3, the last of which is recorded; got 1",
+        ),
+    ],
+)
+def test_one_sentence(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    sentence: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(app, ["validate", *arguments]) == 2
+    assert capsys.readouterr().err == f"optplan: {sentence}\n"
