@@ -1,9 +1,9 @@
-"""torch's CUDA caching allocator in its default mode, on one stream: which bytes a sequence of requests occupies.
+"""torch's CUDA caching allocator in its default mode: which bytes a sequence of requests occupies.
 
 Every request is rounded to 512 bytes and served from a cached block of its pool (requests up to 1 MiB have a pool of
-their own), or else from a new segment, a region obtained from the driver. A block larger than its request gives the
-rest back only when that rest is worth keeping; otherwise the whole block counts as allocated. So allocated bytes exceed
-the sum of the rounded requests, by up to 1 MiB for every large block.
+their own, and every stream has its two), or else from a new segment, a region obtained from the driver. A block larger
+than its request gives the rest back only when that rest is worth keeping; otherwise the whole block counts as
+allocated. So allocated bytes exceed the sum of the rounded requests, by up to 1 MiB for every large block.
 
 Source: pytorch `c10/cuda/CUDACachingAllocator.cpp` (`malloc`, `get_free_block`, `should_split`, `get_allocation_size`,
 `free_block`) and `c10/core/AllocatorConfig.h` (the constants).
@@ -96,7 +96,10 @@ class CachingAllocator:
         requested_bytes: What the requests behind the blocks in use asked for.
     """
 
-    __slots__ = ("_descending", "_extent", "_large", "_small", "allocated_bytes", "requested_bytes", "reserved_bytes")
+    __slots__ = (
+        "_descending", "_extent", "_large", "_of_streams", "_small", "allocated_bytes", "requested_bytes",
+        "reserved_bytes",
+    )  # fmt: skip
 
     def __init__(self, *, segment_addresses: Literal["ascending", "descending"] = "descending") -> None:
         """Start without segments.
@@ -111,14 +114,17 @@ class CachingAllocator:
         self._extent = 0  # bytes of address space used so far: a segment given back leaves a hole
         self._small = Pool(smallest_rest=ROUNDING)
         self._large = Pool(smallest_rest=SMALL_LIMIT + 1)
+        self._of_streams: dict[tuple[int, bool], Pool] = {}
         self._descending = segment_addresses == "descending"
 
-    def alloc(self, num_bytes: int) -> Block | None:
-        """Serve a request of `num_bytes`; None for zero bytes, which occupy nothing."""
+    def alloc(self, num_bytes: int, *, stream: int = 0) -> Block | None:
+        """Serve a request of `num_bytes` on a stream; None for zero bytes, which occupy nothing."""
         if num_bytes == 0:
             return None
         size = -(-num_bytes // ROUNDING) * ROUNDING
         pool = self._small if size <= SMALL_LIMIT else self._large
+        if stream:
+            pool = self._pool_of(stream, size <= SMALL_LIMIT)
         block = pool.take(size) or self._new_segment(size, pool)
         if block.size - size >= pool.smallest_rest:
             self._split(block, size)
@@ -146,7 +152,7 @@ class CachingAllocator:
 
     def empty_cache(self) -> None:
         """Give the segments that hold nothing back to the driver, as `torch.cuda.empty_cache` does."""
-        for pool in (self._small, self._large):
+        for pool in self._pools():
             for block in list(pool.blocks()):
                 if block.previous is None and block.next is None:
                     pool.remove(block)
@@ -164,13 +170,24 @@ class CachingAllocator:
         other.requested_bytes = self.requested_bytes
         other._extent = self._extent
         pools = {self._small: other._small, self._large: other._large}
+        pools |= {pool: other._pool_of(*key) for key, pool in self._of_streams.items()}
         twins: dict[Block, Block] = {}
-        for block in (*live, *self._small.blocks(), *self._large.blocks()):
+        for block in (*live, *(block for pool in pools for block in pool.blocks())):
             if block not in twins:
                 _copy_segment(block, pools, twins)
         for pool, twin in pools.items():
             pool.copy_into(twin, twins)
         return other, twins
+
+    def _pools(self) -> Iterable[Pool]:
+        return (self._small, self._large, *self._of_streams.values())
+
+    def _pool_of(self, stream: int, small: bool) -> Pool:
+        """A pool of another stream than the first, made when it is asked for."""
+        if (stream, small) not in self._of_streams:
+            smallest_rest = ROUNDING if small else SMALL_LIMIT + 1
+            self._of_streams[stream, small] = Pool(smallest_rest=smallest_rest)
+        return self._of_streams[stream, small]
 
     def _new_segment(self, size: int, pool: Pool) -> Block:
         segment_size = segment_bytes(size)

@@ -87,7 +87,7 @@ class _Memory(Protocol):
 
     allocated_bytes: int
 
-    def alloc(self, num_bytes: int, /) -> Any: ...
+    def alloc(self, num_bytes: int, /, *, stream: int = 0) -> Any: ...
 
     def free(self, block: Any, /) -> None: ...
 
@@ -99,7 +99,8 @@ class _Sum:
         self.allocated_bytes = 0
         self._rounding = rounding
 
-    def alloc(self, num_bytes: int) -> int:
+    def alloc(self, num_bytes: int, *, stream: int = 0) -> int:
+        del stream  # sums know no caches
         size = round_up(num_bytes, self._rounding)
         self.allocated_bytes += size
         return size
@@ -123,7 +124,7 @@ class _Player:
             del self._live[event.id]
             return
         before = self._memory.allocated_bytes
-        self._blocks[event.id] = self._memory.alloc(event.bytes)
+        self._blocks[event.id] = self._memory.alloc(event.bytes, stream=event.stream)
         self._live[event.id] = LiveTensor(event.name, event.category, self._memory.allocated_bytes - before)
 
     def play(self, timeline: Sequence[Event]) -> Replay:

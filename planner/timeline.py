@@ -32,6 +32,7 @@ class Allocation(msgspec.Struct, frozen=True, gc=False):
         name: What made it: a parameter's name, a module path and operation.
         phase: Phase of the step in which it is made.
         itemsize: Bytes of one element where it is a tensor, 1 where it is scratch.
+        stream: Stream that it is made on; the allocator keeps a cache for each. 0 is the one that computes.
     """
 
     id: int
@@ -40,6 +41,7 @@ class Allocation(msgspec.Struct, frozen=True, gc=False):
     name: str
     phase: Phase
     itemsize: int = 1
+    stream: int = 0
 
 
 class Free(msgspec.Struct, frozen=True, gc=False):
@@ -61,10 +63,10 @@ class TimelineBuilder:
         self.phase: Phase = phase
         self._next_id = 0
 
-    def alloc(self, num_bytes: int, category: Category, name: str, *, itemsize: int = 1) -> int:
+    def alloc(self, num_bytes: int, category: Category, name: str, *, itemsize: int = 1, stream: int = 0) -> int:
         """Append an allocation and return its id; zero bytes are allocated like any other (a rounding of 0)."""
         self._next_id += 1
-        self.events.append(Allocation(self._next_id, num_bytes, category, name, self.phase, itemsize))
+        self.events.append(Allocation(self._next_id, num_bytes, category, name, self.phase, itemsize, stream))
         return self._next_id
 
     def free(self, *ids: int) -> None:

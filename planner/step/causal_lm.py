@@ -33,7 +33,9 @@ class StepModel(ABC, Generic[Config]):
 
     def loss(self) -> Tensor:
         """The forward pass up to the loss; everything else is let go, as when only `.loss` is read."""
+        self.t.hooks.before_forward(self.t)
         loss, logits = self._loss_and_logits()
+        self.t.hooks.after_forward(self.t, loss)
         del logits
         self.t.casts.clear()
         return loss
@@ -64,7 +66,11 @@ class StepModel(ABC, Generic[Config]):
     def run_layer(self, layer: int, run: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
         """The layer's output, checkpointed as the options say."""
         self.t.enter(layer)
-        checkpointing = self.o.checkpointing
+        checkpointing, inner, hooks = self.o.checkpointing, run, self.t.hooks
+
+        def run(x: Tensor) -> Tensor:
+            return hooks.after_layer(self.t, layer, inner(hooks.before_layer(self.t, layer, x)))
+
         if checkpointing == "full-reentrant":
             return self.t.checkpoint_whole(run, hidden)
         if checkpointing == "full" or self.kinds[layer].endswith(RECOMPUTED):

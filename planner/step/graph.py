@@ -28,6 +28,7 @@ class Record(NamedTuple):
         path: Module it is made in, within its layer.
         operation: What makes it.
         itemsize: Bytes of one element where it is a tensor, 1 where it is scratch.
+        stream: Stream that it is made on.
     """
 
     num_bytes: int
@@ -36,6 +37,7 @@ class Record(NamedTuple):
     path: str
     operation: str
     itemsize: int = 1
+    stream: int = 0
 
 
 class Segment(NamedTuple):
@@ -125,10 +127,11 @@ class Node:
         layer: Layer of the operation, None outside the layers.
         path: Module of the operation, within its layer.
         category: What its memory is for.
+        before: Called when backward is about to run it.
     """
 
     __slots__ = (
-        "broadcast", "category", "dtypes", "edges", "frame", "gradients", "layer", "path", "rule", "saved",
+        "before", "broadcast", "category", "dtypes", "edges", "frame", "gradients", "layer", "path", "rule", "saved",
         "sequence", "sizes", "waiting",
     )  # fmt: skip
 
@@ -146,6 +149,7 @@ class Node:
         self.frame: tuple[Checkpoint, int, int] | None = None
         self.gradients: list[Tensor | None] = [None] * num_outputs
         self.waiting = 0
+        self.before: Callable[[], object] | None = None
 
     def __lt__(self, other: Node) -> bool:
         return self.sequence > other.sequence

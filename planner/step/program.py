@@ -67,6 +67,12 @@ def _name(record: Record) -> str:
     return f"{record.path} {record.operation}"
 
 
+def _write(timeline: TimelineBuilder, record: Record, prefix: str) -> int:
+    """Append a recorded allocation, and return its id in the timeline."""
+    name = prefix + _name(record)
+    return timeline.alloc(record.num_bytes, record.category, name, itemsize=record.itemsize, stream=record.stream)
+
+
 class PhaseUse(NamedTuple):
     """Bytes in use, rounded as the allocator rounds them, relative to the start of a stretch.
 
@@ -126,8 +132,7 @@ class Program:
             for event in self._events(index):
                 if event > 0:
                     record = self.tape.records[event - 1]
-                    name = prefix + _name(record)
-                    made.append(timeline.alloc(record.num_bytes, record.category, name, itemsize=record.itemsize))
+                    made.append(_write(timeline, record, prefix))
                 else:
                     segment, position = owner[-event]
                     for place in self._places_of(segment, index, shift):

@@ -18,13 +18,17 @@ KEPT = 0
 
 
 class SimulatedEvent(NamedTuple):
-    """An allocation with its bytes and name, or with the negative id its end; the category is the memory's in both."""
+    """An allocation with its bytes, name and stream, or with the negative id its end.
+
+    The category is the memory's in both.
+    """
 
     id: int
     num_bytes: int
     category: Category
     phase: Phase
     name: str
+    stream: int = 0
 
 
 class SimulatedStep(msgspec.Struct, frozen=True):
@@ -94,9 +98,9 @@ class SimulatedDevice:
     def run(self, events: Sequence[SimulatedEvent]) -> None:
         """Run events."""
         blocks, alloc, free = self._blocks, self._allocator.alloc, self._allocator.free
-        for id_, num_bytes, category, _, name in events:
+        for id_, num_bytes, category, _, name, stream in events:
             if id_ > 0:
-                blocks[id_] = alloc(num_bytes)
+                blocks[id_] = alloc(num_bytes, stream=stream)
             elif id_ < 0:
                 free(blocks.pop(-id_))
             else:
@@ -108,9 +112,9 @@ class SimulatedDevice:
         alloc, free = allocator.alloc, allocator.free
         in_use = self._in_use()
         history = [allocator.allocated_bytes]
-        for id_, num_bytes, _, _, _ in events:
+        for id_, num_bytes, _, _, _, stream in events:
             if id_ > 0:
-                blocks[id_] = alloc(num_bytes)
+                blocks[id_] = alloc(num_bytes, stream=stream)
             else:
                 free(blocks.pop(-id_))
             history.append(allocator.allocated_bytes)
@@ -165,4 +169,4 @@ def _named(event: SimulatedEvent, base: int) -> Event:
     """An event with its id moved up by `base`."""
     if event.id < 0:
         return Free(base - event.id, event.phase)
-    return Allocation(base + event.id, event.num_bytes, event.category, event.name, event.phase)
+    return Allocation(base + event.id, event.num_bytes, event.category, event.name, event.phase, stream=event.stream)

@@ -28,6 +28,7 @@ from optplan.planner.step.graph import (
     hold,
     release,
 )
+from optplan.planner.step.hooks import StepHooks
 from optplan.planner.timeline import Category, Phase
 
 
@@ -50,6 +51,7 @@ class Tape:
         parameter_dtype: Dtype of the parameters.
         autocast: Dtype in which matrix products run under `torch.autocast`, None outside it.
         casts: Parameters that autocast has cast already.
+        hooks: What is done around the step's operations.
         keeps_graph: Whether operations leave a graph; not so inside a checkpoint that is recomputed as a whole.
     """
 
@@ -62,6 +64,7 @@ class Tape:
         keeps_gradients: bool = False,
         drops_gradients: bool = False,
         has_one_token: bool = False,
+        hooks: StepHooks | None = None,
     ) -> None:
         """Start empty.
 
@@ -72,6 +75,7 @@ class Tape:
             keeps_gradients: Whether parameters have gradients already, to which new ones are added.
             drops_gradients: Whether each gradient is used up as soon as it is there.
             has_one_token: Whether sequences have a single token: then joining heads never takes a copy.
+            hooks: What is done around the step's operations; nothing if left out.
         """
         self.parameter_dtype = parameter_dtype
         self.autocast = autocast
@@ -86,6 +90,7 @@ class Tape:
         self.category: Category = "activations"
         self.resident_threads = resident_threads
         self.keeps_graph = True
+        self.hooks = hooks or StepHooks()
         self._keeps_gradients = keeps_gradients
         self._drops_gradients = drops_gradients
         self._has_one_token = has_one_token
@@ -105,10 +110,11 @@ class Tape:
         self.segments.append(Segment(self._phase, layer, len(self.events), len(self.records) + 1))
 
     def storage(
-        self, num_bytes: int, operation: str, category: Category | None = None, *, itemsize: int = 1
+        self, num_bytes: int, operation: str, category: Category | None = None, *, itemsize: int = 1, stream: int = 0
     ) -> Storage:
         """Allocate memory for an operation of the current module."""
-        self.records.append(Record(num_bytes, category or self.category, self.layer, self.path, operation, itemsize))
+        category = category or self.category
+        self.records.append(Record(num_bytes, category, self.layer, self.path, operation, itemsize, stream))
         id_ = len(self.records)
         self.events.append(id_)
         return Storage(self.events, id_)
@@ -228,6 +234,7 @@ class Tape:
         seed = self.new(1, loss.dtype, "gradient")
         hold(loss.node, 0, seed)
         self._run_from(loss.node)
+        self.hooks.after_backward(self)
         # The parameters' nodes refer to the tape: without them it ends when nothing else refers to it.
         self._parameters.clear()
 
@@ -240,6 +247,8 @@ class Tape:
             self._run(node, ready)
 
     def _run(self, node: Node, ready: list[Node]) -> None:
+        if node.before is not None:
+            node.before()
         recomputed = self._unpack(node)
         self.path, self.category = node.path, node.category
         gradients, node.gradients = node.gradients, []
@@ -291,9 +300,11 @@ class Tape:
             heappush(ready, node)
 
     def _keep_gradient(self, key: tuple[int | None, str], gradients: list[Tensor]) -> tuple[()]:
+        storage = gradients[0].storage
+        assert storage is not None
+        if self.hooks.takes_gradient(self, key, storage):
+            return ()
         if not self._keeps_gradients:
-            storage = gradients[0].storage
-            assert storage is not None
             self.gradients[key] = storage.id
             if not self._drops_gradients:
                 self._kept_gradients.append(storage)
