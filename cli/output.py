@@ -42,7 +42,19 @@ def import_torch_part(name: str) -> Any:
 
     if find_spec("torch") is None:
         raise ConfigError("this needs torch, which is not installed: pip install 'optplan[gpu,hf]'")
+    _quieten()
     return import_module(name)
+
+
+def _quieten() -> None:
+    """Leave stderr to our own words: what other packages deprecate is nothing that a user here can change."""
+    import logging
+    import warnings
+
+    warnings.simplefilter("ignore", FutureWarning)
+    warnings.simplefilter("ignore", DeprecationWarning)
+    for package in ("torch", "torchao", "transformers"):
+        logging.getLogger(package).setLevel(logging.ERROR)
 
 
 @contextmanager

@@ -10,7 +10,10 @@ from optplan.planner.estimate import estimate_request
 from optplan.planner.optimizers.base import OptimizerModel
 from optplan.planner.records import EstimateReport, PhasePeak
 from optplan.planner.request import StepFlags, StepRequest, check_request
+from optplan.planner.step_history import StepHistory
+from optplan.planner.step_timeline import timeline_of
 from optplan.planner.timeline import Timeline
+from optplan.planner.timeline_report import TimelineReport
 from optplan.planner.units import format_gib
 from optplan.planner.workload import StepPeaks, Workload, step_options
 from optplan.profilers.tracing.optimizers import optimizer_factory
@@ -61,6 +64,33 @@ def traced_estimate(
     choices = choose_optimizers(optimizer, options)
     workload = TracedWorkload(request, source, progress=progress, searches=len(choices) <= _SEARCHED)
     return estimate_request(request, choices, per_tensor=per_tensor, workload=workload)
+
+
+def traced_timeline(
+    model: str,
+    *,
+    optimizer: str = "adamw",
+    options: Mapping[str, object] | Sequence[str] | None = None,
+    progress: Progress = lambda _: None,
+    **step: Unpack[StepFlags],
+) -> TimelineReport:
+    """Memory over a steady step, what is alive at its peak and what would lower it, by tracing the model.
+
+    Args:
+        model: As for `traced_estimate`.
+        optimizer: One optimizer id.
+        options: Its options.
+        progress: Told what is being done.
+        step: `gpu` or `memory`, and how the step is run, as in `StepFlags`.
+
+    Raises:
+        ConfigError: Something in the request is unknown, out of range or contradictory, or the model cannot be traced.
+    """
+    progress("reading the model")
+    source = find_source(model)
+    step["engine"] = "trace"
+    workload = TracedWorkload(check_request(source.spec, **step), source, progress=progress, searches=False)
+    return timeline_of(workload, optimizer, options)
 
 
 class TracedWorkload(Workload):
@@ -145,6 +175,10 @@ class TracedWorkload(Workload):
     def step_timeline(self, candidate: Candidate) -> Timeline:
         """What the optimizer's `step()` allocates and frees besides its state."""
         return self._part(candidate).steady
+
+    def history(self, candidate: Candidate) -> StepHistory:
+        """The last step event by event."""
+        return self._step(self.request.config.batch_size).history(candidate.optimizer, self._parameters)
 
     def trace(self, candidate: Candidate) -> Trace:
         """The run with one optimizer, as one timeline."""

@@ -21,8 +21,10 @@ from optplan.planner.optimizers.base import OptimizerContext, OptimizerModel
 from optplan.planner.optimizers.registry import build_optimizer
 from optplan.planner.precision import PRECISIONS
 from optplan.planner.step.options import StepOptions
+from optplan.planner.step_history import StepHistory
 from optplan.planner.tensors import Parameter
 from optplan.planner.timeline import Allocation, Event, Phase, Timeline
+from optplan.profilers.tracing.history import run_history
 from optplan.profilers.tracing.optimizers import Factory, modelled_part, optimizer_factory
 from optplan.profilers.tracing.runs import (
     ORDERS,
@@ -166,6 +168,12 @@ class TracedStep:
         """The run with an optimizer that takes each parameter's step as its gradient comes, for each order."""
         pieces = self._with_steps(optimizer, parameters)
         return [self._simulator(pieces, order).simulate(OptimizerPart([], [])) for order in orders]
+
+    def history(self, optimizer: OptimizerModel | Factory, parameters: Sequence[Parameter] = ()) -> StepHistory:
+        """The last step of the run event by event; arguments as for `part`."""
+        pieces, part = self._run_of(optimizer, parameters)
+        settings = self._settings
+        return run_history(pieces, part, settings=settings.allocator, empties_cache=settings.empties_cache)
 
     def _run_of(
         self, optimizer: OptimizerModel | Factory, parameters: Sequence[Parameter]
