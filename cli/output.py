@@ -42,7 +42,8 @@ def import_torch_part(name: str) -> Any:
 
     if find_spec("torch") is None:
         raise ConfigError("this needs torch, which is not installed: pip install 'optplan[gpu,hf]'")
-    _quieten()
+    import_module("torch")
+    _quieten()  # after torch, which sets the levels of its loggers
     return import_module(name)
 
 
