@@ -13,6 +13,7 @@ class AccuracyRow(msgspec.Struct, frozen=True, kw_only=True):
     """One measured step and today's estimate of it; None where the rules do not predict it.
 
     Attributes:
+        more: Further options of the step, in words.
         measured_phases: Peak allocated bytes of each phase as measured; likewise `predicted_phases`.
         state_is_exact: Whether parameters and optimizer state equal the estimate to the byte.
         record: The file that holds the measurement.
@@ -27,6 +28,7 @@ class AccuracyRow(msgspec.Struct, frozen=True, kw_only=True):
     grad_accum: int
     checkpointing: str
     attention: str
+    more: str = ""
     measured_peak_bytes: int
     predicted_peak_bytes: int | None
     measured_reserved_bytes: int
@@ -42,7 +44,7 @@ class AccuracyRow(msgspec.Struct, frozen=True, kw_only=True):
         accumulated = f", {self.grad_accum} accumulated" if self.grad_accum > 1 else ""
         return (
             f"{self.optimizer} ({self.implementation}), {self.precision}, {self.batch_size} x {self.seq_len}"
-            f"{accumulated}, checkpointing {self.checkpointing}, {self.attention}"
+            f"{accumulated}, checkpointing {self.checkpointing}, {self.attention}{f', {self.more}' if self.more else ''}"
         )
 
     @property

@@ -153,7 +153,10 @@ def _optimizers(report: EstimateReport, first: OptimizerChoice) -> list[Optimize
     """What a page may switch to: the first, then the well-known ones, as the report has them or with their defaults."""
     rows = {row.optimizer: row for row in report.estimates}
     names = [name for name in dict.fromkeys((*_USUAL_OPTIMIZERS, *rows)) if name != first.id]
-    return [first.optimizer, *(_choice(rows[name]).optimizer if name in rows else build_optimizer(name) for name in names)]
+    return [
+        first.optimizer,
+        *(_choice(rows[name]).optimizer if name in rows else build_optimizer(name) for name in names),
+    ]
 
 
 def _curve(workload: Workload, candidate: Candidate) -> StepCurve | None:

@@ -51,7 +51,7 @@ def _setting(report: EstimateReport) -> str:
         [
             f"{report.model.num_parameters:,} parameters",
             config.precision,
-            f"micro-batch {config.batch_size} × {config.seq_len} tokens",  # noqa: RUF001
+            f"micro-batch {config.batch_size} × {config.seq_len} tokens",
             *([f"{config.grad_accum} accumulated"] if config.grad_accum > 1 else []),
             f"checkpointing {config.checkpointing}",
             f"{config.attention} attention",

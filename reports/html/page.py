@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import json
 from collections.abc import Iterator
 from functools import cache
@@ -28,10 +29,10 @@ def render(page: Page) -> str:
         page=page,
         version=VERSION,
         policy=_policy(scripts),
-        style=Markup(_style()),  # noqa: S704
-        figures=_embedded({id_: json.loads(figure.to_json()) for id_, figure in _figures(page)}),
+        style=Markup(_style()),
+        figures=_embedded({id_: _drawn(figure) for id_, figure in _figures(page)}),
         records=_embedded({name: msgspec.to_builtins(record) for name, record in page.records.items()}),
-        scripts=[Markup(script) for script in scripts],  # noqa: S704
+        scripts=[Markup(script) for script in scripts],
     )  # fmt: skip
 
 
@@ -44,7 +45,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"shown": shown, "exact": exact, "is_number": _is_number}
+    environment.globals |= {"shown": shown, "exact": exact, "is_number": _is_number, "legend": legend}
     return environment
 
 
@@ -86,15 +87,39 @@ def _figures(page: Page) -> Iterator[tuple[str, Figure]]:
                 yield "what-if-plot", part.figure
 
 
+def _drawn(figure: Figure) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(figure.to_json())
+    document["layout"]["showlegend"] = False
+    return document
+
+
+def legend(figure: Figure) -> list[tuple[str, str, str]]:
+    """Name, colour and dash of each trace that a figure wants listed; it wraps as text does, plotly's own does not."""
+    if not figure.layout.showlegend:
+        return []
+    traces = [trace for trace in figure.data if trace.name and trace.showlegend is not False]
+    return [(html.unescape(trace.name), _colour(trace), _pattern(trace)) for trace in traces]
+
+
+def _colour(trace: Any) -> str:
+    if trace.type == "scatter":
+        return str(trace.fillcolor or trace.line.color or trace.marker.color)
+    return str(trace.marker.color)
+
+
+def _pattern(trace: Any) -> str:
+    if trace.type == "bar" and trace.marker.pattern.shape:
+        return "hatched"
+    return "dashed" if trace.type == "scatter" and trace.line.dash not in (None, "solid") else ""
+
+
 def _embedded(document: Any) -> Markup:
     """JSON that no record can break out of: an HTML parser sees neither tags nor entities in it."""
     text = json.dumps(document, separators=(",", ":"), allow_nan=False)
     for letter in "<>&":
         text = text.replace(letter, f"\\u{ord(letter):04x}")
-    return Markup(text)  # noqa: S704
+    return Markup(text)
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-

@@ -9,7 +9,7 @@ from optplan.planner.errors import printable
 from optplan.planner.units import GIB, format_bytes
 from optplan.reports.html.parts import Kind, Value
 
-MISSING = "–"  # noqa: RUF001
+MISSING = "–"
 
 
 def plain(text: str) -> str:
@@ -41,7 +41,13 @@ def exact(value: Value, kind: Kind) -> str:
 def _signed_bytes(value: float) -> str:
     if not value:
         return "equal"
-    return ("+" if value > 0 else "−") + format_bytes(abs(int(value)))  # noqa: RUF001
+    return ("+" if value > 0 else "−") + format_bytes(abs(int(value)))
+
+
+def _signed_percent(value: float) -> str:
+    if not value:
+        return "0 %"
+    return f"{value:+.3%}" if abs(value) >= 5e-6 else "below 0.001%"
 
 
 _FORMATS: dict[Kind, Callable[[float], str]] = {
@@ -51,7 +57,7 @@ _FORMATS: dict[Kind, Callable[[float], str]] = {
     "signed_bytes": _signed_bytes,
     "int": lambda value: f"{int(value):,}",
     "percent": lambda value: f"{value:.0%}",
-    "signed_percent": lambda value: f"{value:+.3%}",
+    "signed_percent": _signed_percent,
     "milliseconds": lambda value: f"{value * 1000:,.2f}",
     "number": lambda value: f"{value:,.4g}",
 }

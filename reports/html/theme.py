@@ -95,8 +95,9 @@ def titled(text: str) -> dict[str, Any]:
 
 
 def layout(*, height: int, **more: Any) -> dict[str, Any]:
-    """The layout that all figures share, with what one adds to it."""
+    """The layout that all figures share, with what one adds; with `showlegend` the page itself lists the traces."""
     return {
+        "template": "none",
         "height": height,
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
@@ -107,14 +108,6 @@ def layout(*, height: int, **more: Any) -> dict[str, Any]:
             "bordercolor": variable("line"),
             "font": {"family": FONT, "size": 13, "color": variable("ink")},
             "align": "left",
-        },
-        "legend": {
-            "orientation": "h",
-            "yanchor": "bottom",
-            "y": 1.02,
-            "xanchor": "left",
-            "x": 0,
-            "font": {"size": 12, "color": variable("muted")},
         },
         "showlegend": False,
         "dragmode": False,

@@ -13,25 +13,48 @@ from optplan.reports.html.text import gib, plain
 BAND = 0.01
 """The band that is drawn around equality: 1 %."""
 
+_TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
 
 
 def scatter(rows: Sequence[AccuracyRow]) -> Figure:
     """Predicted peaks against measured ones on logarithmic axes, with equality and the band around it."""
-    models = list(dict.fromkeys(row.model for row in rows))
+    kinds = list(dict.fromkeys(row.precision for row in rows))
     sizes = [gib(size) for row in rows for size in (row.measured_peak_bytes, row.predicted_peak_bytes or 0) if size]
     low, high = min(sizes) * 0.85, max(sizes) * 1.15
     return Figure(
-        data=[*_band(low, high), *(_points(rows, model, index) for index, model in enumerate(models))],
+        data=[*_band(low, high), *(_points(rows, kind, index) for index, kind in enumerate(kinds))],
         layout=theme.layout(
-            height=560,
+            height=520,
             showlegend=True,
             hovermode="closest",
             margin={"l": 8, "r": 16, "t": 8, "b": 8},
-            legend={"orientation": "h", "y": -0.16, "yanchor": "top", "x": 0,
-                    "font": {"size": 12, "color": theme.variable("muted")}},
             xaxis=_axis("GiB measured, peak allocated"),
             yaxis=_axis("GiB predicted"),
+        ),
+    )  # fmt: skip
+
+
+def residuals(rows: Sequence[AccuracyRow]) -> Figure:
+    """The errors against the measured size: where the band is wide enough to be seen."""
+    kinds = list(dict.fromkeys(row.precision for row in rows))
+    traces = []
+    for index, kind in enumerate(kinds):
+        trace = _points(rows, kind, index)
+        trace.y = [100 * (row.peak_error or 0) for row in rows if row.precision == kind and row.peak_error is not None]
+        traces.append(trace)
+    return Figure(
+        data=traces,
+        layout=theme.layout(
+            height=360,
+            showlegend=True,
+            hovermode="closest",
+            xaxis=_axis("GiB measured, peak allocated"),
+            yaxis=theme.axis(title=theme.titled("% error"), zerolinewidth=2),
+            shapes=[{
+                "type": "rect", "xref": "paper", "x0": 0, "x1": 1, "y0": -100 * BAND, "y1": 100 * BAND,
+                "fillcolor": theme.variable("good-soft"), "line": {"width": 0}, "layer": "below",
+            }],
         ),
     )  # fmt: skip
 
@@ -55,7 +78,7 @@ def error_boxes(groups: dict[str, list[float]], *, what: str) -> Figure:
             for name, errors in reversed(groups.items())
         ],
         layout=theme.layout(
-            height=90 + 34 * len(groups),
+            height=80 + 26 * len(groups),
             margin={"l": 8, "r": 16, "t": 12, "b": 8},
             xaxis=theme.axis(title=theme.titled(f"% error of the predicted {what}"), zerolinewidth=2),
             yaxis=theme.axis(tickfont={"color": theme.variable("ink"), "size": 12}),
@@ -69,8 +92,7 @@ def error_boxes(groups: dict[str, list[float]], *, what: str) -> Figure:
 
 def _axis(title: str) -> dict[str, object]:
     return theme.axis(
-        type="log", title=theme.titled(title), tickvals=[1, 2, 5, 10, 20, 50, 100], ticktext=["1", "2", "5", "10", "20",
-        "50", "100"], zeroline=False,
+        type="log", title=theme.titled(title), tickvals=list(_TICKS), ticktext=[f"{tick:g}" for tick in _TICKS], zeroline=False,
     )  # fmt: skip
 
 
@@ -88,23 +110,23 @@ def _band(low: float, high: float) -> list[Scatter]:
     ]  # fmt: skip
 
 
-def _points(rows: Sequence[AccuracyRow], model: str, index: int) -> Scatter:
-    mine = [row for row in rows if row.model == model and row.predicted_peak_bytes is not None]
+def _points(rows: Sequence[AccuracyRow], precision: str, index: int) -> Scatter:
+    mine = [row for row in rows if row.precision == precision and row.predicted_peak_bytes is not None]
     return Scatter(
-        name=plain(model),
+        name=plain(precision),
         x=[gib(row.measured_peak_bytes) for row in mine],
         y=[gib(row.predicted_peak_bytes or 0) for row in mine],
-        customdata=[[row.measured_peak_bytes, row.predicted_peak_bytes, plain(row.setting), row.peak_error]
+        customdata=[[row.measured_peak_bytes, row.predicted_peak_bytes, plain(f"{row.model}: {row.setting}"), row.peak_error]
                     for row in mine],
         mode="markers",
         marker={
             "size": 9,
             "color": theme.series(index),
-            "symbol": _SYMBOLS[index // len(theme.SERIES) % len(_SYMBOLS)],
+            "symbol": _SYMBOLS[index % len(_SYMBOLS)],
             "line": {"width": 1, "color": theme.variable("card")},
         },
         hovertemplate=(
-            "<b>%{fullData.name}</b><br>%{customdata[2]}<br>measured %{customdata[0]:,} bytes"
+            "%{customdata[2]}<br>measured %{customdata[0]:,} bytes"
             "<br>predicted %{customdata[1]:,} bytes<br>%{customdata[3]:+.3%}<extra></extra>"
         ),
     )  # fmt: skip

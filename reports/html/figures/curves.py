@@ -30,8 +30,6 @@ def loss_curves(curves: Sequence[Curve], *, title: str) -> Figure:
             showlegend=True,
             hovermode="closest",
             margin={"l": 8, "r": 16, "t": 8, "b": 8},
-            legend={"orientation": "h", "y": -0.18, "yanchor": "top", "x": 0,
-                    "font": {"size": 12, "color": theme.variable("muted")}},
             xaxis=theme.axis(title=theme.titled("steps")),
             yaxis=theme.axis(title=theme.titled(title)),
         ),

@@ -27,13 +27,11 @@ def memory_bar(categories: Mapping[Category, int], *, reserved_bytes: int | None
     return Figure(
         data=[Bar(**trace) for trace in traces],
         layout=theme.layout(
-            height=190,
+            height=140,
             barmode="stack",
             showlegend=True,
-            margin={"l": 8, "r": 24, "t": 64, "b": 8},
-            legend={"orientation": "h", "y": -0.45, "yanchor": "top", "x": 0, "traceorder": "normal",
-                    "font": {"size": 12, "color": theme.variable("muted")}},
-            xaxis=theme.axis(range=[0, gib(most) * 1.02], title=theme.titled("GiB"), showgrid=True),
+            margin={"l": 8, "r": 24, "t": 30, "b": 8},
+            xaxis=theme.axis(range=[0, gib(most) * 1.02], ticksuffix=" GiB"),
             yaxis=theme.axis(visible=False),
             shapes=[_limit(gpu.usable_bytes)],
             annotations=[_limit_label(gpu.usable_bytes, most)],
@@ -55,13 +53,11 @@ def optimizer_bars(rows: Sequence[Estimate], *, gpu: GpuRow, chosen: str | None)
     return Figure(
         data=[Bar(**trace) for trace in traces],
         layout=theme.layout(
-            height=96 + 26 * len(rows),
+            height=76 + 26 * len(rows),
             barmode="stack",
             bargap=0.34,
             showlegend=True,
-            margin={"l": 8, "r": 24, "t": 76, "b": 8},
-            legend={"orientation": "h", "y": 1.0, "yref": "container", "yanchor": "top", "x": 0,
-                    "traceorder": "normal", "font": {"size": 12, "color": theme.variable("muted")}},
+            margin={"l": 8, "r": 24, "t": 34, "b": 8},
             xaxis=theme.axis(range=[0, gib(most) * 1.04], title=theme.titled("GiB, allocated at the peak")),
             yaxis=theme.axis(tickvals=names, ticktext=bold, tickfont={"color": theme.variable("ink"), "size": 12}),
             shapes=[_limit(gpu.usable_bytes)],

@@ -54,7 +54,7 @@ def pareto(rows: Sequence[Estimate], *, gpu: GpuRow) -> Figure:
         layout=theme.layout(
             height=460,
             showlegend=True,
-            margin={"l": 8, "r": 40, "t": 44, "b": 8},
+            margin={"l": 8, "r": 40, "t": 12, "b": 8},
             xaxis=theme.axis(title=theme.titled("milliseconds a step"), rangemode="tozero"),
             yaxis=theme.axis(title=theme.titled("GiB, peak allocated"), rangemode="tozero"),
             shapes=[{

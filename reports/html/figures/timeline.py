@@ -28,15 +28,13 @@ def step_timeline(
     most = max(point.allocated_bytes for point in points)
     near = usable_bytes is not None and usable_bytes < 1.6 * most
     return Figure(
-        data=[*traces, _outline(points), _peak(peak)],
+        data=[*traces, _outline(points), _peak(peak, late=events.index(peak_event) > len(events) / 2)],
         layout=theme.layout(
-            height=440,
+            height=400,
             showlegend=True,
             hovermode="closest",
             hoverdistance=60,
-            margin={"l": 8, "r": 16, "t": 84, "b": 8},
-            legend={"orientation": "h", "y": 1.0, "yref": "container", "yanchor": "top", "x": 0,
-                    "traceorder": "normal", "font": {"size": 12, "color": theme.variable("muted")}},
+            margin={"l": 8, "r": 16, "t": 34, "b": 8},
             xaxis=theme.axis(title=theme.titled("allocations and frees, in their order"), showgrid=False),
             yaxis=theme.axis(title=theme.titled("GiB, allocated"), range=[0, gib(usable_bytes if near and usable_bytes
                              and usable_bytes > most else most) * 1.08]),
@@ -76,14 +74,14 @@ def _outline(points: Sequence[CurvePoint]) -> Scatter:
     )
 
 
-def _peak(point: CurvePoint) -> Scatter:
+def _peak(point: CurvePoint, *, late: bool) -> Scatter:
     return Scatter(
         name="peak",
         x=[point.event],
         y=[gib(point.allocated_bytes)],
         customdata=[[point.allocated_bytes, point.phase, plain(point.name)]],
         text=[f"peak {gib(point.allocated_bytes):.2f} GiB"],
-        textposition="top center",
+        textposition="top left" if late else "top right",
         textfont={"size": 12, "color": theme.variable("ink")},
         mode="markers+text",
         cliponaxis=False,
@@ -115,7 +113,7 @@ def _labels(phases: Sequence[PhaseSpan]) -> list[dict[str, Any]]:
             "yanchor": "bottom", "showarrow": False, "font": {"size": 12, "color": theme.variable("muted")},
         }
         for span in phases
-        if (span.last_event - span.first_event + 1) / whole > 0.06  # noqa: PLR2004
+        if (span.last_event - span.first_event + 1) / whole > 0.06
     ]  # fmt: skip
 
 

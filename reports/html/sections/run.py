@@ -34,7 +34,7 @@ def _configuration(report: EstimateReport, advice: Recommendation) -> Table:
         ["optimizer", f"{advice.optimizer}, implementation {advice.implementation}"],
         *([f"option {name}", str(value)] for name, value in advice.options.items()),
         ["precision", config.precision],
-        ["micro-batch", f"{config.batch_size} × {config.seq_len} tokens"],  # noqa: RUF001
+        ["micro-batch", f"{config.batch_size} × {config.seq_len} tokens"],
         ["accumulated micro-batches", str(config.grad_accum)],
         ["checkpointing", config.checkpointing],
         ["attention", config.attention],

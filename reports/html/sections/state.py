@@ -27,7 +27,7 @@ def state(report: EstimateReport, details: EstimateDetails) -> Section:
             Column("All", "bytes"),
         ],
         rows=[
-            [item.parameter or "(kept once)", item.state, " × ".join(map(str, item.shape)) or "scalar", item.dtype,  # noqa: RUF001
+            [item.parameter or "(kept once)", item.state, " × ".join(map(str, item.shape)) or "scalar", item.dtype,
              item.device, item.count, item.bytes_each, item.bytes]
             for item in details.state
         ],

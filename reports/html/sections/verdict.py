@@ -59,7 +59,9 @@ def _facts(report: EstimateReport, row: Estimate) -> Part:
     tone = {True: "good", False: "bad", None: ""}[row.fits]
     return Facts(
         [
-            Fact(f"peak allocated{f', in {row.peak_phase}' if row.peak_phase else ''}", row.peak_allocated_bytes, engine),
+            Fact(
+                f"peak allocated{f', in {row.peak_phase}' if row.peak_phase else ''}", row.peak_allocated_bytes, engine
+            ),
             Fact("headroom", row.headroom_bytes, f"usable less peak, {engine}", tone=tone),
             Fact("peak reserved", row.peak_reserved_bytes, f"allocator simulated, {engine}"),
             Fact("usable", report.gpu.usable_bytes, "GPU catalogue"),

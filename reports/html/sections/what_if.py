@@ -23,7 +23,7 @@ _LEAD = (
 def what_if(report: EstimateReport, grid: WhatIf) -> Section:
     """The section."""
     source = f"rules, one simulated step each, optplan {report.version}"
-    most = max(max(cell.usable_bytes for cell in grid.cells), max(cell.peak_allocated_bytes for cell in grid.cells))
+    most = max(max(cell.usable_bytes, cell.peak_allocated_bytes) for cell in grid.cells)
     table = Table(
         id="what-if-data",
         caption="All answers of the switches",

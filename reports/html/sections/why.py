@@ -109,7 +109,7 @@ def _savings(report: EstimateReport, rows: list[Estimate]) -> Drawing:
 
 def _is_lost(row: Estimate) -> bool:
     saving = row.saving_against_adamw
-    return saving is not None and saving.surviving is not None and saving.surviving < 0.5  # noqa: PLR2004
+    return saving is not None and saving.surviving is not None and saving.surviving < 0.5
 
 
 def _pareto(report: EstimateReport, rows: list[Estimate]) -> Drawing:

@@ -1,8 +1,8 @@
 "use strict";
 (() => {
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
-  const figures = read("figures");
-  const records = read("records");
+  const figures = read("optplan-figures");
+  const records = read("optplan-records");
   const status = document.getElementById("status");
   const drawn = new Set();
 
