@@ -183,15 +183,22 @@ def default_seq_len(model: ModelSpec) -> int:
 
 
 def default_attention(model: ModelSpec) -> str:
-    """What transformers takes when none is asked for: sdpa, or eager where scores are capped, which sdpa cannot do."""
-    return "sdpa" if model.config.get("attn_logit_softcapping") is None else "eager"
+    """What transformers takes when none is asked for: sdpa, or eager where it cannot: capped scores, ALiBi of Bloom."""
+    return "eager" if _lacks_sdpa(model) else "sdpa"
+
+
+def _lacks_sdpa(model: ModelSpec) -> bool:
+    """Whether transformers refuses sdpa for the model (`_supports_sdpa` of its class, 5.23)."""
+    return model.config.get("attn_logit_softcapping") is not None or model.model_type == "bloom"
 
 
 def _attention_note(model: ModelSpec) -> tuple[str, ...]:
-    if default_attention(model) == "sdpa":
+    if not _lacks_sdpa(model):
         return ()
-    capped = f"{model.name} caps its attention scores, which sdpa cannot"
-    return (f"{capped}: eager attention is taken, as transformers does",)
+    why = "adds ALiBi to" if model.model_type == "bloom" else "caps"
+    return (
+        f"{model.name} {why} its attention scores, which sdpa cannot: eager attention is taken, as transformers does",
+    )
 
 
 def _one_of(flag: str, value: object, allowed: Iterable[str]) -> None:

@@ -63,7 +63,9 @@ def build_model(spec: ModelSpec, options: StepOptions) -> Any:
         try:
             module = _built(cls, config, options)
         except (ValueError, ImportError) as error:
-            raise ConfigError(f"transformers cannot build {spec.name}: {' '.join(str(error).split())}") from None
+            raise ConfigError(
+                f"transformers cannot build {spec.name}: {' '.join(str(error).split()).split('. ')[0]}"
+            ) from None
     if options.attention == "flash":
         # Chosen afterwards, or transformers would look for the package.
         module.config._attn_implementation = flash.NAME
