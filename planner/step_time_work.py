@@ -1,0 +1,116 @@
+"""The work of one training step: operations of its matrix products, bytes of the tensors that it writes.
+
+Products are counted from the model's matrices, the rest from the step rules: every tensor that forward and backward
+allocate is written once and read a few times. What checkpointing computes again is on the rules' tape already; its
+products are added here.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from optplan.planner.models.spec import ModelSpec
+from optplan.planner.step.options import StepOptions
+from optplan.planner.step.program import Program
+from optplan.planner.timeline import Phase
+
+_NO_PRODUCT = {"token_embedding", "position_embedding", "norm", "bias"}
+_BIDIRECTIONAL = {"bert", "roberta", "vit", "t5"}
+RECOMPUTED_SHARE = {"none": 0.0, "selective": 0.5, "full": 1.0, "full-reentrant": 1.0}
+"""Share of the layers whose forward runs twice."""
+
+
+class PhaseWork(msgspec.Struct, frozen=True):
+    """What one phase of one micro-step does on a GPU.
+
+    Attributes:
+        product_flops: Multiplications and additions of products with the model's matrices.
+        attention_flops: The same of queries with keys and of weights with values.
+        written_bytes: Bytes of all tensors that it allocates.
+        num_tensors: How many tensors it allocates.
+        num_layers: Layers that it runs through.
+        num_recomputed_layers: Layers whose forward it runs again.
+        rotates: Whether positions are encoded by rotation, which takes many small operations.
+    """
+
+    product_flops: float
+    attention_flops: float
+    written_bytes: float
+    num_tensors: int
+    num_layers: int
+    num_recomputed_layers: float
+    rotates: bool
+
+
+class StepWork(msgspec.Struct, frozen=True):
+    """Forward and backward of one micro-step."""
+
+    forward: PhaseWork
+    backward: PhaseWork
+
+
+def product_flops(spec: ModelSpec, *, num_tokens: int) -> float:
+    """Operations of the forward's products with the model's matrices; of experts, those that a token visits."""
+    chosen = spec.config.get("num_experts_per_tok")
+    experts = spec.config.get("num_local_experts") or spec.config.get("num_experts")
+    share = chosen / experts if chosen and experts else 1.0
+    numel = 0.0
+    for parameter in spec.parameters:
+        if parameter.role not in _NO_PRODUCT and len(parameter.shape) > 1:
+            numel += parameter.numel * (share if parameter.module == "experts" else 1.0)
+    return 2.0 * num_tokens * numel
+
+
+def attention_flops(spec: ModelSpec, options: StepOptions) -> float:
+    """Operations of the forward's attention; a fused causal kernel leaves the upper triangle out."""
+    width = sum(p.heads.num_query_heads * p.heads.head_dim for p in spec.parameters if p.heads and len(p.shape) > 1)
+    full = 4.0 * options.batch_size * options.seq_len**2 * width
+    halved = options.attention != "eager" and spec.model_type not in _BIDIRECTIONAL and not options.padding_mask
+    return full / 2 if halved else full
+
+
+def step_work(spec: ModelSpec, options: StepOptions, program: Program) -> StepWork:
+    """The work of forward and backward of one micro-step.
+
+    Args:
+        spec: The model.
+        options: How the step is run.
+        program: The forward and backward that the rules recorded for them.
+    """
+    products = product_flops(spec, num_tokens=options.batch_size * options.seq_len)
+    attention = attention_flops(spec, options)
+    again = RECOMPUTED_SHARE[options.checkpointing]
+    num_layers, rotates = _num_layers(program), any(name.startswith("rotary") for name in spec.config)
+    return StepWork(
+        PhaseWork(products, attention, *_tensors(program, "forward"), num_layers, 0.0, rotates),
+        PhaseWork(
+            (2 + again) * products,
+            (2.5 + again) * attention,
+            *_tensors(program, "backward"),
+            num_layers,
+            again * num_layers,
+            rotates,
+        ),
+    )
+
+
+def _num_layers(program: Program) -> int:
+    segments = program.tape.segments
+    return sum(
+        segments[index].phase == "forward" and segments[index].layer is not None for index, _ in program.stretches()
+    )
+
+
+def _tensors(program: Program, phase: Phase) -> tuple[float, int]:
+    """Bytes and number of the tensors that a phase allocates in the whole model."""
+    tape, written, count = program.tape, 0, 0
+    starts = [segment.first_id - 1 for segment in tape.segments] + [len(tape.records)]
+    sums: dict[int, tuple[int, int]] = {}
+    for index, _ in program.stretches():
+        if tape.segments[index].phase != phase:
+            continue
+        if index not in sums:
+            records = tape.records[starts[index] : starts[index + 1]]
+            sums[index] = (sum(record.num_bytes for record in records), len(records))
+        written, count = written + sums[index][0], count + sums[index][1]
+    return float(written), count
