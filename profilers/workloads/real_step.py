@@ -18,8 +18,14 @@ from optplan.profilers.workloads.catalogue import model_class_and_config, quiet
 from optplan.profilers.workloads.real_optimizers import build_optimizer
 
 _AUTOCAST = {"amp": torch.bfloat16, "fp16-amp": torch.float16}
-_CHECKPOINTING = {"full": {"use_reentrant": False}, "full-reentrant": {"use_reentrant": True}}
-_UNSUPPORTED: dict[str, tuple[object, ...]] = {"sharding": ("none",), "checkpointing": ("none", *_CHECKPOINTING)}
+_CHECKPOINTING: dict[str, dict[str, Any]] = {
+    "full": {"gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    "full-reentrant": {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    "selective": {"gradient_checkpointing_kwargs": {"use_reentrant": False}, "every_n_layers": 2},
+}
+_SUPPORTED: dict[str, tuple[object, ...]] = {
+    "sharding": ("none",), "step_in_backward": (False,), "fused_loss": ("none", "liger"),
+}  # fmt: skip
 _STANDARD_DEVIATION = 0.02
 
 
@@ -45,10 +51,10 @@ def build_real_step(
     Raises:
         ConfigError: A setting, the model or the optimizer cannot be run here.
     """
-    for name, allowed in _UNSUPPORTED.items():
+    for name, allowed in _SUPPORTED.items():
         if getattr(config, name) not in allowed:
-            listed = ", ".join(map(str, allowed))
-            raise ConfigError(f"--{name} {getattr(config, name)} cannot be profiled in this version; allowed: {listed}")
+            flag, listed = name.replace("_", "-"), ", ".join(map(str, allowed))
+            raise ConfigError(f"--{flag} {getattr(config, name)} cannot be profiled in this version; allowed: {listed}")
     torch.manual_seed(seed)
     model = build_real_model(spec, config, device)
     inputs = _inputs(model, config, device)
@@ -69,15 +75,37 @@ def build_real_model(spec: ModelSpec, config: StepConfig, device: torch.device) 
         try:
             model = cls._from_config(settings, attn_implementation=_attention(config.attention), dtype=dtype)
         except (ValueError, ImportError) as error:
-            raise ConfigError(f"transformers cannot build {spec.name}: {' '.join(str(error).split())}") from None
+            sentence = " ".join(str(error).split()).split(". ")[0]
+            raise ConfigError(f"transformers cannot build {spec.name}: {sentence}") from None
         model.tie_weights()
     model.to(device)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, _STANDARD_DEVIATION)
     if config.checkpointing != "none":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=_CHECKPOINTING[config.checkpointing])
+        _enable_checkpointing(model, config.checkpointing)
+    if config.fused_loss == "liger":
+        _fuse_loss(model)
     return model.train()
+
+
+def _enable_checkpointing(model: Any, kind: str) -> None:
+    try:
+        model.gradient_checkpointing_enable(**_CHECKPOINTING[kind])
+    except TypeError:
+        raise ConfigError(
+            f"--checkpointing {kind} needs a transformers whose gradient_checkpointing_enable takes every_n_layers"
+        ) from None
+
+
+def _fuse_loss(model: Any) -> None:
+    """Liger's loss in the place of the model's own, and none of its other kernels."""
+    try:
+        from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
+    except ImportError:
+        raise ConfigError("--fused-loss liger needs the package liger-kernel, which is not installed") from None
+    others = dict.fromkeys(("rope", "rms_norm", "swiglu", "geglu", "cross_entropy"), False)
+    _apply_liger_kernel_to_instance(model, **others, fused_linear_cross_entropy=True)
 
 
 def _attention(name: str) -> str:
@@ -92,7 +120,11 @@ def _inputs(model: Any, config: StepConfig, device: torch.device) -> dict[str, t
         images = torch.randn(shape, device=device, dtype=model.dtype)
         return {"pixel_values": images, "labels": torch.randint(0, settings.num_labels, (batch,), device=device)}
     tokens = torch.randint(0, settings.get_text_config().vocab_size, (batch, config.seq_len), device=device)
-    return {"input_ids": tokens, "labels": tokens}
+    inputs = {"input_ids": tokens, "labels": tokens}
+    if config.padding_mask:
+        inputs["attention_mask"] = torch.ones_like(tokens)
+        inputs["attention_mask"][:, -max(1, config.seq_len // 8) :] = 0
+    return inputs
 
 
 class _Step:
@@ -124,6 +156,7 @@ class _Step:
                 loss: torch.Tensor = self._model(**self._inputs).loss
             scaled: torch.Tensor = self._scaler.scale(loss) if self._scaler else loss
             scaled.backward()  # type: ignore[no-untyped-call]
+        self._clip()
         if self._masters:
             self._step_masters()
         elif self._scaler:
@@ -131,9 +164,24 @@ class _Step:
             self._scaler.update()
         else:
             self._optimizer.step()
-        for parameter in self._trained:
-            parameter.grad = None
+        self._end_gradients()
+        if self._config.empty_cache and self._device.type == "cuda":
+            torch.cuda.empty_cache()
         return loss.detach()
+
+    def _clip(self) -> None:
+        if self._config.clip_grad_norm is None:
+            return
+        if self._scaler:
+            self._scaler.unscale_(self._optimizer)
+        nn.utils.clip_grad_norm_(self._trained, self._config.clip_grad_norm)
+
+    def _end_gradients(self) -> None:
+        for parameter in self._trained:
+            if self._config.keep_grads and parameter.grad is not None:
+                parameter.grad.zero_()
+            else:
+                parameter.grad = None
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self._device.type, self._autocast) if self._autocast else contextlib.nullcontext()

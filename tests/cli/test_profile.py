@@ -59,6 +59,25 @@ def test_a_step_on_the_cpu(
     assert record.time is not None and record.time.num_steps == 2
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--grad-accum", "2", "--clip-grad-norm", "1.0"],
+        ["--keep-grads", "--padding-mask", "--empty-cache"],
+        ["--checkpointing", "full"],
+        ["--checkpointing", "full-reentrant"],
+        ["--precision", "amp", "--attention", "eager"],
+        ["--precision", "mixed"],
+    ],
+    ids=" ".join,
+)
+def test_the_options_of_a_step(config: str, capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
+    assert run(app, ["profile", "-m", config, *ON_CPU, "--steps", "4", "--json", *options]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert all(loss > 0 for loss in record["losses"])
+    assert record["losses"][-1] < record["losses"][0]
+
+
 def test_the_terminal_says_what_the_cpu_cannot_tell(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(app, ["profile", "-m", config, *ON_CPU, "--steps", "4"]) == 0
     text = capsys.readouterr().out
@@ -73,7 +92,7 @@ def test_the_terminal_says_what_the_cpu_cannot_tell(config: str, capsys: pytest.
         (["--device", "tpu"], "--device 'tpu' is not known; allowed: cpu, cuda, cuda:0, cuda:1 ..."),
         (["-o", "lion"], "lion (pytorch_optimizer) cannot be run by the profiler; allowed: "),
         (["-o", "adamv"], "unknown optimizer 'adamv'; nearest: adamw"),
-        (["--checkpointing", "selective"], "--checkpointing selective cannot be profiled in this version; allowed: "),
+        (["--step-in-backward"], "--step-in-backward True cannot be profiled in this version; allowed: False"),
         (["--out", "none/step.json.gz"], "cannot write 'none/step.json.gz': No such file or directory; "),
     ],
 )
