@@ -1,0 +1,132 @@
+"""Measured steps on a GPU: nothing that is measured changes, and running out of memory is a result."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from optplan.planner.measurement import Measurement
+from optplan.profilers.live.command import profile
+from optplan.profilers.live.profile import LiveProfile
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+STEP: dict[str, Any] = {"batch_size": 2, "seq_len": 512}
+
+
+def _mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Sequential(nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512)) for _ in range(4))
+    ).cuda()
+
+
+def _train(model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int) -> list[float]:
+    losses = []
+    generator = torch.Generator(device="cuda").manual_seed(1)
+    for _ in range(steps):
+        loss = model(torch.randn(256, 512, device="cuda", generator=generator)).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_losses_and_peak_are_those_of_a_loop_nobody_watches() -> None:
+    found = []
+    for watched in (False, True):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        model = _mlp()
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        profile_ = LiveProfile(model, optimizer)
+        if watched:
+            with profile_.observing():
+                losses = _train(model, optimizer, steps=6)
+        else:
+            losses = _train(model, optimizer, steps=6)
+        found.append((losses, torch.cuda.max_memory_allocated() - before))
+        del model, optimizer, profile_
+    assert found[0] == found[1]
+
+
+def test_the_recorded_step_adds_up_to_torch_s_own_counters() -> None:
+    model = _mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    live = LiveProfile(model, optimizer)
+    with live.observing():
+        _train(model, optimizer, steps=2)
+        torch.cuda.reset_peak_memory_stats()
+        _train(model, optimizer, steps=1)
+        live.finish_step()
+        peak, now = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+    assert live.history is not None and live.first_difference is None
+    assert max(live.history.allocated) == peak
+    assert live.history.allocated[-1] == now
+    unexplained = [tensor for tensor in live.history.resident if tensor.category == "unexplained"]
+    assert sum(tensor.bytes for tensor in unexplained) < 2**20
+
+
+def test_every_phase_and_category_of_a_catalogue_model() -> None:
+    record = profile("gpt2", optimizer="adamw", num_steps=6, **STEP)
+    assert set(record.phases) >= {"forward", "backward", "step"}
+    assert record.peak_categories.get("unexplained", 0) < 2**20
+    assert record.time is not None and record.time.num_steps == 3
+    assert record.time.optimizer_copy_fraction is not None and 0 < record.time.optimizer_copy_fraction < 1.2
+    assert record.device_bytes is not None and record.peak_reserved_bytes is not None
+    assert record.device_bytes > record.peak_reserved_bytes
+
+
+def _starved(fraction_bytes: int, **step: Any) -> Measurement:
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_reserved() + fraction_bytes) / total))
+    try:
+        return profile("gpt2", optimizer="adamw", options=["implementation=foreach"], num_steps=4, **{**STEP, **step})
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize(
+    ("allowed_bytes", "step", "phases"),
+    [
+        (100 * 2**20, {}, {"load"}),
+        (1200 * 2**20, {"batch_size": 16}, {"forward"}),
+        (900 * 2**20, {"batch_size": 1, "seq_len": 128}, {"step"}),
+    ],
+)
+def test_running_out_of_memory_is_a_result(allowed_bytes: int, step: dict[str, Any], phases: set[str]) -> None:
+    record = _starved(allowed_bytes, **step)
+    assert record.out_of_memory is not None
+    assert record.out_of_memory.phase in phases
+    assert "out of memory" in record.out_of_memory.message
+    if record.history is not None:
+        assert record.out_of_memory.requested_bytes
+
+
+HOG = "import torch, sys; x = torch.empty(2**30, dtype=torch.uint8, device='cuda'); print('there', flush=True); input()"
+
+
+def test_memory_of_another_process_is_told_and_not_counted() -> None:
+    alone = profile("gpt2", optimizer="sgd", num_steps=3, **STEP)
+    torch.cuda.empty_cache()
+    with subprocess.Popen([sys.executable, "-c", HOG], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdin is not None
+        other.stdout.readline()
+        beside = profile("gpt2", optimizer="sgd", num_steps=3, **STEP)
+        other.stdin.close()
+    assert alone.environment.other_processes_bytes is not None and beside.environment.other_processes_bytes is not None
+    assert beside.environment.other_processes_bytes - alone.environment.other_processes_bytes >= 2**30
+    assert alone.device_bytes is not None and beside.device_bytes is not None
+    assert abs(beside.device_bytes - alone.device_bytes) < 2**28
