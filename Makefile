@@ -1,7 +1,7 @@
 # One target an activity; `make check` is what CI runs after the README's own commands.
 PYTHON ?= python
 
-.PHONY: check format lint types layers test docs wheel clean
+.PHONY: check format lint types layers test docs examples wheel clean
 
 check: lint types layers test wheel
 
@@ -27,6 +27,9 @@ test:
 
 docs:
 	$(PYTHON) .ci/write_docs.py
+
+examples:
+	$(PYTHON) .ci/example_pages.py
 
 wheel:
 	$(PYTHON) .ci/test_wheel.py

@@ -35,6 +35,7 @@ COMMANDS = (
     "validate",
     "compare",
     "show",
+    "report",
     "models",
     "gpus",
     "optimizers",

@@ -16,6 +16,7 @@ from optplan.commands.optimizers import optimizers
 from optplan.commands.profile import profile
 from optplan.commands.published import published
 from optplan.commands.replay import replay
+from optplan.commands.report import report
 from optplan.commands.show import show
 from optplan.commands.timeline import timeline
 from optplan.commands.validate import validate
@@ -37,6 +38,7 @@ for command in (
     validate,
     compare,
     show,
+    report,
     models,
     gpus,
     optimizers,

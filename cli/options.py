@@ -84,4 +84,10 @@ AllocConf = Annotated[
 ]
 Steps = Annotated[int, _count("--steps", help="Steps to run: the third is recorded, those after it are timed.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Html = Annotated[
+    str | None, typer.Option("--html", metavar="FILE", help="Also write the answer as one self-contained HTML page.")
+]
+Markdown = Annotated[
+    str | None, typer.Option("--md", metavar="FILE", help="Also write the answer as Markdown, for issues and reviews.")
+]
 Filter = Annotated[str | None, typer.Option("--filter", "-f", help="Show only rows that contain this text.")]

@@ -31,6 +31,36 @@ def print_terminal(render: Callable[[Any, Console], None], record: object) -> No
     _deliver(lambda: render(record, make_console(sys.stdout)))
 
 
+def check_targets(*paths: str | None) -> None:
+    """Refuse early the files that could not be written in the end.
+
+    Raises:
+        OptplanError: A folder is missing or may not be written.
+    """
+    from optplan.planner.record_files import check_target
+
+    for path in paths:
+        if path is not None:
+            check_target(path)
+
+
+def write_page(path: str | None, make: Callable[[], str]) -> None:
+    """Write a document where a file is asked for, and say so on stderr.
+
+    Raises:
+        OptplanError: It cannot be written; what was there before still is.
+    """
+    if path is None:
+        return
+    from pathlib import Path
+
+    from optplan.planner.errors import printable
+    from optplan.planner.record_files import write_atomically
+
+    write_atomically(Path(path), make().encode())
+    print(f"wrote {printable(path)}", file=sys.stderr)
+
+
 def import_torch_part(name: str) -> Any:
     """Import a part of optplan that needs torch.
 

@@ -20,6 +20,8 @@ def estimate(
     optimizer: options.Optimizers = None,
     settings: options.Settings = None,
     per_tensor: Annotated[bool, typer.Option("--per-tensor", help="List the state of every parameter.")] = False,
+    html: options.Html = None,
+    md: options.Markdown = None,
     json: options.Json = False,
 ) -> None:
     """Estimate a training step's memory by optimizer.
@@ -27,6 +29,7 @@ def estimate(
     Prints whether it fits, what to run and why, and for each optimizer its state, its peak and what is left of the GPU.
     The exit status is 0 if something fits, 1 if nothing does, 2 for bad input.
     """
+    output.check_targets(html, md)
     report = _report(model, optimizer=optimizer or None, options=settings, per_tensor=per_tensor, **step)
     if json:
         output.print_json(report)
@@ -34,8 +37,23 @@ def estimate(
         from optplan.reports.terminal.estimate import render_estimate
 
         output.print_terminal(render_estimate, report)
+    output.write_page(html, lambda: _page(report, model))
+    output.write_page(md, lambda: _markdown(report))
     if report.estimates and all(row.fits is False for row in report.estimates):
         raise typer.Exit(1)
+
+
+def _page(report: EstimateReport, model: str) -> str:
+    from optplan.planner.estimate_details import details_of
+    from optplan.reports.html.estimate_page import estimate_page
+
+    return estimate_page(report, details_of(report, model=model))
+
+
+def _markdown(report: EstimateReport) -> str:
+    from optplan.reports.markdown.estimate import estimate_markdown
+
+    return estimate_markdown(report)
 
 
 def _report(model: str, **request: Any) -> EstimateReport:

@@ -35,6 +35,8 @@ def profile(
     steps: options.Steps = 8,
     device: Annotated[str, typer.Option(help="Where to run: cuda, cuda:1 ..., or cpu.")] = "cuda",
     out: Annotated[str | None, typer.Option(metavar="FILE", help="Save the record here, compressed.")] = None,
+    html: options.Html = None,
+    md: options.Markdown = None,
     json: options.Json = False,
 ) -> None:
     """Run a real training step on this machine and measure it.
@@ -44,10 +46,9 @@ def profile(
     first optimizer that it steps is followed; --model then only names its model. The exit status is 0 if the step ran,
     1 if the memory did not suffice (the record says where), 2 for bad input.
     """
-    from optplan.planner.record_files import check_target, save_record
+    from optplan.planner.record_files import save_record
 
-    if out is not None:
-        check_target(out)
+    output.check_targets(out, html, md)
     # The command line switches it off for its own short life; a training loop needs it.
     gc.enable()
     if script is not None:
@@ -63,6 +64,8 @@ def profile(
     _show(record, json=json)
     if out is not None:
         save_record(record, out)
+    output.write_page(html, lambda: _page(record))
+    output.write_page(md, lambda: _markdown(record))
     if record.out_of_memory is not None:
         raise typer.Exit(1)
     if any(note.startswith("interrupted") for note in record.notes):
@@ -90,3 +93,15 @@ def _show(record: Measurement, *, json: bool) -> None:
         from optplan.reports.terminal.measurement import render_measurement
 
         output.print_terminal(render_measurement, record)
+
+
+def _page(record: Measurement) -> str:
+    from optplan.reports.html.documents import record_page
+
+    return record_page(record)
+
+
+def _markdown(record: Measurement) -> str:
+    from optplan.reports.markdown.documents import record_markdown
+
+    return record_markdown(record)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from optplan import options, output
 
+if TYPE_CHECKING:
+    from optplan.planner.record_files import Record
+
 
 def show(
     record: Annotated[str, typer.Argument(metavar="RECORD", help="File that --json, --out or profile have written.")],
+    html: options.Html = None,
+    md: options.Markdown = None,
     json: options.Json = False,
 ) -> None:
     """Show a saved record.
@@ -20,6 +25,7 @@ def show(
     from optplan.planner.measurement import Measurement
     from optplan.planner.record_files import load_record
 
+    output.check_targets(html, md)
     loaded = load_record(record)
     if json:
         output.print_json(loaded)
@@ -31,3 +37,17 @@ def show(
         from optplan.reports.terminal.estimate import render_estimate
 
         output.print_terminal(render_estimate, loaded)
+    output.write_page(html, lambda: _page(loaded))
+    output.write_page(md, lambda: _markdown(loaded))
+
+
+def _page(record: Record) -> str:
+    from optplan.reports.html.documents import record_page
+
+    return record_page(record)
+
+
+def _markdown(record: Record) -> str:
+    from optplan.reports.markdown.documents import record_markdown
+
+    return record_markdown(record)

@@ -28,8 +28,8 @@ def accuracy_page(report: AccuracyReport) -> str:
 def _about(report: AccuracyReport) -> Section:
     sentences = [
         "Measured: peak allocated and reserved bytes of a steady step, as torch's allocator counts them.",
-        "Predicted: the step rules and a simulation of torch's allocator, from the model's configuration alone; nothing is"
-        " fitted to these records.",
+        "Predicted: the step rules and a simulation of torch's allocator, from the model's configuration alone; nothing"
+        " is fitted to these records.",
         "Error: predicted over measured, less one. Where cached blocks of one size tie, the addresses that the driver"
         " chose decide how much is reserved, which nobody can know beforehand.",
         "Families without step rules have no predicted peak and no error.",

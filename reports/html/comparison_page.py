@@ -53,7 +53,7 @@ def _page(record: Comparison, sides: Sequence[Side]) -> str:
             f" {config.seq_len} tokens · checkpointing {config.checkpointing} · {config.attention} attention",
             headline=_headline(record, sides),
             tone="",
-            lead=_lead(record, sides),
+            lead=_lead(sides),
             sections=[section for section in sections if section is not None],
             records={"comparison": record},
         )
@@ -78,7 +78,7 @@ def _headline(record: Comparison, sides: Sequence[Side]) -> str:
     return f"{base.model}: the peaks are {by} apart"
 
 
-def _lead(record: Comparison, sides: Sequence[Side]) -> str:
+def _lead(sides: Sequence[Side]) -> str:
     named = [f"{side.label} {format_gib(side.peak_allocated_bytes, digits=3)}" for side in sides
              if side.peak_allocated_bytes is not None]  # fmt: skip
     return f"Peak allocated: {', '.join(named)}." if named else ""

@@ -92,7 +92,8 @@ def error_boxes(groups: dict[str, list[float]], *, what: str) -> Figure:
 
 def _axis(title: str) -> dict[str, object]:
     return theme.axis(
-        type="log", title=theme.titled(title), tickvals=list(_TICKS), ticktext=[f"{tick:g}" for tick in _TICKS], zeroline=False,
+        type="log", title=theme.titled(title), tickvals=list(_TICKS),
+        ticktext=[f"{tick:g}" for tick in _TICKS], zeroline=False,
     )  # fmt: skip
 
 
@@ -116,8 +117,8 @@ def _points(rows: Sequence[AccuracyRow], precision: str, index: int) -> Scatter:
         name=plain(precision),
         x=[gib(row.measured_peak_bytes) for row in mine],
         y=[gib(row.predicted_peak_bytes or 0) for row in mine],
-        customdata=[[row.measured_peak_bytes, row.predicted_peak_bytes, plain(f"{row.model}: {row.setting}"), row.peak_error]
-                    for row in mine],
+        customdata=[[row.measured_peak_bytes, row.predicted_peak_bytes, plain(f"{row.model}: {row.setting}"),
+                     row.peak_error] for row in mine],
         mode="markers",
         marker={
             "size": 9,

@@ -142,13 +142,13 @@ def _drawing(record: Comparison, rows: Sequence[ComparedRow], group: Group) -> D
     return Drawing(
         id=f"by-{group}",
         title=SECTION_TITLES[group],
-        summary=_largest(record, rows),
+        summary=_largest(rows),
         figure=compared_bars(record, rows),
         table=_table(record, rows, id_=f"by-{group}-data", caption=SECTION_TITLES[group]),
     )
 
 
-def _largest(record: Comparison, rows: Sequence[ComparedRow]) -> str:
+def _largest(rows: Sequence[ComparedRow]) -> str:
     found = max(rows, key=lambda row: max(abs(difference or 0) for difference in row.differences))
     size = max(abs(difference or 0) for difference in found.differences)
     name = ROW_NAMES.get(found.name, found.name)
