@@ -41,6 +41,7 @@ class StepOptions(msgspec.Struct, frozen=True, kw_only=True):
         keep_grads: Whether `zero_grad` keeps the gradients' memory (`set_to_none=False`).
         padding_mask: Whether the model is given a padding mask that hides some tokens.
         compute_capability: Of the GPU; it decides the attention kernel and the size of cuBLAS' workspaces.
+        stored_dtype: Dtype of the parameters that are sharded, where it is not that of the parameters used.
         sm_count: Multiprocessors of the GPU; they decide how some sums are split, a matter of a few MiB. By compute
             capability if None.
     """
@@ -57,6 +58,7 @@ class StepOptions(msgspec.Struct, frozen=True, kw_only=True):
     padding_mask: bool = False
     compute_capability: tuple[int, int] = HOPPER
     sm_count: int | None = None
+    stored_dtype: Dtype | None = None
 
     @property
     def parameter_dtype(self) -> Dtype:

@@ -43,6 +43,10 @@ class LayerPlan(NamedTuple):
         """Layers of the model that are not recorded."""
         return self.period * (self.repeats - 1)
 
+    def in_model(self, layer: int) -> int:
+        """Number in the model of a recorded layer, the first of those that it stands for."""
+        return layer if layer < self.first + self.period else layer + self.skipped
+
     def repeating(self, layer: int | None) -> bool:
         """Whether a recorded layer stands for several."""
         return layer is not None and self.first <= layer < self.first + self.period

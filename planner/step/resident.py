@@ -8,7 +8,9 @@ from math import prod
 from optplan.planner.allocator import ROUNDING
 from optplan.planner.dtypes import ITEMSIZE_BYTES
 from optplan.planner.models.spec import ModelSpec
+from optplan.planner.sharding.base import Strategy
 from optplan.planner.step.options import HOPPER, StepOptions
+from optplan.planner.step.view import model_view
 from optplan.planner.step.vocabulary import INDEX_BYTES
 from optplan.planner.timeline import Category, TimelineBuilder
 from optplan.planner.units import KIB, MIB, round_up
@@ -17,23 +19,28 @@ _HOPPER_WORKSPACE, _WORKSPACE = 32 * MIB, 2 * 4096 * KIB + 8 * 16 * KIB
 _LT_WORKSPACE = MIB
 
 
-def write_load(timeline: TimelineBuilder, spec: ModelSpec, options: StepOptions) -> None:
-    """Append, in phase load, everything resident but for the optimizer's.
+def write_load(
+    timeline: TimelineBuilder, spec: ModelSpec, options: StepOptions, strategy: Strategy | None = None
+) -> None:
+    """Append, in phase load, everything resident but for the optimizer's and what the strategy replaces later.
 
     Parameters and buffers come in the order in which moving the model to the GPU places them.
     """
     timeline.phase = "load"
-    for name, num_bytes in model_tensors(spec, options):
+    for name, num_bytes in model_tensors(spec, options, strategy):
         timeline.alloc(num_bytes, "parameters", name)
     for name, num_bytes, category in surroundings(spec, options):
         timeline.alloc(num_bytes, category, name)
 
 
-def model_tensors(spec: ModelSpec, options: StepOptions) -> Iterator[tuple[str, int]]:
+def model_tensors(spec: ModelSpec, options: StepOptions, strategy: Strategy | None = None) -> Iterator[tuple[str, int]]:
     """Name and bytes of each parameter (tied aliases left out), then of each buffer."""
     dtype = options.parameter_dtype
-    for parameter in spec.unique_parameters:
-        yield parameter.name, parameter.numel * ITEMSIZE_BYTES[dtype]
+    if strategy is None:
+        for parameter in spec.unique_parameters:
+            yield parameter.name, parameter.numel * ITEMSIZE_BYTES[dtype]
+    else:
+        yield from strategy.parameters(model_view(spec, options))
     for buffer in spec.buffers:
         yield buffer.name, buffer.numel * ITEMSIZE_BYTES[buffer.dtype or dtype]
 
@@ -72,17 +79,23 @@ def _adds_bias(spec: ModelSpec) -> bool:
     return any(p.role == "bias" and p.module in ("linear", "conv1d") for p in spec.parameters)
 
 
-def gradient_tensors(spec: ModelSpec, options: StepOptions) -> Iterator[tuple[str, int]]:
-    """Name and bytes of each parameter's gradient."""
+def gradient_tensors(
+    spec: ModelSpec, options: StepOptions, strategy: Strategy | None = None
+) -> Iterator[tuple[str, int]]:
+    """Name and bytes of each gradient: one a parameter, unless the strategy has it otherwise."""
+    if strategy is not None:
+        return strategy.gradients(model_view(spec, options))
     itemsize = ITEMSIZE_BYTES[options.parameter_dtype]
     return ((parameter.name, parameter.numel * itemsize) for parameter in spec.unique_parameters)
 
 
-def surrounding_use(spec: ModelSpec, options: StepOptions) -> dict[Category, int]:
+def surrounding_use(spec: ModelSpec, options: StepOptions, strategy: Strategy | None = None) -> dict[Category, int]:
     """Rounded bytes by category of the surroundings and of gradients that exist before the forward."""
     use: dict[Category, int] = {}
     for _, num_bytes, category in surroundings(spec, options):
         use[category] = use.get(category, 0) + round_up(num_bytes, ROUNDING)
     if options.has_gradients:
-        use["gradients"] = sum(round_up(num_bytes, ROUNDING) for _, num_bytes in gradient_tensors(spec, options))
+        use["gradients"] = sum(
+            round_up(num_bytes, ROUNDING) for _, num_bytes in gradient_tensors(spec, options, strategy)
+        )
     return use

@@ -12,13 +12,16 @@ import msgspec
 
 from optplan.planner.errors import ConfigError, unknown
 from optplan.planner.models.spec import ModelSpec
+from optplan.planner.sharding.base import Strategy
 from optplan.planner.step.attention import WIDEST_FUSED_HEAD
 from optplan.planner.step.families import FAMILIES
+from optplan.planner.step.hooks import StepHooks
 from optplan.planner.step.operations import ACTIVATIONS
 from optplan.planner.step.options import StepOptions, check_options
 from optplan.planner.step.program import CATEGORIES, LayerPlan, Program, plan_layers
 from optplan.planner.step.resident import gradient_tensors, surrounding_use, write_load
 from optplan.planner.step.tape import Tape
+from optplan.planner.step.view import model_view
 from optplan.planner.timeline import Category, TimelineBuilder
 
 __all__ = [
@@ -137,19 +140,24 @@ def head_width(config: dict[str, Any]) -> int:
     return int(config[names[0]] // config[names[1]])
 
 
-def record_step(spec: ModelSpec, options: StepOptions, *, compressed: bool = True) -> Program:
+def record_step(
+    spec: ModelSpec, options: StepOptions, *, compressed: bool = True, strategy: Strategy | None = None
+) -> Program:
     """Forward and backward of the last micro-step, recorded.
 
     Args:
         spec: The model.
         options: How the step is run.
         compressed: Whether layers that are alike are recorded once; otherwise every layer is.
+        strategy: How the work is divided among GPUs, if it is.
 
     Raises:
         ConfigError: The family has no step rules, or the options do not suit it.
     """
     check_step(spec, options)
     family = FAMILIES[spec.model_type]
+    kinds = family.layer_kinds(spec, options)
+    plan = plan_layers(kinds) if compressed else LayerPlan(0, 0, 1, len(kinds))
     tape = Tape(
         resident_threads=options.resident_threads,
         parameter_dtype=options.parameter_dtype,
@@ -157,14 +165,20 @@ def record_step(spec: ModelSpec, options: StepOptions, *, compressed: bool = Tru
         keeps_gradients=options.has_gradients,
         drops_gradients=options.step_in_backward,
         has_one_token=options.seq_len == 1,
+        hooks=None if strategy is None else _hooks(spec, options, plan, strategy),
     )
-    kinds = family.layer_kinds(spec, options)
-    plan = plan_layers(kinds) if compressed else LayerPlan(0, 0, 1, len(kinds))
     tape.backward(family.model(tape, family.config(spec), plan.recorded_kinds(kinds), options).loss())
     return Program(tape, plan, family.namer(spec))
 
 
-def write_forward_backward(timeline: TimelineBuilder, spec: ModelSpec, options: StepOptions) -> dict[str, int]:
+def _hooks(spec: ModelSpec, options: StepOptions, plan: LayerPlan, strategy: Strategy) -> StepHooks:
+    view = model_view(spec, options)
+    return strategy.hooks(view, lambda layer: view.layer_name(plan.in_model(layer)), accumulates=options.has_gradients)
+
+
+def write_forward_backward(
+    timeline: TimelineBuilder, spec: ModelSpec, options: StepOptions, strategy: Strategy | None = None
+) -> dict[str, int]:
     """Append the forward and backward of the last micro-step.
 
     Gradients that exist before are appended first, in the timeline's current phase.
@@ -175,24 +189,24 @@ def write_forward_backward(timeline: TimelineBuilder, spec: ModelSpec, options: 
     Raises:
         ConfigError: The family has no step rules, or the options do not suit it.
     """
-    program = record_step(spec, options)
+    program = record_step(spec, options, strategy=strategy)
     kept = {
         name: timeline.alloc(num_bytes, "gradients", f"{name} gradient")
-        for name, num_bytes in gradient_tensors(spec, options)
+        for name, num_bytes in gradient_tensors(spec, options, strategy)
         if options.has_gradients
     }
     made = program.write(timeline)
     return kept or {p.name: made[p.name] for p in spec.unique_parameters if p.name in made}
 
 
-def step_memory(spec: ModelSpec, options: StepOptions) -> StepMemory:
+def step_memory(spec: ModelSpec, options: StepOptions, strategy: Strategy | None = None) -> StepMemory:
     """Peaks of forward and backward, quickly: those that the timeline of `write_forward_backward` replays to.
 
     Raises:
         ConfigError: The family has no step rules, or the options do not suit it.
     """
-    use = record_step(spec, options).use()
-    base = surrounding_use(spec, options)
+    use = record_step(spec, options, strategy=strategy).use()
+    base = surrounding_use(spec, options, strategy)
     return StepMemory(
         forward=_sum(base, use["forward"].peak),
         backward=_sum(base, use["backward"].peak),

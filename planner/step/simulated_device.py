@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -57,6 +57,7 @@ class SimulatedDevice:
         self._settings = settings
         self._allocator = make_allocator(settings)
         self._kept: list[tuple[str, Category, int]] = []
+        self._held: list[tuple[str, Category, Any]] = []
         self._segments: list[tuple[Sequence[SimulatedEvent], list[int]]] = []
         self._num_earlier_gradients = 0
         self._blocks: dict[int, Any] = {}
@@ -68,8 +69,10 @@ class SimulatedDevice:
     def copy(self) -> SimulatedDevice:
         """A device in the same state, between two parts of a step."""
         other = SimulatedDevice(self._settings)
-        other._allocator, twins = copy_of(self._allocator, filter(None, self._gradients))
+        held = [block for _, _, block in self._held]
+        other._allocator, twins = copy_of(self._allocator, filter(None, [*self._gradients, *held]))
         other._kept = list(self._kept)
+        other._held = [(name, category, twins[block]) for name, category, block in self._held]
         other._gradients = [block and twins[block] for block in self._gradients]
         return other
 
@@ -83,6 +86,16 @@ class SimulatedDevice:
         block = self._allocator.alloc(num_bytes)
         if block is not None:
             self._kept.append((name, category, block.size))
+
+    def hold(self, tensors: Iterable[tuple[str, int, Category]]) -> None:
+        """Allocate what lives until it is replaced; each with its name, bytes and category."""
+        self._held += [(name, category, self._allocator.alloc(num_bytes)) for name, num_bytes, category in tensors]
+
+    def free_held(self, count: int) -> None:
+        """Free the first `count` of what is held."""
+        for _, _, block in self._held[:count]:
+            self._allocator.free(block)
+        del self._held[:count]
 
     def set_aside(self) -> None:
         """Keep the gradients, all that a micro-step leaves, to the end of the step; the ids to come may be the same."""
@@ -141,15 +154,19 @@ class SimulatedDevice:
 
     def _in_use(self) -> dict[Category, int]:
         total: dict[Category, int] = {}
-        for _, category, size in self._kept:
+        for _, category, size in self._lasting():
             total[category] = total.get(category, 0) + size
         return total | {"gradients": sum(block.size for block in self._gradients if block is not None)}
+
+    def _lasting(self) -> list[tuple[str, Category, int]]:
+        """What outlives the step, with the bytes of its blocks."""
+        return [*self._kept, *((name, category, block.size) for name, category, block in self._held)]
 
     def history(self) -> StepHistory:
         """The measured step event by event."""
         earlier = [block for block in self._gradients[: self._num_earlier_gradients] if block is not None]
         kept = [LiveTensor("gradient that is there already", "gradients", block.size) for block in earlier]
-        resident = [*(LiveTensor(*tensor) for tensor in self._kept), *kept]
+        resident = [*(LiveTensor(*tensor) for tensor in self._lasting()), *kept]
         allocated, events, base = self._segments[0][1][:1], [], len(resident)
         for segment, history in self._segments:
             events += [_named(event, base) for event in segment]

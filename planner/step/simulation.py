@@ -15,11 +15,13 @@ import msgspec
 
 from optplan.planner.allocator_settings import AllocatorSettings
 from optplan.planner.models.spec import ModelSpec
+from optplan.planner.sharding.base import Resident, Strategy
 from optplan.planner.step.clipping import write_clipping
 from optplan.planner.step.options import StepOptions
 from optplan.planner.step.resident import write_load
 from optplan.planner.step.rules import write_forward_backward
 from optplan.planner.step.simulated_device import KEPT, SimulatedDevice, SimulatedEvent, SimulatedStep
+from optplan.planner.step.view import model_view
 from optplan.planner.step_history import StepHistory
 from optplan.planner.timeline import Allocation, Category, Timeline, TimelineBuilder
 
@@ -54,6 +56,8 @@ class StepSimulator:
         clips: bool = False,
         empties_cache: bool = False,
         settings: AllocatorSettings = AllocatorSettings(),  # noqa: B008
+        strategy: Strategy | None = None,
+        cached: Sequence[int] = (),
     ) -> None:
         """Prepare what the optimizers share.
 
@@ -64,13 +68,18 @@ class StepSimulator:
             clips: Whether the gradients' norm is clipped before the optimizer's step.
             empties_cache: Whether the cached blocks are given back after every step.
             settings: Those of torch's allocator.
+            strategy: How the work is divided among GPUs, if it is.
+            cached: Bytes of what the process had allocated, in this order, and freed before the model is loaded.
         """
         self._options, self._empties_cache = options, empties_cache
+        self._strategy = strategy
+        self._kept, self._rebuilt = ([], []) if strategy is None else _kept(spec, options, strategy)
         self._workspaces: list[Allocation] = []
         self._start = SimulatedDevice(settings)
+        self._start.run(_freed(cached))
         self._load(spec, master_bytes)
-        self._first, self._gradients = _micro_step(spec, options, has_gradients=False)
-        self._last = _micro_step(spec, options, has_gradients=True)[0] if options.has_gradients else []
+        self._first, self._gradients = _micro_step(spec, options, strategy, has_gradients=False)
+        self._last = _micro_step(spec, options, strategy, has_gradients=True)[0] if options.has_gradients else []
         self._clip = _clip_events(spec, options) if clips else []
         if not options.step_in_backward:
             # Until its first step() no optimizer has allocated anything, so that all start from here.
@@ -78,7 +87,7 @@ class StepSimulator:
 
     def _load(self, spec: ModelSpec, master_bytes: Sequence[int]) -> None:
         load = TimelineBuilder()
-        write_load(load, spec, self._options)
+        write_load(load, spec, self._options, self._strategy)
         for num_bytes in master_bytes:
             load.alloc(num_bytes, "master_weights", "master weight")
         for event in load.events:
@@ -87,6 +96,7 @@ class StepSimulator:
                 self._workspaces.append(event)
             else:
                 self._start.keep(event.bytes, event.category, event.name)
+        self._start.hold(self._kept)
 
     def _run_first_step(self) -> None:
         self._start.run(_with_workspaces(self._first, self._workspaces))
@@ -119,6 +129,8 @@ class StepSimulator:
             device.clear()
         if self._empties_cache:
             device.empty_cache()
+        if self._rebuilt:
+            self._run_second_step(device, optimizer)
         if self._options.grad_accum > 1:
             device.run(self._last if self._options.keep_grads else self._first)
             device.set_aside()
@@ -128,6 +140,16 @@ class StepSimulator:
             device.measure(self._clip, "clip")
         device.measure(optimizer, "step")
         return device
+
+    def _run_second_step(self, device: SimulatedDevice, optimizer: Sequence[SimulatedEvent]) -> None:
+        """A step in which the strategy replaces what it keeps."""
+        device.hold(self._rebuilt)
+        device.run(self._last or self._first)
+        device.set_aside()
+        device.free_held(len(self._kept))
+        device.run([*self._clip, *optimizer])
+        if not self._options.keep_grads:
+            device.clear()
 
     def simulate_in_backward(self, steps: Mapping[str, ParameterStep]) -> SimulatedStep:
         """The steady step with an optimizer that takes each parameter's step when its gradient is there.
@@ -153,13 +175,25 @@ class StepSimulator:
 
 
 def _micro_step(
-    spec: ModelSpec, options: StepOptions, *, has_gradients: bool
+    spec: ModelSpec, options: StepOptions, strategy: Strategy | None, *, has_gradients: bool
 ) -> tuple[list[SimulatedEvent], dict[str, int]]:
     """Forward and backward of a micro-step that makes the gradients or adds to them, and the gradients' ids by name."""
     timeline = TimelineBuilder("load")
     options = msgspec.structs.replace(options, grad_accum=2 if has_gradients else 1, keep_grads=False)
-    gradients = write_forward_backward(timeline, spec, options)
+    gradients = write_forward_backward(timeline, spec, options, strategy)
     return _events([event for event in timeline.events if event.phase != "load"]), gradients
+
+
+def _freed(sizes: Sequence[int]) -> list[SimulatedEvent]:
+    """Allocations of these sizes, and then their ends."""
+    made = [SimulatedEvent(id_, size, "unexplained", "load", "freed") for id_, size in enumerate(sizes, start=1)]
+    return made + [event._replace(id=-event.id) for event in made]
+
+
+def _kept(spec: ModelSpec, options: StepOptions, strategy: Strategy) -> tuple[list[Resident], list[Resident]]:
+    """What the strategy keeps at first, and what it replaces that with in the second step."""
+    view = model_view(spec, options)
+    return list(strategy.kept(view)), list(strategy.rebuilt(view))
 
 
 def _clip_events(spec: ModelSpec, options: StepOptions) -> list[SimulatedEvent]:

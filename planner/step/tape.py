@@ -305,10 +305,19 @@ class Tape:
         if self.hooks.takes_gradient(self, key, storage):
             return ()
         if not self._keeps_gradients:
-            self.gradients[key] = storage.id
-            if not self._drops_gradients:
-                self._kept_gradients.append(storage)
+            self.keep_gradient(key, storage)
         return ()
+
+    def keep_gradient(self, key: tuple[int | None, str], storage: Storage) -> None:
+        """Note where the gradient called `key` lies, and let it live on unless it is used up at once."""
+        self.gradients[key] = storage.id
+        if not self._drops_gradients:
+            self._kept_gradients.append(storage)
+
+    @property
+    def is_recomputing(self) -> bool:
+        """Whether the forward of a checkpoint is being run again."""
+        return self._recomputing is not None
 
     def _unpack(self, node: Node) -> list[Storage | None]:
         """The node's part of a checkpoint, recomputed if it is the first to ask; empty outside checkpoints."""
