@@ -78,7 +78,7 @@ class EventDifference(msgspec.Struct, frozen=True):
 
 
 class TensorDifference(msgspec.Struct, frozen=True):
-    """Bytes at the peak under one name, where the sides differ: one value a side, None without a history."""
+    """Bytes at the peak that one module has, where the sides differ: one value a side, None without a history."""
 
     name: str
     category: Category
@@ -179,7 +179,9 @@ def _event_differences(sides: Sequence[Side], reference: int) -> list[EventDiffe
 
 
 def _first_difference(base: StepHistory, other: StepHistory, side: int) -> EventDifference | None:
-    """The first place where the signed sizes of the two steps differ."""
+    """The first place where the signed sizes of the two steps differ; what follows a step counts if both have it."""
+    if not (_has_zero(base) and _has_zero(other)):
+        base, other = _without_zero(base), _without_zero(other)
     theirs, ours = _signed(base), _signed(other)
     same = next(
         (index for index, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), min(len(theirs), len(ours))
@@ -187,6 +189,16 @@ def _first_difference(base: StepHistory, other: StepHistory, side: int) -> Event
     if same == len(theirs) == len(ours):
         return None
     return EventDifference(side, same + 1, same, _in_words(base, same), _in_words(other, same))
+
+
+def _has_zero(history: StepHistory) -> bool:
+    return any(event.phase == "zero" for event in history.events)
+
+
+def _without_zero(history: StepHistory) -> StepHistory:
+    """The events up to the end of the optimizer's step: rules end there."""
+    events = [event for event in history.events if event.phase != "zero"]
+    return msgspec.structs.replace(history, events=events)
 
 
 def _signed(history: StepHistory) -> list[int]:
@@ -236,6 +248,16 @@ def _spread(values: Sequence[int | None]) -> int:
     return max(known) - min(known)
 
 
+def place_of(name: str) -> str:
+    """The module that a tensor belongs to, which rules, traces and measurements name alike; the name's first word.
+
+    A rule says `model.layers.0.mlp.act_fn output`, a trace `... mul`, a measurement `... forward`; what belongs to a
+    parameter is named after it.
+    """
+    word = name.split(" ", 1)[0]
+    return word.removesuffix(".weight").removesuffix(".bias")
+
+
 def _by_name(history: StepHistory) -> dict[tuple[Category, str], int]:
     total: dict[tuple[Category, str], int] = {}
     for tensor in history.alive(history.peak_event):
@@ -245,7 +267,7 @@ def _by_name(history: StepHistory) -> dict[tuple[Category, str], int]:
 
 
 def _key(tensor: LiveTensor) -> tuple[Category, str]:
-    return tensor.category, tensor.name
+    return tensor.category, place_of(tensor.name)
 
 
 def _notes(sides: Sequence[Side], reference: int) -> list[str]:

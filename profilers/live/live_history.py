@@ -121,4 +121,5 @@ def _scope(mark: Mark) -> Owner:
     if mark.phase == "zero":
         return Owner(UNEXPLAINED, "between two steps")
     category: Category = "logits_and_loss" if mark.in_loss else "activations"
-    return Owner(category, f"{mark.path or 'outside the model'} {mark.phase}")
+    place = mark.path or ("loss" if mark.in_loss else "model")
+    return Owner(category, f"{place} {mark.phase}")

@@ -116,7 +116,8 @@ class _Run:
         self._device = device
         self._progress = progress
         self._num_steps = num_steps
-        self._losses: list[torch.Tensor] = []
+        self._losses: torch.Tensor | None = None
+        self._num_taken = 0
 
     def train(self, build: Callable[[], RealStep]) -> None:
         """Build and take the steps; running out of memory ends them quietly."""
@@ -140,12 +141,15 @@ class _Run:
 
     def losses(self) -> list[float]:
         """The loss of every step."""
-        return [float(loss) for loss in self._losses]
+        return [] if self._losses is None else self._losses[: self._num_taken].tolist()
 
     def _take_steps(self, step: RealStep, profile: LiveProfile) -> None:
+        self._losses = losses = torch.zeros(self._num_steps, device=self._device)
         for index in range(self._num_steps):
             self._progress(f"step {index + 1} of {self._num_steps}")
-            self._losses.append(step.take())
+            # Copied, so that no loss outlives its step.
+            losses[index].copy_(step.take())
+            self._num_taken = index + 1
             if index == profile.recorded_step:
                 profile.finish_step()
 

@@ -114,7 +114,7 @@ def _print_tensors(record: Comparison, console: Console, glyphs: Glyphs) -> None
         return
     console.print()
     table = Table(box=glyphs.box, pad_edge=False, show_edge=False, header_style="bold")
-    table.add_column("Largest differences by name at the peak", overflow="fold")
+    table.add_column("Largest differences by module at the peak", overflow="fold")
     table.add_column("Category", no_wrap=True)
     for side in record.sides:
         table.add_column(printable(side.label), justify="right", overflow="fold")
