@@ -56,7 +56,7 @@ FITTED = (
     ("host", "seconds_per_tensor", 4.8e-6, 0.02),
     ("overlap", "exponent", 3.6, 0.05),
 )
-"""Coefficients, where the search starts, and how strongly it is kept there: few records say little of products alone."""
+"""Coefficients, where the search starts, and how strongly it is kept there: few records tell products from moves."""
 
 
 class Case(NamedTuple):
