@@ -1,0 +1,387 @@
+"""The pages in a real browser: nothing is fetched, every figure holds the record's numbers, all can be reached."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+
+import optplan
+from optplan.planner.estimate_details import details_of
+from optplan.planner.measurement import Measurement
+from optplan.planner.record_files import load_record
+from optplan.planner.records import EstimateReport
+from optplan.reports.html.comparison_page import measurement_page
+from optplan.reports.html.documents import load_runs
+from optplan.reports.html.estimate_page import estimate_page
+from optplan.reports.html.training_page import training_page
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORD = ROOT / "docs" / "examples" / "h200_step.json.gz"
+HOSTILE = "</script><img src=x onerror=alert(1)>"
+GIB = 2**30
+
+Visit = Any
+"""An opened page: `page`, `complaints`, `requests`, `draw_all`."""
+Open = Callable[..., Visit]
+
+
+@pytest.fixture(scope="module")
+def report() -> EstimateReport:
+    return optplan.estimate("gpt2", gpu="rtx-4090-24g", batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory, report: EstimateReport) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("pages")
+    runs = ROOT / "benchmarks" / "records" / "h200_training.jsonl"
+    texts = {
+        "estimate": estimate_page(report, details_of(report)),
+        "measurement": measurement_page(load_measurement()),
+        "training": training_page(load_runs(str(runs)), source="h200_training.jsonl"),
+    }
+    for name, text in texts.items():
+        (folder / f"{name}.html").write_text(text, encoding="utf-8")
+    return {name: folder / f"{name}.html" for name in texts}
+
+
+def load_measurement() -> Measurement:
+    record = load_record(RECORD)
+    assert isinstance(record, Measurement)
+    return record
+
+
+def traces(visit: Visit, id_: str) -> list[dict[str, Any]]:
+    read = "({name, meta, x, y, customdata, parents, values}) => ({name, meta, x, y, customdata, parents, values})"
+    found: list[dict[str, Any]] = visit.page.evaluate(f"(id) => document.getElementById(id).data.map({read})", id_)
+    return found
+
+
+NAMES = ("estimate", "measurement", "training")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_fetched_and_nothing_complains(name: str, pages: dict[str, Path], visit: Open) -> None:
+    seen = visit(pages[name])
+    seen.draw_all()
+    assert seen.complaints == []
+    assert seen.requests == [pages[name].as_uri()]
+    assert seen.page.evaluate("new Set([...document.querySelectorAll('[id]')].map((e) => e.id)).size") == (
+        seen.page.evaluate("document.querySelectorAll('[id]').length")
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(name: str, scheme: str, pages: dict[str, Path], visit: Open) -> None:
+    seen = visit(pages[name], color_scheme=scheme)
+    seen.draw_all()
+    seen.page.evaluate("document.querySelectorAll('details').forEach((details) => { details.open = true })")
+    found = Axe().run(seen.page, options={"resultTypes": ["violations"]}).response["violations"]
+    serious = [
+        (rule["id"], node["target"], node.get("failureSummary"))
+        for rule in found
+        if rule["impact"] in ("serious", "critical")
+        for node in rule["nodes"]
+    ]
+    assert serious == []
+
+
+def test_the_bars_hold_the_records_bytes(pages: dict[str, Path], visit: Open, report: EstimateReport) -> None:
+    seen = visit(pages["estimate"])
+    seen.draw_all()
+    drawn = {
+        (trace["meta"], name): size
+        for trace in traces(seen, "optimizers")
+        for name, size in zip(trace["y"], trace["customdata"], strict=True)
+        if size
+    }
+    expected = {
+        (category, row.optimizer): size
+        for row in report.estimates
+        for category, size in (row.peak_categories or {}).items()
+    }
+    assert drawn == expected
+    for trace in traces(seen, "optimizers"):
+        assert trace["x"] == pytest.approx([size / GIB for size in trace["customdata"]], abs=1e-6)
+
+
+def test_the_timeline_holds_the_steps_events(pages: dict[str, Path], visit: Open, report: EstimateReport) -> None:
+    details = details_of(report)
+    assert details is not None
+    assert details.curve is not None
+    seen = visit(pages["estimate"])
+    seen.draw_all()
+    outline = next(trace for trace in traces(seen, "timeline") if trace["name"] == "allocated")
+    assert outline["x"] == [point.event for point in details.curve.points]
+    assert [row[0] for row in outline["customdata"]] == [point.allocated_bytes for point in details.curve.points]
+    peak = next(trace for trace in traces(seen, "timeline") if trace["name"] == "peak")
+    assert peak["customdata"][0][0] == details.estimate.peak_allocated_bytes
+
+
+def test_the_treemap_adds_up_to_the_state(pages: dict[str, Path], visit: Open, report: EstimateReport) -> None:
+    seen = visit(pages["estimate"])
+    seen.draw_all()
+    (tiles,) = traces(seen, "state-map")
+    root = tiles["parents"].index("")
+    advice = report.recommendation
+    assert advice is not None
+    row = next(row for row in report.estimates if row.optimizer == advice.optimizer)
+    assert tiles["values"][root] == row.bytes.optimizer_state
+    children = [size for parent, size in zip(tiles["parents"], tiles["values"], strict=True) if parent == "state"]
+    assert sum(children) == row.bytes.optimizer_state
+
+
+def test_the_overlay_holds_both_timelines(pages: dict[str, Path], visit: Open) -> None:
+    record = load_measurement()
+    seen = visit(pages["measurement"])
+    seen.draw_all()
+    measured, predicted = traces(seen, "timelines")
+    assert max(row[0] for row in measured["customdata"]) == record.peak_allocated_bytes
+    (row,) = optplan.estimate(
+        record.model.name, gpu="h200-141g", optimizer="adamw", options={"implementation": "foreach"},
+        batch_size=2, seq_len=1024,
+    ).estimates  # fmt: skip
+    assert max(row[0] for row in predicted["customdata"]) == row.peak_allocated_bytes
+
+
+def test_the_switches_show_what_estimate_says(pages: dict[str, Path], visit: Open) -> None:
+    seen = visit(pages["estimate"])
+    axes = {
+        select.get_attribute("data-axis"): select.locator("option").all_text_contents()
+        for select in seen.page.locator("#switches select").all()
+    }
+    choose = random.Random(8)
+    for _ in range(6):
+        chosen = {axis: choose.choice(values) for axis, values in axes.items()}
+        for axis, value in chosen.items():
+            seen.page.select_option(f"#switch-{axis}", label=value)
+        (row,) = optplan.estimate(
+            "gpt2", gpu=chosen["gpu"], optimizer=chosen["optimizer"], batch_size=int(chosen["batch_size"]),
+            seq_len=int(chosen["seq_len"]), checkpointing=chosen["checkpointing"],
+        ).estimates  # fmt: skip
+        for field in ("peak_allocated_bytes", "peak_reserved_bytes", "headroom_bytes"):
+            shown = seen.page.locator(f"#switches [data-field={field}]")
+            assert shown.get_attribute("data-value") == str(getattr(row, field)), (chosen, field)
+            assert shown.text_content() == f"{getattr(row, field) / GIB:.2f}"
+        verb = "fits" if row.fits else "does not fit"
+        assert seen.page.text_content("#what-if-verdict") == f"{chosen['optimizer']} {verb} on {chosen['gpu']}"
+
+
+def test_the_command_of_a_switch_says_the_same(pages: dict[str, Path], visit: Open) -> None:
+    seen = visit(pages["estimate"])
+    seen.page.select_option("#switch-checkpointing", label="full")
+    command = seen.page.text_content("#what-if-command")
+    assert command is not None
+    assert command.startswith("optplan estimate --model gpt2 ")
+    result = subprocess.run(
+        [sys.executable, "-m", *command.split(), "--json"], capture_output=True, text=True, check=True
+    )
+    (row,) = json.loads(result.stdout)["estimates"]
+    shown = seen.page.get_attribute("#switches [data-field=peak_allocated_bytes]", "data-value")
+    assert shown == str(row["peak_allocated_bytes"])
+
+
+def test_the_keyboard_reaches_everything(pages: dict[str, Path], visit: Open) -> None:
+    page = visit(pages["estimate"]).page
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to the answer"
+    reachable = page.evaluate(
+        "[...document.querySelectorAll('a, button, select, summary, [tabindex=\"0\"]')]"
+        ".filter((e) => e.offsetParent !== null || e.className === 'skip').length"
+    )
+    reached = 0
+    for _ in range(reachable):
+        reached += page.evaluate(
+            "(() => { const e = document.activeElement, s = getComputedStyle(e);"
+            " return e !== document.body && s.outlineStyle !== 'none' ? 1 : 0 })()"
+        )
+        page.keyboard.press("Tab")
+    assert reached == reachable
+    page.focus("#switch-checkpointing")
+    page.keyboard.press("ArrowDown")
+    assert page.input_value("#switch-checkpointing") == "full"
+    page.focus("#optimizers ~ details summary")
+    page.keyboard.press("Enter")
+    assert page.is_visible("#optimizers-data")
+
+
+def test_a_hostile_name_is_text(visit: Open, tmp_path: Path, report: EstimateReport) -> None:
+    named = msgspec.structs.replace(report, model=msgspec.structs.replace(report.model, name=HOSTILE))
+    path = tmp_path / "estimate.html"
+    path.write_text(estimate_page(named, details_of(named, model="gpt2")), encoding="utf-8")
+    seen = visit(path)
+    seen.draw_all()
+    assert seen.complaints == []
+    assert seen.page.text_content("h1") == f"{HOSTILE} fits on rtx-4090-24g"
+    assert seen.page.locator("img").count() == 0
+    assert seen.page.title() == f"{HOSTILE} on rtx-4090-24g · optplan"
+
+
+def test_a_hostile_record_is_text(visit: Open, tmp_path: Path) -> None:
+    record = load_measurement()
+    assert record.history is not None
+    names = [HOSTILE, *record.history.names[1:]]
+    record = msgspec.structs.replace(
+        record,
+        model=msgspec.structs.replace(record.model, name=HOSTILE),
+        environment=msgspec.structs.replace(record.environment, driver=HOSTILE),
+        history=msgspec.structs.replace(record.history, names=names),
+    )
+    path = tmp_path / "measurement.html"
+    path.write_text(measurement_page(record), encoding="utf-8")
+    seen = visit(path)
+    seen.draw_all()
+    assert seen.complaints == []
+    assert seen.page.locator("img").count() == 0
+    assert HOSTILE in (seen.page.text_content("#environment") or "")
+    (measured,) = traces(seen, "timelines")
+    drawn = {row[2] for row in measured["customdata"]}
+    assert "&lt;/script&gt;&lt;img src=x onerror=alert(1)&gt;" in drawn or len(drawn) > 1
+
+
+def test_a_hostile_path_is_text(visit: Open, tmp_path: Path) -> None:
+    folder = tmp_path / "<img src=x onerror=alert(1)>"
+    folder.mkdir()
+    config = {"model_type": "gpt2", "vocab_size": 1000, "n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    (folder / "config.json").write_text(json.dumps(config | {"_name_or_path": HOSTILE}), encoding="utf-8")
+    html = tmp_path / "page.html"
+    command = ["estimate", "--model", str(folder / "config.json"), "--memory", "1GiB", "--html", str(html)]
+    subprocess.run([sys.executable, "-m", "optplan", *command], capture_output=True, check=True)
+    seen = visit(html)
+    seen.draw_all()
+    assert seen.complaints == []
+    assert seen.page.locator("img").count() == 0
+    assert "<img src=x onerror=alert(1)>" in (seen.page.text_content("#command") or "")
+
+
+MODELS = ("gpt2", "gpt2-medium", "llama-3.2-1b", "qwen2.5-0.5b", "smollm2-135m", "tinyllama-1.1b")
+GPUS = ("a100-40g", "h100-80g", "rtx-3090-24g", "l4-24g", "v100-16g")
+
+
+def random_configurations(count: int) -> list[dict[str, Any]]:
+    choose = random.Random(20)
+    return [
+        {
+            "model": choose.choice(MODELS),
+            "gpu": choose.choice(GPUS),
+            "optimizer": choose.sample(("adamw", "adam-mini", "micro-adam", "adafactor", "lion", "sgd"), 2),
+            "precision": choose.choice(("bf16", "fp32", "amp", "mixed")),
+            "batch_size": choose.choice((1, 2, 3, 8)),
+            "seq_len": choose.choice((128, 500, 1024)),
+            "checkpointing": choose.choice(("none", "full", "selective")),
+        }
+        for _ in range(count)
+    ]
+
+
+def test_bytes_in_the_page_are_those_of_the_json(visit: Open, tmp_path: Path) -> None:
+    for number, configuration in enumerate(random_configurations(10)):
+        report = optplan.estimate(configuration.pop("model"), **configuration)
+        path = tmp_path / f"{number}.html"
+        path.write_text(estimate_page(report), encoding="utf-8")
+        seen = visit(path)
+        shown = seen.page.evaluate(
+            "[...document.querySelectorAll('#optimizers-data tbody tr')].map((row) =>"
+            " [...row.cells].map((cell) => cell.dataset.value ?? cell.textContent))"
+        )
+        document = json.loads(msgspec.json.encode(report))
+        expected = [
+            [
+                row["optimizer"], row["implementation"], str(row["bytes"]["optimizer_state"]),
+                str(sum(row["bytes"].values())), str(row["peak_allocated_bytes"]), row["peak_phase"],
+                str(row["peak_reserved_bytes"]), str(row["headroom_bytes"]), str(row["max_batch_size"]),
+                "yes" if row["fits"] else "no",
+            ]
+            for row in document["estimates"]
+        ]  # fmt: skip
+        assert shown == expected
+        embedded = seen.page.evaluate("JSON.parse(document.getElementById('optplan-records').textContent).estimate")
+        assert embedded == document
+        seen.page.close()
+
+
+def test_csv_holds_exact_bytes(pages: dict[str, Path], visit: Open, report: EstimateReport) -> None:
+    page = visit(pages["estimate"], accept_downloads=True).page
+    page.click("#optimizers ~ details summary")
+    with page.expect_download() as saved:
+        page.click("[data-csv-table=optimizers-data]")
+    assert saved.value.suggested_filename == "optimizers-data.csv"
+    lines = Path(saved.value.path()).read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("Optimizer,Implementation,State (bytes),Resident (bytes),Peak allocated (bytes)")
+    first = report.estimates[0]
+    assert lines[1].split(",")[:3] == [first.optimizer, first.implementation, str(first.bytes.optimizer_state)]
+    assert len(lines) == 1 + len(report.estimates)
+
+
+def test_the_command_can_be_copied(pages: dict[str, Path], visit: Open, report: EstimateReport) -> None:
+    page = visit(pages["estimate"], permissions=["clipboard-read", "clipboard-write"]).page
+    page.click("[data-copy-text=command]")
+    assert report.recommendation is not None
+    assert page.evaluate("navigator.clipboard.readText()") == report.recommendation.command
+
+
+def test_figures_follow_the_colour_scheme(pages: dict[str, Path], visit: Open) -> None:
+    seen = visit(pages["estimate"])
+    seen.draw_all()
+    colour = "document.getElementById('optimizers').layout.font.color"
+    assert seen.page.evaluate(colour) == "#1b1d22"
+    seen.page.emulate_media(color_scheme="dark")
+    seen.page.wait_for_function(f"{colour} === '#eceae6'")
+    assert seen.complaints == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_phone_never_scrolls_sideways(name: str, pages: dict[str, Path], visit: Open) -> None:
+    seen = visit(pages[name], viewport={"width": 360, "height": 740}, is_mobile=True)
+    seen.draw_all()
+    assert seen.page.evaluate("document.documentElement.scrollWidth") == 360
+
+
+def test_print_shows_every_figure_and_no_controls(pages: dict[str, Path], visit: Open, tmp_path: Path) -> None:
+    seen = visit(pages["estimate"], color_scheme="dark")
+    seen.page.emulate_media(media="print")
+    seen.page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert seen.page.evaluate("document.getElementById('timeline').layout.font.color") == "#1b1d22"
+    assert not seen.page.is_visible("#switches")
+    assert not seen.page.is_visible("nav")
+    assert seen.page.is_visible("#optimizers")
+    assert seen.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+
+
+def test_motion_is_reduced_where_that_is_asked_for(pages: dict[str, Path], visit: Open) -> None:
+    page = visit(pages["training"], reduced_motion="reduce").page
+    assert page.evaluate("getComputedStyle(document.documentElement).scrollBehavior") == "auto"
+
+
+def test_the_page_is_there_within_a_second(pages: dict[str, Path], visit: Open) -> None:
+    times = []
+    for _ in range(3):
+        page = visit(pages["estimate"]).page
+        times.append(page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime"))
+    assert min(times) < 1000
+
+
+def test_the_command_takes_three_seconds_at_most(tmp_path: Path) -> None:
+    def seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(
+            [sys.executable, "-m", "optplan", "estimate", "--model", "llama-7b", "--gpu", "a100-40g", "--html",
+             str(tmp_path / "page.html")], check=True, capture_output=True, env=dict(os.environ),
+        )  # fmt: skip
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        # Processor time: wall time on an idle machine, whatever else runs on this one.
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(seconds() for _ in range(2)) <= 3
+    assert (tmp_path / "page.html").stat().st_size < 6_000_000
