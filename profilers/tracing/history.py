@@ -5,6 +5,8 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
+import msgspec
+
 from optplan.planner.allocator_choice import make_allocator
 from optplan.planner.allocator_settings import AllocatorSettings
 from optplan.planner.replay import LiveTensor
@@ -70,7 +72,7 @@ class _Replay:
             del self._alive[event.id]
             return
         before = allocator.allocated_bytes
-        self._blocks[event.id] = allocator.alloc(event.bytes)
+        self._blocks[event.id] = allocator.alloc(event.bytes, stream=event.stream)
         self._alive[event.id] = LiveTensor(event.name, event.category, allocator.allocated_bytes - before)
         self._reserved_bytes = max(self._reserved_bytes, allocator.reserved_bytes)
 
@@ -80,4 +82,4 @@ def _renamed(event: Event, ids: dict[int, int], num_resident: int) -> Event:
         return Free(ids.pop(event.id), event.phase)
     # The run's ids grow from event to event, and those before the step are taken by what it left.
     ids[event.id] = id_ = num_resident + event.id
-    return Allocation(id_, event.bytes, event.category, event.name, event.phase, event.itemsize)
+    return msgspec.structs.replace(event, id=id_)

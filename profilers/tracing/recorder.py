@@ -18,14 +18,17 @@ from optplan.planner.timeline import Allocation, Category, Free, Phase, Timeline
 class Entry:
     """One allocation; its category and name may be found out after it is made."""
 
-    __slots__ = ("category", "itemsize", "name", "num_bytes", "phase")
+    __slots__ = ("category", "itemsize", "name", "num_bytes", "phase", "stream")
 
-    def __init__(self, num_bytes: int, category: Category, name: str, phase: Phase, itemsize: int) -> None:
+    def __init__(
+        self, num_bytes: int, category: Category, name: str, phase: Phase, itemsize: int, stream: int = 0
+    ) -> None:
         self.num_bytes = num_bytes
         self.category = category
         self.name = name
         self.phase = phase
         self.itemsize = itemsize
+        self.stream = stream
 
 
 class _Watch(weakref.ref[torch.UntypedStorage]):
@@ -42,8 +45,7 @@ class Recorder:
         events: Ids in the order in which memory is allocated, negative where it ends.
         marks: Length of `events` at each name set by `mark`.
         phase: Phase of what happens now.
-        category: What memory allocated now is for, unless ownership says otherwise.
-        name: What makes it.
+        stream: Stream on which memory is allocated now, 0 for the one that computes.
     """
 
     def __init__(self) -> None:
@@ -51,12 +53,13 @@ class Recorder:
         self.events: list[int] = []
         self.phases: list[Phase] = []
         self.phase: Phase = "load"
+        self.stream = 0
         self._ids: dict[int, int] = {}
         self._watches: dict[int, _Watch] = {}
 
     def alloc(self, num_bytes: int, category: Category, name: str, *, itemsize: int = 1) -> int:
         """Record an allocation; its id."""
-        self.entries.append(Entry(num_bytes, category, name, self.phase, itemsize))
+        self.entries.append(Entry(num_bytes, category, name, self.phase, itemsize, self.stream))
         id_ = len(self.entries)
         self.events.append(id_)
         self.phases.append(self.phase)
@@ -94,6 +97,16 @@ class Recorder:
         storage = tensor.untyped_storage()
         self._ids[storage._cdata] = 0
         self._watch(storage, storage._cdata)
+
+    def resize(self, storage: torch.UntypedStorage, category: Category, name: str, *, itemsize: int = 1) -> None:
+        """Record that a storage of the simulated device has been given as many bytes as it has now."""
+        address = storage._cdata
+        if address not in self._ids:
+            self._watch(storage, address)
+        elif self._ids[address]:
+            self.free(self._ids[address])
+        num_bytes = storage.nbytes()
+        self._ids[address] = self.alloc(num_bytes, category, name, itemsize=itemsize) if num_bytes else 0
 
     def inherit(self, old: torch.Tensor, new: torch.Tensor) -> bool:
         """Let `new` take over the memory of `old`, which ends without a trace; False if `new` is known already."""
@@ -145,4 +158,4 @@ class Recorder:
 
 
 def _allocation(id_: int, entry: Entry) -> Allocation:
-    return Allocation(id_, entry.num_bytes, entry.category, entry.name, entry.phase, entry.itemsize)
+    return Allocation(id_, entry.num_bytes, entry.category, entry.name, entry.phase, entry.itemsize, entry.stream)

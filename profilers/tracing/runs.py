@@ -67,6 +67,8 @@ class Pieces(NamedTuple):
         steady: Micro-steps of a later step.
         clip: Gradient clipping.
         zero: The end of the gradients.
+        second: Micro-steps of the second step, where it is unlike the later ones.
+        early_zeros: The end of the gradients of the first and the second step, where they are not those of later ones.
     """
 
     load: Timeline
@@ -74,6 +76,16 @@ class Pieces(NamedTuple):
     steady: tuple[Timeline, ...]
     clip: Timeline
     zero: Timeline
+    second: tuple[Timeline, ...] = ()
+    early_zeros: tuple[Timeline, ...] = ()
+
+    def micro_steps(self, step: int) -> tuple[Timeline, ...]:
+        """Those of a step, counted from 0."""
+        return self.first if step == 0 else self.second if step == 1 and self.second else self.steady
+
+    def end(self, step: int) -> Timeline:
+        """The end of a step's gradients."""
+        return self.early_zeros[step] if step < len(self.early_zeros) else self.zero
 
 
 class SimulatedRun(msgspec.Struct, frozen=True):
@@ -110,7 +122,7 @@ def run_timeline(pieces: Pieces, optimizer: OptimizerPart, *, num_steps: int = N
         for event in piece:
             if isinstance(event, Allocation):
                 current[event.id] = id_ = len(timeline) + 1
-                timeline.append(Allocation(id_, event.bytes, event.category, event.name, event.phase, event.itemsize))
+                timeline.append(msgspec.structs.replace(event, id=id_))
             else:
                 timeline.append(Free(current.pop(event.id), event.phase))
         if piece is optimizer.steady:
@@ -121,9 +133,9 @@ def run_timeline(pieces: Pieces, optimizer: OptimizerPart, *, num_steps: int = N
 def run_pieces(pieces: Pieces, optimizer: OptimizerPart, *, num_steps: int = NUM_STEPS) -> Iterator[Timeline]:
     """The pieces in the order in which the run goes through them."""
     yield pieces.load
-    yield from (*pieces.first, pieces.clip, optimizer.first, pieces.zero)
-    for _ in range(num_steps - 1):
-        yield from (*pieces.steady, pieces.clip, optimizer.steady, pieces.zero)
+    for step in range(num_steps):
+        part = optimizer.steady if step else optimizer.first
+        yield from (*pieces.micro_steps(step), pieces.clip, part, pieces.end(step))
 
 
 def spliced(timeline: Timeline, ends: Mapping[int, OptimizerPart], *, is_first: bool = True) -> Timeline:
@@ -153,6 +165,7 @@ class _Event(NamedTuple):
     num_bytes: int
     category: Category
     phase: Phase
+    stream: int = 0
 
 
 _Events = Sequence[_Event]
@@ -178,8 +191,10 @@ class RunSimulator:
             empties_cache: Whether cached segments are given back after every step.
         """
         self._empties_cache = empties_cache
-        self._steady = [_compact(piece) for piece in (*pieces.steady, pieces.clip) if piece]
-        self._zero = _compact(pieces.zero)
+        self._second, self._steady = (
+            [_compact(piece) for piece in (*pieces.micro_steps(step), pieces.clip) if piece] for step in (1, 2)
+        )
+        self._zeros = [_compact(pieces.end(step)) for step in range(NUM_STEPS)]
         self._start = _Device(_allocator(settings or AllocatorSettings(), order))
         self._start.run(_compact(pieces.load))
         self._first_peak = 0
@@ -190,11 +205,12 @@ class RunSimulator:
         """The run with one optimizer."""
         device = self._start.copy()
         first_peak = max(self._first_peak, device.run(_compact(optimizer.first)))
-        device.run(self._zero)
+        device.run(self._zeros[0])
         self._end_step(device)
         step = _compact(optimizer.steady)
-        for _ in range(num_steps - 2):
-            for piece in (*self._steady, step, self._zero):
+        for number in range(1, num_steps - 1):
+            micro_steps = self._second if number == 1 else self._steady
+            for piece in (*micro_steps, step, self._zeros[min(number, 2)]):
                 device.run(piece)
             device.rename(optimizer.renewed)
             self._end_step(device)
@@ -231,7 +247,7 @@ class _Ascending:
 
 def _compact(timeline: Iterable[Allocation | Free]) -> _Events:
     return [
-        _Event(event.id, event.bytes, event.category, event.phase)
+        _Event(event.id, event.bytes, event.category, event.phase, event.stream)
         if isinstance(event, Allocation)
         else _Event(-event.id, 0, "workspace", event.phase)
         for event in timeline
@@ -264,9 +280,9 @@ class _Device:
         """Run events; the largest number of allocated bytes after one of them."""
         blocks, allocator = self._blocks, self._allocator
         alloc, free, most = allocator.alloc, allocator.free, allocator.allocated_bytes
-        for id_, num_bytes, category, _ in events:
+        for id_, num_bytes, category, _, stream in events:
             if id_ > 0:
-                blocks[id_] = (alloc(num_bytes), category)
+                blocks[id_] = (alloc(num_bytes, stream=stream), category)
                 most = max(most, allocator.allocated_bytes)
             else:
                 free(blocks.pop(-id_)[0])
@@ -281,9 +297,9 @@ class _Device:
         allocator, peaks = self._allocator, _Peaks(self._categories(), self._allocator.allocated_bytes)
         for piece in pieces:
             peaks.begin_piece(piece[0].phase if piece else "step")
-            for id_, num_bytes, category, phase in piece:
+            for id_, num_bytes, category, phase, stream in piece:
                 if id_ > 0:
-                    block = allocator.alloc(num_bytes)
+                    block = allocator.alloc(num_bytes, stream=stream)
                     self._blocks[id_] = (block, category)
                     peaks.change(phase, category, block.size if block else 0)
                 else:

@@ -91,13 +91,7 @@ class StepTracer:
     @contextmanager
     def tracing(self) -> Iterator[None]:
         """Record what is run within the context."""
-        tracer = Tracer(
-            self.recorder,
-            self._scopes,
-            capability=self._device.capability,
-            resident_threads=self._device.resident_threads,
-            hides_tokens=self._device.hides_tokens,
-        )
+        tracer = self._make_tracer()
         with ExitStack() as stack:
             stack.enter_context(cuda_environment())
             stack.enter_context(self.subject.context())
@@ -105,6 +99,15 @@ class StepTracer:
             stack.enter_context(self._scopes.following())
             stack.enter_context(tracer)
             yield
+
+    def _make_tracer(self) -> Tracer:
+        return Tracer(
+            self.recorder,
+            self._scopes,
+            capability=self._device.capability,
+            resident_threads=self._device.resident_threads,
+            hides_tokens=self._device.hides_tokens,
+        )
 
     def place(self) -> slice:
         """Place the module, its master weights and its inputs on the device."""
