@@ -1,7 +1,7 @@
 """An axolotl configuration in YAML.
 
-Source: axolotl 0.19.0, `utils/schemas/*.py`, `utils/config/__init__.py` and `core/builders/base.py`. With `bf16: full`
-it loads the model in bf16 and switches autocast off; with `bf16: true` it trains bf16 parameters under autocast.
+Source: axolotl 0.19.0, `utils/schemas/*.py`, `utils/config/__init__.py`, `core/builders/base.py`. With `bf16: true` it
+trains bf16 parameters under autocast; the `full` of its older versions is no longer accepted.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ def write(job: TrainingJob) -> Export:
     """
     _check(job)
     by_hand = ["name your own dataset under datasets"]
+    if job.config.precision == "bf16":
+        by_hand.append("axolotl trains its bf16 parameters under autocast, the estimate is of a step without it")
     fields: dict[str, Any] = {
         "base_model": job.model,
         "datasets": [{"path": "mhenrichsen/alpaca_2k_test", "type": "alpaca"}],
@@ -48,6 +50,8 @@ def write(job: TrainingJob) -> Export:
     if job.config.fused_loss == "liger":
         fields |= {"plugins": [_LIGER], "liger_fused_linear_cross_entropy": True}
     fields |= _sharding(job)
+    if "deepspeed" in fields:
+        by_hand.append("write ds_config.json beside it with --export deepspeed")
     by_hand += [*remarks, *hf_fields.common_remarks(job)]
     return Export(
         target=TARGET,
@@ -73,7 +77,7 @@ def _check(job: TrainingJob) -> None:
 def _precision(job: TrainingJob) -> dict[str, Any]:
     precision = job.config.precision
     if precision == "bf16":
-        return {"bf16": "full"}
+        return {"bf16": True}
     if precision == "fp32":
         return {"bf16": False, "fp16": False, "tf32": False}
     raise job.refuse(TARGET, f"it loads the model in 16 bits for autocast, which --precision {precision} is not",
@@ -107,7 +111,7 @@ def _optimizer(job: TrainingJob) -> tuple[dict[str, Any], list[str]]:
 def _sharding(job: TrainingJob) -> dict[str, Any]:
     sharding = job.config.sharding
     if sharding in ("zero1", "zero2"):
-        return {"deepspeed": f"deepspeed_configs/{sharding}.json"}
+        return {"deepspeed": "ds_config.json"}
     if sharding in ("fsdp2", "fsdp2-noreshard"):
         policy = {"reshard_after_forward": sharding == "fsdp2", "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
         return {"fsdp_version": 2, "fsdp_config": policy | {"offload_params": False}}

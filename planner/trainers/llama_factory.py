@@ -52,6 +52,8 @@ def write(job: TrainingJob) -> Export:
     if config.checkpointing == "none":
         fields.pop("use_reentrant_gc")
     by_hand += hf_fields.optimizer_remarks(job)
+    if "deepspeed" in fields:
+        by_hand.append("write ds_config.json beside it with --export deepspeed")
     start = "FORCE_TORCHRUN=1 " if config.gpus > 1 else ""
     return Export(
         target=TARGET,

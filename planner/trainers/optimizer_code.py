@@ -199,7 +199,7 @@ def _flash_adamw(job: TrainingJob) -> OptimizerCode:
     master = job.options["master"]
     if master == "auto" and job.config.precision != "bf16":
         master = "none"
-    bits = {
+    bits: dict[str, dict[str, Any]] = {
         "24bit": {"master_weight_bits": 24},
         "32bit": {"master_weight_bits": 32},
         "none": {"master_weight_bits": None},
