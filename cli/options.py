@@ -71,8 +71,17 @@ ClipGradNorm = Annotated[
 KeepGrads = Annotated[bool, typer.Option("--keep-grads", help="Keep the gradients' memory: zero_grad(False).")]
 PaddingMask = Annotated[bool, typer.Option("--padding-mask", help="Give the model a mask that hides padding.")]
 EmptyCache = Annotated[bool, typer.Option("--empty-cache", help="Call torch.cuda.empty_cache() after every step.")]
-Gpus = Annotated[int, _count("--gpus", help="Number of GPUs.")]
-Sharding = Annotated[str, typer.Option(help="Sharding strategy: none.")]
+Gpus = Annotated[int, _count("--gpus", help="Number of GPUs, of all nodes together.")]
+Nodes = Annotated[
+    int | None, _count("--nodes", help="Machines that the GPUs are spread over.", show_default="as few as hold them")
+]
+Sharding = Annotated[
+    str,
+    typer.Option(
+        help="How several GPUs divide the work: none, ddp, ddp-copies, zero1, zero1-deepspeed, zero2, zero3, fsdp2, "
+        "fsdp2-noreshard, fsdp2-hybrid or fsdp2-offload."
+    ),
+]
 Engine = Annotated[str, typer.Option(help="Where the step's timeline comes from: rules, or trace (needs torch).")]
 AllocConf = Annotated[
     str | None,

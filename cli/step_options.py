@@ -29,6 +29,7 @@ _OPTIONS: dict[str, tuple[Any, Any]] = {
     "padding_mask": (options.PaddingMask, False),
     "empty_cache": (options.EmptyCache, False),
     "gpus": (options.Gpus, 1),
+    "nodes": (options.Nodes, None),
     "sharding": (options.Sharding, "none"),
     "alloc_conf": (options.AllocConf, None),
     "engine": (options.Engine, "rules"),

@@ -9,10 +9,11 @@ from typing import Any
 import msgspec
 
 from optplan.planner.errors import ConfigError, shorten, unknown
-from optplan.planner.footprint import Footprint, optimizer_footprint
+from optplan.planner.footprint import Footprint
 from optplan.planner.optimizers.base import OptimizerContext, OptimizerModel
 from optplan.planner.optimizers.registry import OPTIMIZERS, build_optimizer, optimizer_ids
 from optplan.planner.request import StepRequest
+from optplan.planner.sharding.rank import rank_footprint
 
 BASELINE = "adamw"
 """The optimizer that savings are counted against."""
@@ -186,4 +187,4 @@ def bind_candidate(request: StepRequest, optimizer: OptimizerModel) -> Candidate
     reason = bound.unsupported_reason(parameters, context)
     if reason:
         raise ConfigError(reason)
-    return Candidate(bound, optimizer_footprint(bound, parameters, context))
+    return Candidate(bound, rank_footprint(bound, parameters, context, request.strategy))

@@ -8,9 +8,10 @@ from typing import Any, Unpack
 from optplan.planner.candidates import Candidate, OptimizerChoice, choose_optimizers
 from optplan.planner.catalog import load_model
 from optplan.planner.errors import ConfigError
+from optplan.planner.gpus import gpu_row
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.recommend import recommend
-from optplan.planner.records import Estimate, EstimateReport, GpuRow, ModelRow, Recommendation, Skipped, TensorRow
+from optplan.planner.records import Estimate, EstimateReport, ModelRow, Recommendation, Skipped, TensorRow
 from optplan.planner.request import StepFlags, StepRequest, check_request
 from optplan.planner.units import MIB, format_bytes
 from optplan.planner.version import VERSION
@@ -75,7 +76,7 @@ def estimate_request(
         version=VERSION,
         engine=request.engine,
         model=ModelRow(request.model.name, request.model.num_parameters, request.model.source),
-        gpu=GpuRow(gpu.id, gpu.total_bytes, gpu.usable_bytes, gpu.context_bytes),
+        gpu=gpu_row(gpu),
         config=request.config,
         estimates=[
             _estimate(workload, candidate, chosen[candidate.id], per_tensor=per_tensor) for candidate in ordered
@@ -119,8 +120,8 @@ def _peak_fields(workload: Workload, candidate: Candidate) -> dict[str, Any]:
         "peak_categories": peaks.categories,
         "peak_reserved_bytes": peaks.reserved_bytes,
         "peak_reserved_range_bytes": peaks.reserved_range_bytes,
-        "device_bytes": peaks.reserved_bytes + workload.request.gpu.context_bytes,
-        "headroom_bytes": workload.request.gpu.usable_bytes - peaks.peak_bytes,
+        "device_bytes": peaks.reserved_bytes + workload.request.gpu.outside_bytes,
+        "headroom_bytes": workload.usable_bytes - peaks.peak_bytes,
     }
 
 

@@ -11,9 +11,10 @@ from optplan.planner.dtypes import ITEMSIZE_BYTES
 from optplan.planner.errors import ConfigError
 from optplan.planner.explanation import ExplainedLine, ExplainedPart, Explanation, explained_line
 from optplan.planner.footprint import group_parameters
+from optplan.planner.gpus import gpu_row
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.optimizers.facts import load_facts
-from optplan.planner.records import GpuRow, ModelRow
+from optplan.planner.records import ModelRow
 from optplan.planner.request import StepFlags, StepRequest, check_request
 from optplan.planner.step.alive import alive_at_peak
 from optplan.planner.tensors import StateTensor
@@ -54,7 +55,7 @@ def explain(
         version=VERSION,
         engine=request.engine,
         model=ModelRow(spec.name, spec.num_parameters, spec.source),
-        gpu=GpuRow(gpu.id, gpu.total_bytes, gpu.usable_bytes, gpu.context_bytes),
+        gpu=gpu_row(gpu),
         config=request.config,
         optimizer=candidate.id,
         implementation=candidate.implementation,

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import msgspec
 
 from optplan.planner.errors import ConfigError, DataError, shorten, unknown
+from optplan.planner.records import GpuRow
 from optplan.planner.units import GIB, KIB, MIB, format_bytes
 
 Basis = Literal["measured", "reported", "estimated"]
@@ -55,6 +56,8 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
             for a budget, which is what torch may allocate.
         context_basis: Where `context_bytes` comes from.
         context_source: The same in words.
+        communication_bytes: Device memory that the communication library takes where several GPUs work together.
+        communication_basis: Where `communication_bytes` comes from.
         memory_bandwidth_bytes_per_s: Bandwidth by the data sheet.
         copy_bandwidth_bytes_per_s: Bytes read plus written per second by a large device copy, where measured.
         peak_flops: Dense operations per second by dtype (`fp32`, `tf32`, `fp16`, `bf16`, `fp8`), by the data sheet; a
@@ -81,6 +84,8 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
     sm_count: int | None = None
     threads_per_sm: int | None = None
     marketing_gib: int | None = None
+    communication_bytes: int = 0
+    communication_basis: Basis | Literal[""] = ""
     memory_bandwidth_bytes_per_s: float | None = None
     copy_bandwidth_bytes_per_s: float | None = None
     peak_flops: dict[str, float] = {}
@@ -93,8 +98,13 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def usable_bytes(self) -> int:
-        """What is left for torch's allocator once context and kernels are loaded."""
-        return self.total_bytes - self.context_bytes
+        """What is left for torch's allocator once context, kernels and communication library are loaded."""
+        return self.total_bytes - self.context_bytes - self.communication_bytes
+
+    @property
+    def outside_bytes(self) -> int:
+        """What context, kernels and communication library take."""
+        return self.context_bytes + self.communication_bytes
 
     @property
     def marketing_bytes(self) -> int | None:
@@ -267,3 +277,15 @@ def _key(name: str) -> str:
     """A spelling without case, separators, brand and the B of GB."""
     letters = _BRAND.sub("", re.sub(r"[^a-z0-9]", "", name.lower()))
     return re.sub(r"(?<=[0-9])gi?b", "g", letters)
+
+
+def gpu_row(gpu: Gpu) -> GpuRow:
+    """The GPU as a report shows it."""
+    return GpuRow(
+        gpu.id,
+        gpu.total_bytes,
+        gpu.usable_bytes,
+        gpu.context_bytes,
+        communication_bytes=gpu.communication_bytes,
+        communication_basis=gpu.communication_basis,
+    )

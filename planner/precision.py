@@ -28,6 +28,11 @@ class PrecisionPolicy(msgspec.Struct, frozen=True):
         return self.master_dtype or self.parameter_dtype
 
 
+FULLY_SHARDED_MIXED = PrecisionPolicy(
+    "float32", "float32", None, "fp32 shards, gradients and state; parameters gathered and used in bf16"
+)
+"""What `mixed` means where parameters are sharded: `MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=fp32)`."""
+
 PRECISIONS: dict[str, PrecisionPolicy] = {
     "bf16": PrecisionPolicy("bfloat16", "bfloat16", None, "parameters, gradients and state in bf16"),
     "fp32": PrecisionPolicy("float32", "float32", None, "everything in fp32"),

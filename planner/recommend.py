@@ -20,6 +20,7 @@ from optplan.planner.candidates import Candidate
 from optplan.planner.optimizers.facts import load_facts
 from optplan.planner.records import Recommendation
 from optplan.planner.request import default_attention, default_seq_len
+from optplan.planner.sharding.clusters import usual_num_nodes
 from optplan.planner.step.rules import describes
 from optplan.planner.units import format_gib
 from optplan.planner.workload import Workload, step_options
@@ -107,6 +108,9 @@ def command_of(workload: Workload, candidate: Candidate) -> str:
         ("--engine", request.engine, "rules"),
         ("--fused-loss", config.fused_loss, "none"),
         ("--clip-grad-norm", config.clip_grad_norm, None),
+        ("--gpus", config.gpus, 1),
+        ("--nodes", config.nodes, usual_num_nodes(config.gpus, request.gpu.id)),
+        ("--sharding", config.sharding, "none"),
         ("--alloc-conf", config.alloc_conf, ""),
     ):
         flags += [name, str(value)] if value != default else []

@@ -24,20 +24,25 @@ class GpuRow(msgspec.Struct, frozen=True):
 
     Attributes:
         total_bytes: Memory that the driver reports.
-        usable_bytes: What is left for torch's allocator once the context is loaded: `total_bytes - context_bytes`.
+        usable_bytes: What is left for torch's allocator once context and communication library are loaded.
         context_bytes: CUDA context and loaded kernels; 0 for a budget given with `--memory`.
+        communication_bytes: What the communication library takes besides; 0 on one GPU and for a budget.
+        communication_basis: `measured` or `estimated`, empty where there is none.
     """
 
     name: str
     total_bytes: int
     usable_bytes: int
     context_bytes: int
+    communication_bytes: int = 0
+    communication_basis: str = ""
 
 
 class StepConfig(msgspec.Struct, frozen=True):
     """How the step is run, apart from the optimizer.
 
-    `alloc_conf` are the settings of torch's allocator as in `PYTORCH_CUDA_ALLOC_CONF`, empty for torch's own.
+    `gpus` counts those of all `nodes`. `alloc_conf` are the settings of torch's allocator as in
+    `PYTORCH_CUDA_ALLOC_CONF`, empty for torch's own.
     """
 
     precision: str
@@ -55,6 +60,7 @@ class StepConfig(msgspec.Struct, frozen=True):
     keep_grads: bool = False
     padding_mask: bool = False
     empty_cache: bool = False
+    nodes: int = 1
 
 
 class ResidentBytes(msgspec.Struct, frozen=True):

@@ -13,21 +13,24 @@ from optplan.planner.dtypes import SHORT_NAMES, Dtype
 from optplan.planner.errors import ConfigError, shorten, unknown
 from optplan.planner.gpus import Gpu, custom_gpu, load_gpu
 from optplan.planner.models.spec import ModelSpec
-from optplan.planner.precision import PRECISIONS, PrecisionPolicy
+from optplan.planner.precision import FULLY_SHARDED_MIXED, PRECISIONS, PrecisionPolicy
 from optplan.planner.records import StepConfig
+from optplan.planner.sharding.base import Ranks, Strategy
+from optplan.planner.sharding.checks import check_sharding
+from optplan.planner.sharding.clusters import usual_num_nodes
+from optplan.planner.sharding.nccl import nccl_memory
+from optplan.planner.sharding.registry import FULL_SHARDINGS, SHARDINGS, num_communicators, strategy_of
 from optplan.planner.units import parse_size
 
 DEFAULT_SEQ_LEN = 2048
 CHECKPOINTING = ("none", "full", "full-reentrant", "selective")
 FUSED_LOSS = ("none", "liger")
 ATTENTION = ("sdpa", "eager", "flash")
-SHARDING = ("none",)
 ENGINES = ("rules", "trace")
 
-_LIMITS = {"batch_size": 2**20, "seq_len": 2**24, "grad_accum": 2**20, "gpus": 2**16}
+_LIMITS = {"batch_size": 2**20, "seq_len": 2**24, "grad_accum": 2**20, "gpus": 2**16, "nodes": 2**16}
 _PLANNED = {
     "fused-loss": {"chunked"},
-    "sharding": {"ddp", "zero1", "zero2", "fsdp2", "fsdp2-noreshard"},
 }
 """Names that the command line reserves and that this version does not model."""
 
@@ -45,7 +48,14 @@ class StepRequest(msgspec.Struct, frozen=True):
     @property
     def policy(self) -> PrecisionPolicy:
         """The dtypes of the resident tensors."""
+        if self.config.precision == "mixed" and self.config.sharding in FULL_SHARDINGS:
+            return FULLY_SHARDED_MIXED
         return PRECISIONS[self.config.precision]
+
+    @property
+    def strategy(self) -> Strategy | None:
+        """How the work is divided among the GPUs, as the first rank sees it; None for one GPU."""
+        return strategy_of(self.config.sharding, Ranks(self.config.gpus, self.config.nodes))
 
     @property
     def allocator_settings(self) -> AllocatorSettings:
@@ -71,8 +81,9 @@ class StepFlags(TypedDict, total=False):
         keep_grads: Whether `zero_grad` keeps the gradients' memory (`set_to_none=False`).
         padding_mask: Whether the batch comes with a padding mask that hides some tokens.
         empty_cache: Whether `torch.cuda.empty_cache()` follows every step.
-        gpus: Number of GPUs, 1.
-        sharding: none.
+        gpus: Number of GPUs on all nodes, 1 by default.
+        nodes: Machines that the GPUs are spread over; as few as hold them when None.
+        sharding: none (default), or how several GPUs divide the work: one of `SHARDINGS`.
         engine: rules, or trace: the model itself is run without contents (`optplan.profilers.estimation`).
         state_dtype: fp32, bf16 or fp16 for optimizers that can keep their moments in another dtype.
         alloc_conf: Settings of torch's allocator, as in `PYTORCH_CUDA_ALLOC_CONF`; torch's own when None.
@@ -93,6 +104,7 @@ class StepFlags(TypedDict, total=False):
     padding_mask: bool
     empty_cache: bool
     gpus: int
+    nodes: int | None
     sharding: str
     engine: str
     state_dtype: str | None
@@ -117,6 +129,7 @@ def check_request(
     padding_mask: bool = False,
     empty_cache: bool = False,
     gpus: int = 1,
+    nodes: int | None = None,
     sharding: str = "none",
     engine: str = "rules",
     state_dtype: str | None = None,
@@ -136,12 +149,14 @@ def check_request(
     attention = default_attention(model) if attention is None else attention
     _one_of("attention", attention, ATTENTION)
     _one_of("fused-loss", fused_loss, FUSED_LOSS)
-    _one_of("sharding", sharding, SHARDING)
+    _one_of("sharding", sharding, SHARDINGS)
     _one_of("engine", engine, ENGINES)
     seq_len = default_seq_len(model) if seq_len is None else seq_len
     counts = {"batch_size": batch_size, "seq_len": seq_len, "grad_accum": grad_accum, "gpus": gpus}
     for name, count in counts.items():
         _in_range(name, count)
+    if nodes is not None:
+        _in_range("nodes", nodes)
     config = StepConfig(
         precision=precision,
         batch_size=batch_size,
@@ -158,9 +173,12 @@ def check_request(
         keep_grads=keep_grads,
         padding_mask=padding_mask,
         empty_cache=empty_cache,
+        nodes=usual_num_nodes(gpus, gpu or "") if nodes is None else nodes,
     )
     target = _target(gpu, memory)
     _no_contradiction(config, engine)
+    check_sharding(config, model, engine=engine)
+    target = _with_communication(target, config)
     notes = (*notes, *_check_length(model, seq_len), *_check_hardware(config, target), *_check_allocator(config))
     return StepRequest(model, target, config, engine, _state_dtype(state_dtype), notes)
 
@@ -173,8 +191,9 @@ def change_request(request: StepRequest, settings: Mapping[str, Any]) -> StepReq
     """
     config = msgspec.structs.replace(request.config, **settings)
     _no_contradiction(config, request.engine)
+    check_sharding(config, request.model, engine=request.engine)
     _check_hardware(config, request.gpu)
-    return msgspec.structs.replace(request, config=config)
+    return msgspec.structs.replace(request, config=config, gpu=_with_communication(request.gpu, config))
 
 
 def default_seq_len(model: ModelSpec) -> int:
@@ -226,6 +245,17 @@ def _target(gpu: str | None, memory: str | int | None) -> Gpu:
     return custom_gpu(parse_size(memory) if isinstance(memory, str) else memory)
 
 
+def _with_communication(gpu: Gpu, config: StepConfig) -> Gpu:
+    """The GPU with what NCCL takes of it; a budget is what torch may have, whatever else there is."""
+    if gpu.is_budget:
+        return gpu
+    taken = nccl_memory(
+        Ranks(config.gpus, config.nodes), num_communicators=num_communicators(config.sharding), gpu=gpu.id
+    )
+    basis: Any = taken.basis if taken.bytes else ""
+    return msgspec.structs.replace(gpu, communication_bytes=taken.bytes, communication_basis=basis)
+
+
 def _no_contradiction(config: StepConfig, engine: str) -> None:
     _check_step_in_backward(config)
     norm = config.clip_grad_norm
@@ -242,10 +272,6 @@ def _no_contradiction(config: StepConfig, engine: str) -> None:
         )
     if config.alloc_conf and engine == "trace":
         raise ConfigError("--alloc-conf is modelled by --engine rules alone in this version, not by trace")
-    if config.gpus > 1:
-        raise ConfigError(
-            f"--gpus {config.gpus} needs a --sharding strategy, and this version models one GPU; use --gpus 1"
-        )
 
 
 def _check_step_in_backward(config: StepConfig) -> None:

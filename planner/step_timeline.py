@@ -8,9 +8,10 @@ from typing import Unpack
 from optplan.planner.candidates import Candidate, choose_optimizers
 from optplan.planner.catalog import load_model
 from optplan.planner.errors import ConfigError
+from optplan.planner.gpus import gpu_row
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.peak_changes import peak_changes
-from optplan.planner.records import GpuRow, ModelRow
+from optplan.planner.records import ModelRow
 from optplan.planner.request import StepFlags, check_request
 from optplan.planner.step_history import StepHistory
 from optplan.planner.timeline_report import TimelineReport, categories_of, curve, largest
@@ -67,7 +68,7 @@ def _report(workload: Workload, candidate: Candidate, history: StepHistory) -> T
         version=VERSION,
         engine=request.engine,
         model=ModelRow(model.name, model.num_parameters, model.source),
-        gpu=GpuRow(gpu.id, gpu.total_bytes, gpu.usable_bytes, gpu.context_bytes),
+        gpu=gpu_row(gpu),
         config=request.config,
         optimizer=candidate.id,
         implementation=candidate.implementation,

@@ -22,10 +22,14 @@ from optplan.planner.optimizers.base import OptimizerModel
 from optplan.planner.optimizers.registry import build_optimizer
 from optplan.planner.records import PhasePeak, ResidentBytes, Saving
 from optplan.planner.request import StepRequest
-from optplan.planner.step.optimizer_step import temporary_bytes, write_optimizer_step
+from optplan.planner.sharding.base import ModelView
+from optplan.planner.sharding.rank import rank_footprint, updated_parameters, write_rank_step
+from optplan.planner.sharding.report import rank_notes, resident_sizes, rounded_parameters
+from optplan.planner.step.optimizer_step import temporary_bytes
 from optplan.planner.step.rules import StepMemory, StepOptions, has_rules, step_memory
 from optplan.planner.step.simulated_device import SimulatedStep
 from optplan.planner.step.simulation import ParameterStep, StepSimulator
+from optplan.planner.step.view import model_view
 from optplan.planner.step_history import StepHistory
 from optplan.planner.tensors import Parameter
 from optplan.planner.timeline import Category, Phase, Timeline, TimelineBuilder
@@ -70,7 +74,8 @@ class Workload:
         self._temporary_bytes: dict[OptimizerModel, int] = {}
         self._parameter_step_cache: dict[OptimizerModel, dict[str, ParameterStep]] = {}
         self._baseline: Candidate | None = None
-        self._parameters = request.model.unique_parameters
+        self._strategy = request.strategy
+        self._parameters = updated_parameters(request.model.unique_parameters, self._strategy)
         self._context = optimizer_context(request)
 
     def at(self, request: StepRequest) -> Workload:
@@ -80,7 +85,7 @@ class Workload:
     def notes(self, candidate: Candidate) -> list[str]:
         """What is to be known about the candidate's row besides the figures."""
         del candidate
-        return []
+        return [] if self._strategy is None else rank_notes(self.request, self._strategy)
 
     def findings(self) -> list[str]:
         """What is to be known about the step besides the figures."""
@@ -96,10 +101,15 @@ class Workload:
     def resident(self, candidate: Candidate) -> ResidentBytes:
         """Unrounded bytes of the tensors that live across the step."""
         policy, count = self.request.policy, self.request.model.num_parameters
+        updated = sum(parameter.numel for parameter in self._parameters)
+        parameters = count * ITEMSIZE_BYTES[policy.parameter_dtype]
+        gradients = 0 if self.request.config.step_in_backward else count * ITEMSIZE_BYTES[policy.gradient_dtype]
+        if self._strategy is not None:
+            parameters, gradients = resident_sizes(self._strategy, sharded_view(self.request))
         return ResidentBytes(
-            parameters=count * ITEMSIZE_BYTES[policy.parameter_dtype],
-            gradients=0 if self.request.config.step_in_backward else count * ITEMSIZE_BYTES[policy.gradient_dtype],
-            master_weights=count * ITEMSIZE_BYTES[policy.master_dtype] if policy.master_dtype else 0,
+            parameters=parameters,
+            gradients=gradients,
+            master_weights=updated * ITEMSIZE_BYTES[policy.master_dtype] if policy.master_dtype else 0,
             optimizer_state=candidate.footprint.device_bytes,
         )
 
@@ -146,6 +156,14 @@ class Workload:
             }
         return self._parameter_step_cache[key]
 
+    @property
+    def usable_bytes(self) -> int:
+        """What a steady step may allocate: the GPU's usable bytes, less what a step before it needs more."""
+        if self._strategy is None or not self.has_rules:
+            return self.request.gpu.usable_bytes
+        rebuilt = self._strategy.rebuilt(sharded_view(self.request))
+        return self.request.gpu.usable_bytes - sum(num_bytes for _, num_bytes, _ in rebuilt)
+
     def rounded_peak_bytes(self, candidate: Candidate, *, batch_size: int | None = None) -> int:
         """The peak as a sum of requests rounded up to 512 bytes: quick, and a few percent too low at worst."""
         memory = self._memory(batch_size or self.request.config.batch_size)
@@ -155,7 +173,7 @@ class Workload:
 
     def fits(self, candidate: Candidate) -> bool | None:
         """Whether the peak is within the GPU's usable bytes; None if only the resident bytes are known and they are."""
-        usable = self.request.gpu.usable_bytes
+        usable = self.usable_bytes
         peaks = self.peaks(candidate)
         if peaks is not None:
             return peaks.peak_bytes <= usable
@@ -168,7 +186,7 @@ class Workload:
         """
         if not self.has_rules:
             return None
-        usable = self.request.gpu.usable_bytes
+        usable = self.usable_bytes
 
         def fits(batch_size: int) -> bool:
             return self.rounded_peak_bytes(candidate, batch_size=batch_size) <= usable
@@ -190,7 +208,7 @@ class Workload:
 
         def fits(batch_size: int) -> bool:
             peaks = self.peaks(candidate, batch_size=batch_size)
-            return peaks is not None and peaks.peak_bytes <= self.request.gpu.usable_bytes
+            return peaks is not None and peaks.peak_bytes <= self.usable_bytes
 
         if most == 0 or fits(most):
             return most
@@ -201,7 +219,7 @@ class Workload:
         return low
 
     def _surely_fits(self, candidate: Candidate, batch_size: int) -> bool:
-        usable = self.request.gpu.usable_bytes
+        usable = self.usable_bytes
         if self.rounded_peak_bytes(candidate, batch_size=batch_size) <= usable * (1 - _TRUSTED_ROOM):
             return True
         peaks = self.peaks(candidate, batch_size=batch_size)
@@ -209,8 +227,9 @@ class Workload:
 
     def state_variants(self, candidate: Candidate) -> dict[str, int]:
         """Bytes of device state under each of the optimizer's variants, such as the ends of Adapprox's rank."""
+        parameters = self.request.model.unique_parameters
         return {
-            name: optimizer_footprint(variant, self._parameters, self._context).device_bytes
+            name: rank_footprint(variant, parameters, self._context, self._strategy).device_bytes
             for name, variant in candidate.optimizer.variants().items()
         }
 
@@ -234,7 +253,7 @@ class Workload:
     def _memory(self, batch_size: int) -> StepMemory:
         if batch_size not in self._memories:
             options = step_options(self.request, batch_size=batch_size)
-            self._memories[batch_size] = step_memory(self.request.model, options)
+            self._memories[batch_size] = step_memory(self.request.model, options, self._strategy)
         return self._memories[batch_size]
 
     def _simulator(self, batch_size: int) -> StepSimulator:
@@ -249,13 +268,14 @@ class Workload:
                 clips=self.request.config.clip_grad_norm is not None,
                 empties_cache=self.request.config.empty_cache,
                 settings=self.request.allocator_settings,
+                strategy=self._strategy,
             )
         return self._simulators[batch_size]
 
     def moved_bytes(self, candidate: Candidate) -> int:
         """Bytes that the optimizer's `step()` must at least read and write: each tensor once, each result once."""
         return sum(
-            len(group.parameters) * candidate.optimizer.moved_bytes(group.parameters[0], self._context)
+            len(group.parameters) * candidate.optimizer.moved_bytes(self._local(group.parameters[0]), self._context)
             for group in candidate.footprint.groups
         )
 
@@ -278,8 +298,12 @@ class Workload:
 
     def _step_of(self, optimizer: OptimizerModel, parameters: Sequence[Parameter]) -> Timeline:
         timeline, master = TimelineBuilder("step"), self.request.policy.master_dtype
-        write_optimizer_step(timeline, optimizer, parameters, self._context, master=master)
+        write_rank_step(timeline, optimizer, parameters, self._context, master=master, strategy=self._strategy)
         return timeline.events
+
+    def _local(self, parameter: Parameter) -> Parameter:
+        shard = None if self._strategy is None else self._strategy.shard()
+        return parameter if shard is None else shard.local(parameter)
 
 
 def step_options(request: StepRequest, *, batch_size: int | None = None) -> StepOptions:
@@ -298,16 +322,34 @@ def step_options(request: StepRequest, *, batch_size: int | None = None) -> Step
         padding_mask=config.padding_mask,
         compute_capability=request.gpu.compute_capability or ASSUMED_CAPABILITY,
         sm_count=request.gpu.sm_count,
+        stored_dtype=request.policy.updated_dtype if request.strategy is not None else None,
     )
 
 
 def resident_bytes(request: StepRequest) -> dict[Category, int]:
     """Rounded bytes of parameters (buffers among them) and of master weights."""
-    policy, model = request.policy, request.model
+    policy, model, strategy = request.policy, request.model, request.strategy
     parameters = sum(_rounded(p.numel, policy.parameter_dtype) for p in model.unique_parameters)
     buffers = sum(_rounded(b.numel, b.dtype or policy.parameter_dtype) for b in model.buffers)
-    masters = sum(_rounded(p.numel, policy.master_dtype) for p in model.unique_parameters if policy.master_dtype)
-    return {"parameters": parameters + buffers, "master_weights": masters}
+    updated = updated_parameters(model.unique_parameters, strategy)
+    masters = sum(_rounded(p.numel, policy.master_dtype) for p in updated if policy.master_dtype)
+    if strategy is not None:
+        parameters = rounded_parameters(strategy, sharded_view(request))
+    return {"parameters": parameters + buffers, "master_weights": masters} | rounded_kept(request)
+
+
+def rounded_kept(request: StepRequest) -> dict[Category, int]:
+    """Rounded bytes of what the strategy keeps besides, such as buckets."""
+    totals: dict[Category, int] = {}
+    if request.strategy is not None:
+        for _, num_bytes, category in request.strategy.kept(sharded_view(request)):
+            totals[category] = totals.get(category, 0) + round_up(num_bytes, ROUNDING)
+    return totals
+
+
+def sharded_view(request: StepRequest) -> ModelView:
+    """The request's model as its strategy sees it."""
+    return model_view(request.model, step_options(request))
 
 
 def _rounded(numel: int, dtype: str) -> int:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from optplan.planner.measurement import Measurement
 
 
-@takes_step(without=("memory", "engine", "gpus", "sharding", "alloc_conf"))
+@takes_step(without=("memory", "engine", "gpus", "nodes", "sharding", "alloc_conf"))
 def profile(
     step: Any,
     model: Annotated[

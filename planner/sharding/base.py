@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from typing import Self
 
 import msgspec
 
 from optplan.planner.dtypes import ITEMSIZE_BYTES, Dtype
 from optplan.planner.models.spec import ModelSpec
-from optplan.planner.optimizers.base import OptimizerContext, OptimizerModel
 from optplan.planner.sharding.shards import RowShard
 from optplan.planner.step.hooks import StepHooks
 from optplan.planner.tensors import Parameter
-from optplan.planner.timeline import Category, TimelineBuilder
+from optplan.planner.timeline import Category
 
 Resident = tuple[str, int, Category]
 """Name, bytes and category of something that lives through the run."""
@@ -78,11 +79,13 @@ class Strategy:
     Attributes:
         name: As `--sharding` takes it.
         ranks: The processes.
-        updates_shards: Whether the optimizer is handed rows of parameters rather than whole ones.
+        offloads: Whether shards, gradients and state live on the host.
+        flattens: Whether the optimizer is handed a piece of one flat tensor.
     """
 
     name: str = "none"
-    updates_shards: bool = False
+    offloads: bool = False
+    flattens: bool = False
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
@@ -116,23 +119,16 @@ class Strategy:
         del view, recorded, accumulates
         return StepHooks()
 
-    def updated(self, view: ModelView) -> Sequence[Parameter]:
-        """The parameters of which this rank's optimizer keeps state, whole."""
-        return view.parameters
+    def updated(self, parameters: Sequence[Parameter]) -> Sequence[Parameter]:
+        """Those of the model's parameters that this rank's optimizer has, whole or by their rows."""
+        return parameters
 
     def shard(self) -> RowShard | None:
         """This rank's rows of each of them; None where it updates them whole."""
         return None
 
-    def write_step(
-        self,
-        timeline: TimelineBuilder,
-        optimizer: OptimizerModel,
-        view: ModelView,
-        context: OptimizerContext,
-        *,
-        write: Callable[[TimelineBuilder], None],
-    ) -> None:
-        """Append the optimizer's step, which `write` appends, with what the strategy does before and after."""
-        del optimizer, view, context
-        write(timeline)
+    def at(self, rank: int) -> Self:
+        """The same strategy as another rank sees it."""
+        other = copy(self)
+        other.ranks = msgspec.structs.replace(self.ranks, rank=rank)
+        return other

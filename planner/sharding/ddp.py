@@ -5,9 +5,10 @@ Buckets are filled with gradients in the order of the parameters, the first up t
 them, so that `zero_grad` frees nothing; a gradient is copied in as soon as it is there. The first backward shows in
 which order gradients arrive; the second step makes the buckets anew in that order while the old ones live.
 
-Source: torch 2.13 `nn/parallel/distributed.py` (`_ddp_init_helper`, `_pre_forward`) and `csrc/distributed/c10d/reducer.cpp`
-(`compute_bucket_assignment_by_size`, `initialize_buckets`, `mark_variable_ready_dense`); that old and new buckets
-exist together until the second backward is over was measured on two H200s.
+Source: torch 2.13 `nn/parallel/distributed.py` (`_ddp_init_helper`, `_pre_forward`) and
+`csrc/distributed/c10d/reducer.cpp` (`compute_bucket_assignment_by_size`, `initialize_buckets`,
+`mark_variable_ready_dense`); that old and new buckets exist together until the second backward is over was measured on
+two H200s.
 """
 
 from __future__ import annotations

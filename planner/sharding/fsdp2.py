@@ -226,8 +226,6 @@ class Fsdp2(Strategy):
         root_reshards: Whether the root drops its parameters too.
     """
 
-    updates_shards = True
-
     def __init__(
         self,
         ranks: Ranks,

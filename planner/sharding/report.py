@@ -1,0 +1,47 @@
+"""What a report says of several GPUs beside the figures of the rank it shows."""
+
+from __future__ import annotations
+
+from optplan.planner.allocator import ROUNDING
+from optplan.planner.request import StepRequest
+from optplan.planner.sharding.base import ModelView, Strategy
+from optplan.planner.sharding.ddp import Ddp
+from optplan.planner.sharding.zero1 import Zero1, partition
+from optplan.planner.units import format_gib, round_up
+
+
+def resident_sizes(strategy: Strategy, view: ModelView) -> tuple[int, int]:
+    """Unrounded bytes of what stands for the parameters and of the gradients."""
+    kept = sum(num_bytes for _, num_bytes, category in strategy.kept(view) if category == "gradients")
+    gradients = kept + sum(num_bytes for _, num_bytes in strategy.gradients(view))
+    return sum(num_bytes for _, num_bytes in strategy.parameters(view)), gradients
+
+
+def rounded_parameters(strategy: Strategy, view: ModelView) -> int:
+    """Bytes of what stands for the parameters, each rounded up as the allocator does."""
+    return sum(round_up(num_bytes, ROUNDING) for _, num_bytes in strategy.parameters(view))
+
+
+def rank_notes(request: StepRequest, strategy: Strategy) -> list[str]:
+    """Which rank is shown and which is the largest, and what a step before the steady ones needs more."""
+    notes = [_largest(request, strategy)]
+    if isinstance(strategy, Ddp):
+        size = sum(parameter.numel for parameter in request.model.unique_parameters)
+        size *= 4 if request.policy.parameter_dtype == "float32" else 2
+        notes.append(
+            f"the second step needs {format_gib(size)} more: DDP makes its buckets anew while the old ones live"
+        )
+    return notes
+
+
+def _largest(request: StepRequest, strategy: Strategy) -> str:
+    if not isinstance(strategy, Zero1):
+        return "rank 0 is shown; no rank needs more"
+    shares = partition(request.model.unique_parameters, strategy.ranks.num_gpus)
+    sizes = [sum(parameter.numel for parameter in share) for share in shares]
+    largest = sizes.index(max(sizes))
+    if largest == 0:
+        return "rank 0 is shown, whose optimizer has the most parameters"
+    return (
+        f"rank 0 is shown, whose optimizer has {sizes[0]:,} parameters; rank {largest} has the most, {sizes[largest]:,}"
+    )
