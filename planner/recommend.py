@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from optplan.planner.candidates import Candidate
+from optplan.planner.dtypes import SHORT_NAMES, Dtype
 from optplan.planner.optimizers.facts import load_facts
 from optplan.planner.records import Recommendation
 from optplan.planner.request import default_attention, default_seq_len
@@ -100,10 +101,13 @@ def command_of(workload: Workload, candidate: Candidate) -> str:
     flags += ["--optimizer", candidate.id, *_setting_flags(candidate)]
     for name, value, default in (
         ("--precision", config.precision, "bf16"),
+        ("--state-dtype", _short(request.state_dtype), None),
         ("--batch-size", config.batch_size, 1),
         ("--seq-len", config.seq_len, default_seq_len(request.model)),
         ("--grad-accum", config.grad_accum, 1),
         ("--checkpointing", config.checkpointing, "none"),
+        ("--gpus", config.gpus, 1),
+        ("--sharding", config.sharding, "none"),
         ("--attention", config.attention, default_attention(request.model)),
         ("--engine", request.engine, "rules"),
         ("--fused-loss", config.fused_loss, "none"),
@@ -117,6 +121,11 @@ def command_of(workload: Workload, candidate: Candidate) -> str:
     switches = ("step_in_backward", "keep_grads", "padding_mask", "empty_cache")
     flags += ["--" + name.replace("_", "-") for name in switches if getattr(config, name)]
     return shlex.join(flags)
+
+
+def _short(dtype: Dtype | None) -> str | None:
+    """A dtype as `--state-dtype` takes it."""
+    return next((short for short, name in SHORT_NAMES.items() if name == dtype), None)
 
 
 def _setting_flags(candidate: Candidate) -> list[str]:

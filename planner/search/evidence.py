@@ -18,8 +18,9 @@ from optplan.planner.errors import DataError
 from optplan.planner.optimizers.base import OptimizerModel
 from optplan.planner.precision import PRECISIONS
 
-EvidenceKey = tuple[int, int, int, int, int]
-"""Ranks of the weakest part, the optimizer, the number format and the recipe, then the optimizer's place: less is surer."""
+EvidenceKey = tuple[int, int, int, int, int, int]
+"""Ranks of the weakest part, the optimizer, the number format and the recipe, how many changes of the recipe there are,
+and the optimizer's place in the table: less is surer."""
 
 ADVENTUROUS = 2
 """The weakest class that is taken for speed or memory alone: what asks for a recipe of its own."""
@@ -145,8 +146,9 @@ def evidence_key(
     table = load_evidence()
     own = table.rank_of(_row_of(optimizer.id).class_key)
     numbers = table.rank_of(format_of(optimizer, precision, state_dtype).class_key)
-    recipe = max((table.rank_of(row.class_key) for row in _recipes(optimizer, step_in_backward)), default=0)
-    return max(own, numbers, recipe), own, numbers, recipe, table.place_of(optimizer.id)
+    recipes = [table.rank_of(row.class_key) for row in _recipes(optimizer, step_in_backward)]
+    recipe = max(recipes, default=0)
+    return max(own, numbers, recipe), own, numbers, recipe, len(recipes), table.place_of(optimizer.id)
 
 
 def describe_evidence(
@@ -156,8 +158,13 @@ def describe_evidence(
     table, row = load_evidence(), _row_of(optimizer.id)
     numbers = format_of(optimizer, precision, state_dtype)
     recipes = _recipes(optimizer, step_in_backward)
-    own = f"{table.classes[table.rank_of(row.class_key)].reason}; {row.advice}" + (f"; ours: {row.ours}" if row.ours else "")
-    named = [("optimizer", row.class_key, own, row.source), ("format", numbers.class_key, numbers.reason, numbers.source)]
+    own = f"{table.classes[table.rank_of(row.class_key)].reason}; {row.advice}" + (
+        f"; ours: {row.ours}" if row.ours else ""
+    )
+    named = [
+        ("optimizer", row.class_key, own, row.source),
+        ("format", numbers.class_key, numbers.reason, numbers.source),
+    ]
     named += [("recipe", recipe.class_key, recipe.reason, recipe.source) for recipe in recipes]
     parts = tuple(
         EvidencePart(part, table.rank_of(key), table.classes[table.rank_of(key)].title, reason, source)

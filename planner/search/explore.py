@@ -21,6 +21,7 @@ from optplan.planner.search.evidence import EvidenceKey
 from optplan.planner.search.pool import BoundMember, Pool
 from optplan.planner.search.space import Layout, Manner, Space
 from optplan.planner.search.steps import StepPoint, StepRecorder, accumulated_batches, manner_refused
+from optplan.planner.step_time_work import StepWork
 from optplan.planner.step_time import Busy, TimeModel, load_time_model, longer, phase_busy
 
 
@@ -96,6 +97,12 @@ class Exploration:
         self._recorder = StepRecorder(base)
         self._explore()
 
+    def work_of(self, found: Found) -> StepWork:
+        """Forward and backward of one micro-step of a configuration."""
+        return self._recorder.point(
+            found.bound.precision, found.manner, found.micro_batch, accumulates=found.accumulated > 1
+        ).work
+
     def _explore(self) -> None:
         places = sum(len(self.space.micro_batches[layout.gpus]) for layout in self.space.layouts)
         per_member = len(self.space.manners) * places
@@ -167,9 +174,7 @@ class Exploration:
         for micro in micros:
             self._decide_one(member, micro, resident, update, keys[micro.manner.step_in_backward])
 
-    def _decide_one(
-        self, member: BoundMember, micro: Micro, resident: int, update: Busy, key: EvidenceKey
-    ) -> None:
+    def _decide_one(self, member: BoundMember, micro: Micro, resident: int, update: Busy, key: EvidenceKey) -> None:
         bound = resident + micro.point.least_bytes
         if bound > self.limit_bytes:
             self._lower(member, bound)
@@ -185,9 +190,7 @@ class Exploration:
                 self._lower(member, peak)
                 self.counts["memory"] += 1
                 return
-        found = Found(
-            member, micro.manner, micro.layout, micro.micro_batch, micro.accumulated, peak, seconds, key
-        )
+        found = Found(member, micro.manner, micro.layout, micro.micro_batch, micro.accumulated, peak, seconds, key)
         if winner is None:
             winner = next((other for other in self.front if other.beats(peak, seconds, key)), None)
         self._lower(member, peak)
@@ -205,4 +208,4 @@ class Exploration:
             return
         self.front = [other for other in self.front if not found.beats(other.peak_bytes, other.seconds, other.key)]
         self.front.append(found)
-        self.counts["entered_the_front"] += 1
+        self.counts["front"] += 1

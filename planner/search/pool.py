@@ -86,7 +86,9 @@ class Pool:
         self.bound: dict[str, list[BoundMember]] = {precision: [] for precision in space.precisions}
         self.refused: list[Refused] = []
         for precision in space.precisions:
-            workloads = {dtype: self._workload(base, precision, dtype) for dtype in {m.state_dtype for m in space.members}}
+            workloads = {
+                dtype: self._workload(base, precision, dtype) for dtype in {m.state_dtype for m in space.members}
+            }
             seen: set[tuple[object, ...]] = set()
             for member in space.members:
                 self._bind(member, workloads[member.state_dtype], seen)

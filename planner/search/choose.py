@@ -1,0 +1,52 @@
+"""The recommendation and its runner-up: the rule's order, each simulated until one fits with room."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from optplan.planner.search.describe import Describer
+from optplan.planner.search.explore import Found
+from optplan.planner.search.picks import in_order
+
+_MOST_TRIES = 40
+
+
+class Choice(NamedTuple):
+    """What was picked.
+
+    Attributes:
+        best: The one to run, None if nothing fits.
+        runner_up: The next by the same rule with another optimizer or other number formats.
+        passed_over: The surer ones that fit by their peak and leave too little room.
+    """
+
+    best: Found | None
+    runner_up: Found | None
+    passed_over: list[Found]
+
+
+def choose(describer: Describer, found: Sequence[Found], prefer: str) -> Choice:
+    """Pick by the rule of a preference; one without room is taken only if none has room."""
+    ordered, tight = in_order(found, prefer), list[Found]()
+    best: Found | None = None
+    for place, candidate in enumerate(ordered[:_MOST_TRIES]):
+        verdict = describer.simulate(candidate)
+        if verdict == "fits":
+            best = candidate
+            runner_up = _runner_up(describer, ordered[place + 1 :], best)
+            return Choice(best, runner_up, tight)
+        if verdict == "tight":
+            tight.append(candidate)
+    return Choice(tight[0] if tight else None, tight[1] if len(tight) > 1 else None, tight)
+
+
+def _runner_up(describer: Describer, ordered: Sequence[Found], best: Found) -> Found | None:
+    for candidate in ordered[:_MOST_TRIES]:
+        same = (candidate.bound.candidate.id, candidate.bound.precision) == (
+            best.bound.candidate.id,
+            best.bound.precision,
+        )
+        if not same and describer.simulate(candidate) == "fits":
+            return candidate
+    return None

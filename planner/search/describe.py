@@ -1,0 +1,133 @@
+"""A configuration that was found as a record: simulated, timed, with its evidence and its command."""
+
+from __future__ import annotations
+
+import msgspec
+
+from optplan.planner.candidates import Candidate
+from optplan.planner.gpus import Gpu
+from optplan.planner.recommend import ROOM, command_of
+from optplan.planner.request import StepRequest
+from optplan.planner.search.evidence import describe_evidence
+from optplan.planner.search.explore import Exploration, Found
+from optplan.planner.search.question import Question
+from optplan.planner.search.records import Configuration, Time, Verdict
+from optplan.planner.search.steps import request_of
+from optplan.planner.step_time import (
+    CALIBRATED_GPU,
+    basis_of,
+    combine,
+    phase_busy,
+    timed_gpu,
+)
+from optplan.planner.workload import StepPeaks, Workload
+
+
+class Describer:
+    """Turns what was found into records; a configuration is simulated at most once."""
+
+    def __init__(self, question: Question, exploration: Exploration) -> None:
+        self.question = question
+        self.exploration = exploration
+        self._peaks: dict[Found, StepPeaks | None] = {}
+
+    def describe(self, found: Found, *, simulate: bool) -> Configuration:
+        """The record of a configuration; what has been simulated before is taken from there."""
+        if simulate:
+            self.simulate(found)
+        peaks, request = self._peaks.get(found), self.request(found)
+        candidate, limit = found.bound.candidate, self.question.limit_bytes
+        peak = peaks.peak_bytes if peaks else found.peak_bytes
+        return Configuration(
+            optimizer=candidate.id,
+            implementation=candidate.implementation,
+            options=candidate.options,
+            settings=candidate.settings,
+            state_dtype=request.state_dtype,
+            config=request.config,
+            tokens_per_step=found.micro_batch * found.accumulated * found.layout.gpus * request.config.seq_len,
+            verdict=self.verdict(found),
+            peak_allocated_bytes=peak,
+            is_simulated=peaks is not None,
+            peak_reserved_bytes=peaks.reserved_bytes if peaks else None,
+            margin_bytes=limit - peak,
+            time=self._time(found, request),
+            evidence=describe_evidence(
+                candidate.optimizer,
+                request.config.precision,
+                state_dtype=found.bound.member.state_dtype,
+                step_in_backward=found.manner.step_in_backward,
+            ),
+            command=command_of(Workload(request), candidate),
+        )
+
+    def verdict(self, found: Found) -> Verdict:
+        """Whether it fits with the room that the validated error asks for; by the rounded sums if not simulated."""
+        limit, peaks = self.question.limit_bytes, self._peaks.get(found)
+        if peaks is None:
+            return "fits" if found.peak_bytes <= limit * (1 - ROOM) else "tight"
+        if peaks.peak_bytes > limit:
+            return "does not fit"
+        return "fits" if peaks.reserved_bytes <= limit * (1 - ROOM) else "tight"
+
+    def simulate(self, found: Found) -> Verdict:
+        """Replay the step through the allocator; the verdict that follows."""
+        if found not in self._peaks:
+            self._peaks[found] = Workload(self.request(found)).peaks(found.bound.candidate)
+        return self.verdict(found)
+
+    def request(self, found: Found) -> StepRequest:
+        """The step of a configuration."""
+        request = request_of(
+            self.question.base,
+            found.bound.precision,
+            found.manner,
+            found.micro_batch,
+            found.accumulated > 1,
+            found.accumulated,
+        )
+        own = found.bound.workload.request
+        config = msgspec.structs.replace(request.config, gpus=found.layout.gpus, sharding=found.layout.sharding)
+        return msgspec.structs.replace(request, state_dtype=own.state_dtype, config=config)
+
+    def _time(self, found: Found, request: StepRequest) -> Time:
+        exploration = self.exploration
+        model, gpu = exploration.model, exploration.gpu
+        work = exploration.work_of(found)
+        forward = phase_busy(work.forward, gpu, found.bound.precision, model=model).times(found.accumulated)
+        backward = phase_busy(work.backward, gpu, found.bound.precision, model=model).times(found.accumulated)
+        seconds = combine(forward, backward, found.bound.busy(gpu, model), exponent=model.overlap.exponent)
+        candidate: Candidate = found.bound.candidate
+        tokens = found.micro_batch * found.accumulated * found.layout.gpus * request.config.seq_len
+        return Time(
+            step_seconds=seconds.step,
+            forward_seconds=seconds.forward,
+            backward_seconds=seconds.backward,
+            optimizer_seconds=seconds.optimizer,
+            tokens_per_second=tokens / seconds.step,
+            bound=seconds.bound,
+            basis=basis_of(gpu) if timed_gpu(self.question.base.gpu) else "assumed",
+            optimizer_basis=model.rates_of(candidate.id, candidate.implementation).basis,
+        )
+
+
+def rated_gpu(gpu: Gpu, substitute: Gpu) -> Gpu:
+    """The GPU whose rates are taken: itself, or the substitute for a memory budget."""
+    return timed_gpu(gpu) or substitute
+
+
+def title_of(configuration: Configuration) -> str:
+    """A configuration in a few words, such as `micro-adam, bf16, micro-batch 1 x 32, checkpointing full`."""
+    config = configuration.config
+    parts = [configuration.optimizer, *(f"{name}={value}" for name, value in configuration.settings.items())]
+    if configuration.state_dtype:
+        parts.append(f"state {configuration.state_dtype}")
+    words = [" ".join(parts), config.precision, f"micro-batch {config.batch_size} x {config.grad_accum}"]
+    words += [f"{config.gpus} GPUs {config.sharding}"] if config.gpus > 1 else []
+    words += [f"checkpointing {config.checkpointing}"] if config.checkpointing != "none" else []
+    words += ["fused loss"] if config.fused_loss != "none" else []
+    words += ["step in backward"] if config.step_in_backward else []
+    return ", ".join(words)
+
+
+__all__ = ["CALIBRATED_GPU", "Describer", "rated_gpu", "title_of"]

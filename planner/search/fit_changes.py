@@ -1,0 +1,118 @@
+"""What would make something fit: the cheapest change in each direction, each confirmed by asking again with it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from optplan.planner.errors import ConfigError
+from optplan.planner.gpus import load_gpus
+from optplan.planner.recommend import ROOM
+from optplan.planner.search.describe import title_of
+from optplan.planner.search.explore import Exploration
+from optplan.planner.search.question import Question, check_question
+from optplan.planner.search.records import Configuration, FitChange
+from optplan.planner.units import format_gib
+
+Answer = Callable[[Question], Configuration | None]
+
+_SHORTEST = 128
+_MOST_GPUS_TRIED = 4
+_NAMES = {"precision": "number formats", "checkpointing": "checkpointing", "batch_size": "the micro-batch"}
+
+
+def fit_changes(question: Question, exploration: Exploration, answer: Answer) -> list[FitChange]:
+    """The changes with which something fits, one a direction.
+
+    Args:
+        question: What was asked, and nothing fits.
+        exploration: What was found.
+        answer: Gives the recommendation for another question, None if nothing fits either.
+    """
+    found = (_released(question, answer), _larger_limit(question, answer), _shorter(question, answer))
+    return [*_larger_gpu(question, exploration, answer), *(change for part in found for change in part)]
+
+
+def _larger_gpu(question: Question, exploration: Exploration, answer: Answer) -> Iterator[FitChange]:
+    needed = min(exploration.least_bytes.values(), default=None)
+    if needed is None:
+        return
+    own = question.base.gpu
+    larger = sorted(
+        (gpu for gpu in load_gpus().values() if gpu.usable_bytes * (1 - ROOM) > max(needed, own.usable_bytes)),
+        key=lambda gpu: (gpu.usable_bytes, gpu.id),
+    )
+    for gpu in larger[:_MOST_GPUS_TRIED]:
+        changed = {key: value for key, value in question.asked.items() if key not in ("gpu", "memory", "budget")}
+        text = f"a GPU of {format_gib(gpu.usable_bytes)} usable, such as {gpu.id}"
+        change = _try(question, changed | {"gpu": gpu.id}, "gpu", text, answer)
+        if change:
+            yield change
+            return
+
+
+def _released(question: Question, answer: Answer) -> Iterator[FitChange]:
+    for name, value in question.fixed.items():
+        changed = {key: given for key, given in question.asked.items() if key != name}
+        text = f"leave {_NAMES.get(name, name.replace('_', ' '))} free instead of {value}"
+        names = None if name == "optimizer" else question.optimizers
+        change = _try(question, changed, name, text, answer, optimizers=names)
+        if change:
+            yield change
+
+
+def _larger_limit(question: Question, answer: Answer) -> Iterator[FitChange]:
+    for name in ("budget", "reserve"):
+        if name in question.asked:
+            changed = {key: given for key, given in question.asked.items() if key != name}
+            change = _try(question, changed, name, f"without --{name} {question.asked[name]}", answer)
+            if change:
+                yield change
+
+
+def _shorter(question: Question, answer: Answer) -> Iterator[FitChange]:
+    length = question.base.config.seq_len // 2
+    while length >= _SHORTEST:
+        changed = question.asked | {"seq_len": length}
+        change = _try(question, changed, "seq_len", f"sequences of {length} tokens", answer)
+        if change:
+            yield change
+            return
+        length //= 2
+
+
+def _try(
+    question: Question,
+    asked: dict[str, Any],
+    direction: str,
+    text: str,
+    answer: Answer,
+    *,
+    optimizers: tuple[str, ...] | None | object = ...,
+) -> FitChange | None:
+    names = question.optimizers if optimizers is ... else optimizers
+    settings = question.settings if names == question.optimizers else None
+    try:
+        other = check_question(question.model, optimizer=names, options=settings, **asked)  # type: ignore[arg-type]
+    except ConfigError:
+        return None
+    best = answer(other)
+    return FitChange(direction, text, title_of(best), command_for(other)) if best else None
+
+
+def command_for(question: Question) -> str:
+    """The `optplan recommend` command that asks a question."""
+    model = question.base.model
+    words = ["optplan", "recommend", "--model", model.reference or model.name]
+    for name in question.optimizers or ():
+        words += ["--optimizer", name]
+    for text in question.settings or ():
+        words += ["--set", text]
+    for name, value in question.asked.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words += [flag] if value else ["--no-step-in-backward"] if name == "step_in_backward" else []
+        else:
+            words += [flag, str(value)]
+    return shlex.join(words)
