@@ -19,7 +19,7 @@ FLAGS = [
 class Visit:
     """A page that was opened, with all that it complained of and asked for."""
 
-    def __init__(self, context: BrowserContext, path: Path) -> None:
+    def __init__(self, context: BrowserContext, path: Path, *, runs: bool) -> None:
         self.page: Page = context.new_page()
         self.complaints: list[str] = []
         self.requests: list[str] = []
@@ -28,12 +28,13 @@ class Visit:
         self.page.on("dialog", lambda dialog: (self.complaints.append(dialog.message), dialog.dismiss()))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(path.as_uri())
-        self.page.wait_for_selector("html[data-ready]", state="attached")
+        if runs:
+            self.page.wait_for_selector("html[data-ready]", state="attached")
 
     def draw_all(self) -> None:
         """Draw what a reader has not scrolled to yet, as printing does."""
         self.page.evaluate("dispatchEvent(new Event('beforeprint')); dispatchEvent(new Event('afterprint'))")
-        self.page.wait_for_function("[...document.querySelectorAll('.plot')].every((plot) => plot._fullLayout)")
+        assert self.page.evaluate("[...document.querySelectorAll('.plot')].every((plot) => plot._fullLayout)")
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +50,10 @@ def chromium() -> Iterator[Browser]:
         browser.close()
 
 
+def _refuse_network(context: BrowserContext) -> None:
+    context.route(lambda url: not url.startswith(("file:", "data:", "blob:")), lambda route: route.abort())
+
+
 @pytest.fixture
 def visit(chromium: Browser) -> Iterator[Callable[..., Visit]]:
     """Opens a file in a context of its own, in which every request but that of a local file is refused."""
@@ -56,10 +61,22 @@ def visit(chromium: Browser) -> Iterator[Callable[..., Visit]]:
 
     def open_page(path: Path, **options: object) -> Visit:
         context = chromium.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
-        context.route(lambda url: not url.startswith(("file:", "data:", "blob:")), lambda route: route.abort())
+        _refuse_network(context)
         contexts.append(context)
-        return Visit(context, path)
+        return Visit(context, path, runs=options.get("java_script_enabled") is not False)
 
     yield open_page
     for context in contexts:
         context.close()
+
+
+@pytest.fixture(scope="module")
+def drawn(chromium: Browser, pages: dict[str, Path]) -> Iterator[dict[str, Visit]]:
+    """The module's pages, opened once with every figure drawn, for tests that only read."""
+    context = chromium.new_context(viewport={"width": 1280, "height": 900})
+    _refuse_network(context)
+    visits = {name: Visit(context, path, runs=True) for name, path in pages.items()}
+    for seen in visits.values():
+        seen.draw_all()
+    yield visits
+    context.close()

@@ -17,7 +17,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 
 import optplan
-from optplan.planner.estimate_details import details_of
+from optplan.planner.estimate_details import EstimateDetails, details_of
 from optplan.planner.measurement import Measurement
 from optplan.planner.record_files import load_record
 from optplan.planner.records import EstimateReport
@@ -42,11 +42,20 @@ def report() -> EstimateReport:
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory, report: EstimateReport) -> dict[str, Path]:
+def details(report: EstimateReport) -> EstimateDetails:
+    found = details_of(report)
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="module")
+def pages(
+    tmp_path_factory: pytest.TempPathFactory, report: EstimateReport, details: EstimateDetails
+) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     runs = ROOT / "benchmarks" / "records" / "h200_training.jsonl"
     texts = {
-        "estimate": estimate_page(report, details_of(report)),
+        "estimate": estimate_page(report, details),
         "measurement": measurement_page(load_measurement()),
         "training": training_page(load_runs(str(runs)), source="h200_training.jsonl"),
     }
@@ -71,9 +80,8 @@ NAMES = ("estimate", "measurement", "training")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nothing_is_fetched_and_nothing_complains(name: str, pages: dict[str, Path], visit: Open) -> None:
-    seen = visit(pages[name])
-    seen.draw_all()
+def test_nothing_is_fetched_and_nothing_complains(name: str, pages: dict[str, Path], drawn: dict[str, Visit]) -> None:
+    seen = drawn[name]
     assert seen.complaints == []
     assert seen.requests == [pages[name].as_uri()]
     assert seen.page.evaluate("new Set([...document.querySelectorAll('[id]')].map((e) => e.id)).size") == (
@@ -81,26 +89,31 @@ def test_nothing_is_fetched_and_nothing_complains(name: str, pages: dict[str, Pa
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_serious(name: str, scheme: str, pages: dict[str, Path], visit: Open) -> None:
-    seen = visit(pages[name], color_scheme=scheme)
-    seen.draw_all()
-    seen.page.evaluate("document.querySelectorAll('details').forEach((details) => { details.open = true })")
-    found = Axe().run(seen.page, options={"resultTypes": ["violations"]}).response["violations"]
-    serious = [
+def serious(visit: Visit, **options: object) -> list[object]:
+    """What axe finds serious, with the elements."""
+    found = Axe().run(visit.page, options={"resultTypes": ["violations"], **options}).response["violations"]
+    return [
         (rule["id"], node["target"], node.get("failureSummary"))
         for rule in found
         if rule["impact"] in ("serious", "critical")
         for node in rule["nodes"]
     ]
-    assert serious == []
 
 
-def test_the_bars_hold_the_records_bytes(pages: dict[str, Path], visit: Open, report: EstimateReport) -> None:
-    seen = visit(pages["estimate"])
-    seen.draw_all()
-    drawn = {
+@pytest.mark.parametrize("name", NAMES)
+def test_axe_finds_nothing_serious(name: str, drawn: dict[str, Visit]) -> None:
+    seen = drawn[name]
+    # One table opened stands for all: they come from one template, and axe looks at every cell.
+    seen.page.evaluate("document.querySelector('details').open = true")
+    assert serious(seen) == []
+    seen.page.emulate_media(color_scheme="dark")
+    assert serious(seen, runOnly=["color-contrast"]) == []
+    seen.page.emulate_media(color_scheme="light")
+
+
+def test_the_bars_hold_the_records_bytes(drawn: dict[str, Visit], report: EstimateReport) -> None:
+    seen = drawn["estimate"]
+    shown = {
         (trace["meta"], name): size
         for trace in traces(seen, "optimizers")
         for name, size in zip(trace["y"], trace["customdata"], strict=True)
@@ -111,17 +124,14 @@ def test_the_bars_hold_the_records_bytes(pages: dict[str, Path], visit: Open, re
         for row in report.estimates
         for category, size in (row.peak_categories or {}).items()
     }
-    assert drawn == expected
+    assert shown == expected
     for trace in traces(seen, "optimizers"):
         assert trace["x"] == pytest.approx([size / GIB for size in trace["customdata"]], abs=1e-6)
 
 
-def test_the_timeline_holds_the_steps_events(pages: dict[str, Path], visit: Open, report: EstimateReport) -> None:
-    details = details_of(report)
-    assert details is not None
+def test_the_timeline_holds_the_steps_events(drawn: dict[str, Visit], details: EstimateDetails) -> None:
     assert details.curve is not None
-    seen = visit(pages["estimate"])
-    seen.draw_all()
+    seen = drawn["estimate"]
     outline = next(trace for trace in traces(seen, "timeline") if trace["name"] == "allocated")
     assert outline["x"] == [point.event for point in details.curve.points]
     assert [row[0] for row in outline["customdata"]] == [point.allocated_bytes for point in details.curve.points]
@@ -129,10 +139,8 @@ def test_the_timeline_holds_the_steps_events(pages: dict[str, Path], visit: Open
     assert peak["customdata"][0][0] == details.estimate.peak_allocated_bytes
 
 
-def test_the_treemap_adds_up_to_the_state(pages: dict[str, Path], visit: Open, report: EstimateReport) -> None:
-    seen = visit(pages["estimate"])
-    seen.draw_all()
-    (tiles,) = traces(seen, "state-map")
+def test_the_treemap_adds_up_to_the_state(drawn: dict[str, Visit], report: EstimateReport) -> None:
+    (tiles,) = traces(drawn["estimate"], "state-map")
     root = tiles["parents"].index("")
     advice = report.recommendation
     assert advice is not None
@@ -142,11 +150,9 @@ def test_the_treemap_adds_up_to_the_state(pages: dict[str, Path], visit: Open, r
     assert sum(children) == row.bytes.optimizer_state
 
 
-def test_the_overlay_holds_both_timelines(pages: dict[str, Path], visit: Open) -> None:
+def test_the_overlay_holds_both_timelines(drawn: dict[str, Visit]) -> None:
     record = load_measurement()
-    seen = visit(pages["measurement"])
-    seen.draw_all()
-    measured, predicted = traces(seen, "timelines")
+    measured, predicted = traces(drawn["measurement"], "timelines")
     assert max(row[0] for row in measured["customdata"]) == record.peak_allocated_bytes
     (row,) = optplan.estimate(
         record.model.name, gpu="h200-141g", optimizer="adamw", options={"implementation": "foreach"},
@@ -155,8 +161,8 @@ def test_the_overlay_holds_both_timelines(pages: dict[str, Path], visit: Open) -
     assert max(row[0] for row in predicted["customdata"]) == row.peak_allocated_bytes
 
 
-def test_the_switches_show_what_estimate_says(pages: dict[str, Path], visit: Open) -> None:
-    seen = visit(pages["estimate"])
+def test_the_switches_show_what_estimate_says(drawn: dict[str, Visit]) -> None:
+    seen = drawn["estimate"]
     axes = {
         select.get_attribute("data-axis"): select.locator("option").all_text_contents()
         for select in seen.page.locator("#switches select").all()
@@ -196,18 +202,19 @@ def test_the_keyboard_reaches_everything(pages: dict[str, Path], visit: Open) ->
     page = visit(pages["estimate"]).page
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent") == "Skip to the answer"
-    reachable = page.evaluate(
-        "[...document.querySelectorAll('a, button, select, summary, [tabindex=\"0\"]')]"
-        ".filter((e) => e.offsetParent !== null || e.className === 'skip').length"
+    count = page.evaluate(
+        "window.controls = [...document.querySelectorAll('a, button, select, summary, [tabindex=\"0\"]')]"
+        ".filter((e) => e.checkVisibility()); controls.length"
     )
-    reached = 0
-    for _ in range(reachable):
-        reached += page.evaluate(
-            "(() => { const e = document.activeElement, s = getComputedStyle(e);"
-            " return e !== document.body && s.outlineStyle !== 'none' ? 1 : 0 })()"
+    reached = set()
+    for _ in range(count):
+        index, outline = page.evaluate(
+            "[controls.indexOf(document.activeElement), getComputedStyle(document.activeElement).outlineStyle]"
         )
+        assert outline == "solid"
+        reached.add(index)
         page.keyboard.press("Tab")
-    assert reached == reachable
+    assert reached == set(range(count))
     page.focus("#switch-checkpointing")
     page.keyboard.press("ArrowDown")
     assert page.input_value("#switch-checkpointing") == "full"
@@ -290,7 +297,8 @@ def test_bytes_in_the_page_are_those_of_the_json(visit: Open, tmp_path: Path) ->
         report = optplan.estimate(configuration.pop("model"), **configuration)
         path = tmp_path / f"{number}.html"
         path.write_text(estimate_page(report), encoding="utf-8")
-        seen = visit(path)
+        # As the file says, before any script; figures have tests of their own.
+        seen = visit(path, java_script_enabled=False)
         shown = seen.page.evaluate(
             "[...document.querySelectorAll('#optimizers-data tbody tr')].map((row) =>"
             " [...row.cells].map((cell) => cell.dataset.value ?? cell.textContent))"
@@ -308,7 +316,6 @@ def test_bytes_in_the_page_are_those_of_the_json(visit: Open, tmp_path: Path) ->
         assert shown == expected
         embedded = seen.page.evaluate("JSON.parse(document.getElementById('optplan-records').textContent).estimate")
         assert embedded == document
-        seen.page.close()
 
 
 def test_csv_holds_exact_bytes(pages: dict[str, Path], visit: Open, report: EstimateReport) -> None:
@@ -337,7 +344,8 @@ def test_figures_follow_the_colour_scheme(pages: dict[str, Path], visit: Open) -
     colour = "document.getElementById('optimizers').layout.font.color"
     assert seen.page.evaluate(colour) == "#1b1d22"
     seen.page.emulate_media(color_scheme="dark")
-    seen.page.wait_for_function(f"{colour} === '#eceae6'")
+    seen.page.wait_for_timeout(300)
+    assert seen.page.evaluate(colour) == "#eceae6"
     assert seen.complaints == []
 
 
@@ -366,7 +374,7 @@ def test_motion_is_reduced_where_that_is_asked_for(pages: dict[str, Path], visit
 
 def test_the_page_is_there_within_a_second(pages: dict[str, Path], visit: Open) -> None:
     times = []
-    for _ in range(3):
+    for _ in range(2):
         page = visit(pages["estimate"]).page
         times.append(page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime"))
     assert min(times) < 1000
@@ -383,5 +391,5 @@ def test_the_command_takes_three_seconds_at_most(tmp_path: Path) -> None:
         # Processor time: wall time on an idle machine, whatever else runs on this one.
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert min(seconds() for _ in range(2)) <= 3
+    assert seconds() <= 3 or seconds() <= 3
     assert (tmp_path / "page.html").stat().st_size < 6_000_000
