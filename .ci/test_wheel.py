@@ -44,7 +44,7 @@ def _expected_files() -> set[str]:
     return {
         f"{package}/{path.relative_to(ROOT / folder).as_posix()}"
         for folder, package in folders.items()
-        for pattern in ("*.py", "*.toml", "py.typed")
+        for pattern in ("*.py", "*.toml", "*.html", "*.css", "*.js", "*.json", "py.typed")
         for path in (ROOT / folder).rglob(pattern)
     }
 
@@ -53,10 +53,13 @@ def _check_answers(work: Path, wheel: Path) -> None:
     venv.create(work / "venv", with_pip=True)
     python = work / "venv" / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "--quiet", str(wheel)], check=True)
-    command = [work / "venv" / "bin" / "optplan", "estimate", "--model", "gpt2", "--gpu", "h200", "--json"]
+    page = ["--html", str(work / "page.html")]
+    command = [work / "venv" / "bin" / "optplan", "estimate", "--model", "gpt2", "--gpu", "h200", "--json", *page]
     result = subprocess.run(command, check=True, capture_output=True, cwd=work)
     if json.loads(result.stdout)["model"]["num_parameters"] != 124_439_808:
         sys.exit("the installed wheel miscounts gpt2")
+    if "gpt2 fits on h200-141g" not in (work / "page.html").read_text(encoding="utf-8"):
+        sys.exit("the installed wheel writes no page")
 
 
 if __name__ == "__main__":

@@ -42,9 +42,10 @@ class AccuracyRow(msgspec.Struct, frozen=True, kw_only=True):
     def setting(self) -> str:
         """Everything but the model in a few words."""
         accumulated = f", {self.grad_accum} accumulated" if self.grad_accum > 1 else ""
+        more = f", {self.more}" if self.more else ""
         return (
             f"{self.optimizer} ({self.implementation}), {self.precision}, {self.batch_size} x {self.seq_len}"
-            f"{accumulated}, checkpointing {self.checkpointing}, {self.attention}{f', {self.more}' if self.more else ''}"
+            f"{accumulated}, checkpointing {self.checkpointing}, {self.attention}{more}"
         )
 
     @property
