@@ -19,7 +19,7 @@ class ModelRow(msgspec.Struct, frozen=True):
     source: str
 
 
-class GpuRow(msgspec.Struct, frozen=True):
+class GpuRow(msgspec.Struct, frozen=True, omit_defaults=True):
     """The GPU an estimate is held against; bytes per GPU.
 
     Attributes:

@@ -11,9 +11,10 @@ from optplan.planner.step.options import StepOptions
 def model_view(spec: ModelSpec, options: StepOptions) -> ModelView:
     """The model's layers, and the dtypes in which its parameters are used and stored.
 
-    Raises:
-        KeyError: The family has no step rules.
+    Of a family without step rules no layers are known; sums over the whole model are the same.
     """
-    family = FAMILIES[spec.model_type]
     stored = options.stored_dtype or options.parameter_dtype
+    family = FAMILIES.get(spec.model_type)
+    if family is None:
+        return ModelView(spec, 0, str, options.parameter_dtype, stored)
     return ModelView(spec, len(family.layers(spec)), family.namer(spec), options.parameter_dtype, stored)

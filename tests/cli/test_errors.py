@@ -48,8 +48,17 @@ SENTENCES = [
     ([*ESTIMATE, "--batch-size", "-3"], "--batch-size must be an integer between 1 and 1048576, got -3"),
     ([*ESTIMATE, "--seq-len", "9" * 30], f"--seq-len must be an integer between 1 and 16777216, got {'9' * 30}"),
     ([*ESTIMATE, "--grad-accum", "1e3"], "--grad-accum must be an integer between 1 and 1048576, got '1e3'"),
-    ([*ESTIMATE, "--gpus", "2"], "--gpus 2 needs a --sharding strategy, and this version models one GPU; use --gpus 1"),
-    ([*ESTIMATE, "--sharding", "fsdp2"], "--sharding fsdp2 is not modelled in this version; allowed: none"),
+    (
+        [*ESTIMATE, "--gpus", "2"],
+        "--gpus 2 needs a --sharding strategy: ddp, ddp-copies, zero1, zero1-deepspeed, zero2, zero3, fsdp2, "
+        "fsdp2-noreshard, fsdp2-hybrid, fsdp2-offload",
+    ),
+    ([*ESTIMATE, "--sharding", "fsdp2"], "--sharding fsdp2 needs --gpus of at least 2, got 1"),
+    ([*ESTIMATE, "--sharding", "fsdp3"], "unknown sharding for --sharding 'fsdp3'; nearest: fsdp2"),
+    (
+        [*ESTIMATE, "--sharding", "ddp", "--gpus", "8", "--nodes", "3"],
+        "--nodes must divide --gpus, which counts the GPUs of all nodes: got 8 GPUs on 3 nodes",
+    ),
     ([*ESTIMATE, "--engine", "trase"], "unknown engine for --engine 'trase'; nearest: trace"),
     (
         [*ESTIMATE, "--fused-loss", "chunked"],

@@ -87,6 +87,7 @@ def test_the_record_has_the_agreed_keys() -> None:
     assert list(report["config"]) == [
         "precision", "batch_size", "seq_len", "grad_accum", "checkpointing", "attention", "gpus", "sharding",
         "alloc_conf", "fused_loss", "step_in_backward", "clip_grad_norm", "keep_grads", "padding_mask", "empty_cache",
+        "nodes",
     ]  # fmt: skip
     (row,) = report["estimates"]
     assert {
