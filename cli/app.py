@@ -15,9 +15,11 @@ from optplan.commands.models import models
 from optplan.commands.optimizers import optimizers
 from optplan.commands.profile import profile
 from optplan.commands.published import published
+from optplan.commands.recommend import recommend
 from optplan.commands.replay import replay
 from optplan.commands.report import report
 from optplan.commands.show import show
+from optplan.commands.sweep import sweep
 from optplan.commands.timeline import timeline
 from optplan.commands.validate import validate
 
@@ -32,6 +34,8 @@ app = typer.Typer(
 )
 for command in (
     estimate,
+    recommend,
+    sweep,
     explain,
     timeline,
     profile,

@@ -92,6 +92,13 @@ AllocConf = Annotated[
     ),
 ]
 Steps = Annotated[int, _count("--steps", help="Steps to run: the third is recorded, those after it are timed.")]
+TokensPerStep = Annotated[
+    int | None,
+    _count("--tokens-per-step", help="Tokens of one optimizer step over all GPUs.", show_default="about 65536"),
+]
+FixedBatchSize = Annotated[
+    int | None, _count("--batch-size", "-b", help="Fix the micro-batch's sequences.", show_default="searched")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Html = Annotated[
     str | None, typer.Option("--html", metavar="FILE", help="Also write the answer as one self-contained HTML page.")

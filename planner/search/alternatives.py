@@ -41,11 +41,17 @@ class Alternatives:
         if best is not None and best.bound in bound:
             return self._found(best)
         if found:
-            fitting = [one for one in found if self._describer.verdict(one) == "fits"]
-            return self._found(min(fitting or found, key=lambda one: (one.key, one.seconds)))
+            return self._found(min(found, key=self._furthest_key))
         if bound:
             return self._excluded(min(bound, key=lambda member: self._exploration.least_bytes.get(member, 2**62)))
         return _refused(next(row for row in self._exploration.pool.refused if row.member.optimizer.id == name))
+
+    def _furthest_key(self, found: Found) -> tuple[object, ...]:
+        """A usual step with room first, not much slower than what was picked; then by evidence and time."""
+        best = self._choice.best
+        slow = best is not None and found.seconds > MOST_SLOWER * best.seconds
+        tight = self._describer.verdict(found) != "fits"
+        return found.manner.step_in_backward, tight, slow, found.key, found.seconds
 
     def _bound(self, member: BoundMember) -> Alternative:
         best = self._choice.best

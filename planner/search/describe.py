@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 
 from optplan.planner.candidates import Candidate
@@ -14,7 +16,6 @@ from optplan.planner.search.question import Question
 from optplan.planner.search.records import Configuration, Time, Verdict
 from optplan.planner.search.steps import request_of
 from optplan.planner.step_time import (
-    CALIBRATED_GPU,
     basis_of,
     combine,
     phase_busy,
@@ -116,18 +117,19 @@ def rated_gpu(gpu: Gpu, substitute: Gpu) -> Gpu:
     return timed_gpu(gpu) or substitute
 
 
-def title_of(configuration: Configuration) -> str:
-    """A configuration in a few words, such as `micro-adam, bf16, micro-batch 1 x 32, checkpointing full`."""
-    config = configuration.config
-    parts = [configuration.optimizer, *(f"{name}={value}" for name, value in configuration.settings.items())]
-    if configuration.state_dtype:
-        parts.append(f"state {configuration.state_dtype}")
-    words = [" ".join(parts), config.precision, f"micro-batch {config.batch_size} x {config.grad_accum}"]
+def title_of(row: Configuration) -> str:
+    """A configuration in a few words, such as `micro-adam, bf16, micro-batch 2 x 16, checkpointing full`."""
+    config = row.config
+    words = [named(row.optimizer, row.settings, row.state_dtype), config.precision]
+    words += [f"micro-batch {config.batch_size}" + (f" x {config.grad_accum}" if config.grad_accum > 1 else "")]
     words += [f"{config.gpus} GPUs {config.sharding}"] if config.gpus > 1 else []
     words += [f"checkpointing {config.checkpointing}"] if config.checkpointing != "none" else []
-    words += ["fused loss"] if config.fused_loss != "none" else []
+    words += [f"{config.fused_loss} loss"] if config.fused_loss != "none" else []
     words += ["step in backward"] if config.step_in_backward else []
     return ", ".join(words)
 
 
-__all__ = ["CALIBRATED_GPU", "Describer", "rated_gpu", "title_of"]
+def named(optimizer: str, settings: Mapping[str, object], state_dtype: str | None) -> str:
+    """An optimizer with its settings, such as `adamw (rounding=kahan) with state in float32`."""
+    inner = " ".join(f"{name}={value}" for name, value in settings.items())
+    return f"{optimizer}{f' ({inner})' if inner else ''}{f' with state in {state_dtype}' if state_dtype else ''}"

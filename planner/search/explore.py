@@ -21,8 +21,8 @@ from optplan.planner.search.evidence import EvidenceKey
 from optplan.planner.search.pool import BoundMember, Pool
 from optplan.planner.search.space import Layout, Manner, Space
 from optplan.planner.search.steps import StepPoint, StepRecorder, accumulated_batches, manner_refused
-from optplan.planner.step_time_work import StepWork
 from optplan.planner.step_time import Busy, TimeModel, load_time_model, longer, phase_busy
+from optplan.planner.step_time_work import StepWork
 
 
 class Found(NamedTuple):

@@ -56,8 +56,7 @@ def _released(question: Question, answer: Answer) -> Iterator[FitChange]:
     for name, value in question.fixed.items():
         changed = {key: given for key, given in question.asked.items() if key != name}
         text = f"leave {_NAMES.get(name, name.replace('_', ' '))} free instead of {value}"
-        names = None if name == "optimizer" else question.optimizers
-        change = _try(question, changed, name, text, answer, optimizers=names)
+        change = _try(question, changed, name, text, answer, frees_optimizer=name == "optimizer")
         if change:
             yield change
 
@@ -89,10 +88,9 @@ def _try(
     text: str,
     answer: Answer,
     *,
-    optimizers: tuple[str, ...] | None | object = ...,
+    frees_optimizer: bool = False,
 ) -> FitChange | None:
-    names = question.optimizers if optimizers is ... else optimizers
-    settings = question.settings if names == question.optimizers else None
+    names, settings = (None, None) if frees_optimizer else (question.optimizers, question.settings)
     try:
         other = check_question(question.model, optimizer=names, options=settings, **asked)  # type: ignore[arg-type]
     except ConfigError:

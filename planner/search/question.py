@@ -98,7 +98,10 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _SEARCHED = ("precision", "checkpointing", "batch_size", "fused_loss", "step_in_backward")
-_STEP = ("gpu", "memory", "seq_len", "attention", "clip_grad_norm", "keep_grads", "padding_mask", "empty_cache", "alloc_conf", "state_dtype")  # fmt: skip
+_STEP = (
+    "gpu", "memory", "seq_len", "attention", "clip_grad_norm", "keep_grads", "padding_mask", "empty_cache",
+    "alloc_conf", "state_dtype",
+)  # fmt: skip
 
 
 def check_question(
@@ -127,7 +130,7 @@ def check_question(
     settings = _texts(options)
     counts = gpu_counts(asked.get("gpus", 1))
     sequences = _sequences(base, asked, counts, fixed)
-    reserve = _size("reserve", asked.get("reserve", 0))
+    reserve = _size(asked.get("reserve", 0))
     return Question(
         model=model,
         base=base,
@@ -219,12 +222,12 @@ def _texts(options: Mapping[str, object] | Sequence[str] | None) -> tuple[str, .
     return tuple(options) if options else None
 
 
-def _size(flag: str, value: str | int) -> int:
+def _size(value: str | int) -> int:
     return parse_size(value) if isinstance(value, str) and value != "0" else int(value)
 
 
 def _limit(gpu: Gpu, budget: str | int | None, reserve: int) -> int:
-    limit = gpu.usable_bytes if budget is None else min(gpu.usable_bytes, _size("budget", budget))
+    limit = gpu.usable_bytes if budget is None else min(gpu.usable_bytes, _size(budget))
     if reserve >= limit:
         raise ConfigError(f"--reserve {format_gib(reserve)} leaves nothing of {format_gib(limit)}")
     return limit - reserve

@@ -1,4 +1,4 @@
-"""Forward and backward of every manner and micro-batch: memory and work, each recorded once and shared by precisions."""
+"""Forward and backward of every manner and micro-batch: memory and work, each recorded once."""
 
 from __future__ import annotations
 
