@@ -24,6 +24,11 @@ def print_json(record: object) -> None:
     _deliver(lambda: print(text))
 
 
+def print_text(text: str) -> None:
+    """Print text that carries its own line ends."""
+    _deliver(lambda: print(text, end=""))
+
+
 def print_terminal(render: Callable[[Any, Console], None], record: object) -> None:
     """Print a record with one of the terminal renderers."""
     from optplan.reports.terminal.console import make_console
