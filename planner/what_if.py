@@ -75,7 +75,7 @@ def what_if(request: StepRequest, optimizers: Sequence[OptimizerModel], *, work:
     """
     if request.engine != "rules" or not Workload(request).has_rules:
         return None
-    axes = _axes(request, optimizers, budget=work / len(request.model.unique_parameters))
+    axes = _axes(request, optimizers, budget=work / _tensors(request))
     cells = [cell for step in _steps(request, axes) for cell in _cells(step, axes["optimizer"], axes["gpu"])]
     if not cells:
         return None
@@ -92,6 +92,11 @@ def what_if(request: StepRequest, optimizers: Sequence[OptimizerModel], *, work:
         start={"gpu": request.gpu.id, "optimizer": optimizers[0].id, **start},
         cells=cells,
     )
+
+
+def _tensors(request: StepRequest) -> int:
+    """Tensors that one simulated step handles; accumulation simulates a second micro-step."""
+    return len(request.model.unique_parameters) * (2 if request.config.grad_accum > 1 else 1)
 
 
 def _axes(request: StepRequest, optimizers: Sequence[OptimizerModel], *, budget: float) -> dict[str, list[Any]]:
@@ -175,9 +180,9 @@ def _cells(step: Workload, optimizers: Sequence[OptimizerModel], groups: list[li
 
 
 def _cell(step: Workload, candidate: Candidate, peaks: StepPeaks) -> WhatIfCell:
-    config, gpu = step.request.config, step.request.gpu
+    config, usable_bytes = step.request.config, step.usable_bytes
     return WhatIfCell(
-        gpu=gpu.id,
+        gpu=step.request.gpu.id,
         optimizer=candidate.id,
         batch_size=config.batch_size,
         seq_len=config.seq_len,
@@ -186,8 +191,8 @@ def _cell(step: Workload, candidate: Candidate, peaks: StepPeaks) -> WhatIfCell:
         peak_phase=peaks.peak_phase,
         peak_categories=peaks.categories,
         peak_reserved_bytes=peaks.reserved_bytes,
-        usable_bytes=gpu.usable_bytes,
-        headroom_bytes=gpu.usable_bytes - peaks.peak_bytes,
-        fits=peaks.peak_bytes <= gpu.usable_bytes,
+        usable_bytes=usable_bytes,
+        headroom_bytes=usable_bytes - peaks.peak_bytes,
+        fits=peaks.peak_bytes <= usable_bytes,
         command=command_of(step, candidate),
     )
