@@ -226,7 +226,8 @@ def combine(forward: Busy, backward: Busy, optimizer: Busy, *, exponent: float) 
     step = longer(whole, exponent)
     parts = [longer(part, exponent) for part in (forward, backward, optimizer)]
     scale = step / sum(parts)
-    return StepSeconds(step, *(scale * part for part in parts), bound="gpu" if whole.gpu >= whole.host else "host")
+    seconds = [scale * part for part in parts]
+    return StepSeconds(step, seconds[0], seconds[1], seconds[2], "gpu" if whole.gpu >= whole.host else "host")
 
 
 def longer(busy: Busy, exponent: float) -> float:

@@ -11,7 +11,8 @@ from optplan.step_options import takes_step
 
 _FREE = "searched"
 _SEARCHED = (
-    "precision", "batch_size", "grad_accum", "checkpointing", "fused_loss", "step_in_backward", "gpus", "nodes", "sharding",
+    "precision", "batch_size", "grad_accum", "checkpointing", "fused_loss", "step_in_backward",
+    "gpus", "nodes", "sharding",
 )  # fmt: skip
 
 

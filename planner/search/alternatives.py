@@ -62,6 +62,8 @@ class Alternatives:
 
     def _found(self, found: Found) -> Alternative:
         outcome, reason, winner = self._outcome(found)
+        if found.manner.step_in_backward:
+            reason = self._usually(found) + reason
         return Alternative(
             optimizer=found.bound.candidate.id,
             implementation=found.bound.candidate.implementation,
@@ -85,6 +87,11 @@ class Alternatives:
             peak, limit = format_gib(found.peak_bytes), format_gib(self._exploration.limit_bytes)
             return "tight", f"its peak of {peak} leaves too little of {limit}", None
         return "on the front", _why_not(found, best, self._prefer), None
+
+    def _usually(self, found: Found) -> str:
+        """What the same optimizer needs without its step in backward, where that does not fit."""
+        least, limit = self._exploration.least_usual_bytes.get(found.bound, 0), self._exploration.limit_bytes
+        return f"with a step of its own it needs at least {format_gib(least)}; " if least > limit else ""
 
     def _excluded(self, member: BoundMember) -> Alternative:
         least, limit = self._exploration.least_bytes.get(member), self._exploration.limit_bytes

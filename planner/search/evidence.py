@@ -6,7 +6,6 @@ Source: `data/evidence.toml`.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -25,7 +24,11 @@ and the optimizer's place in the table: less is surer."""
 ADVENTUROUS = 2
 """The weakest class that is taken for speed or memory alone: what asks for a recipe of its own."""
 
-_PUBLISHED_SETTINGS = {"micro-adam": ({},), "adapprox": ({}, {"rank": 32}), "sgd": ({}, {"momentum": 0.9})}
+_PUBLISHED_SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
+    "micro-adam": ({},),
+    "adapprox": ({}, {"rank": 32}),
+    "sgd": ({}, {"momentum": 0.9}),
+}
 """Settings, besides the implementation, for which somebody has shown a result; of other optimizers every setting."""
 
 
@@ -133,9 +136,10 @@ def load_evidence() -> EvidenceTable:
     except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
         raise DataError(f"evidence.toml is damaged: {error}") from error
     known = {row.key for row in found.classes}
-    for row in (*found.optimizer, *found.format, *found.recipe):
-        if row.class_key not in known:
-            raise DataError(f"evidence.toml is damaged: it has no class {row.class_key}")
+    rows = (found.optimizer, found.format, found.recipe)
+    for key in (row.class_key for part in rows for row in part):
+        if key not in known:
+            raise DataError(f"evidence.toml is damaged: it has no class {key}")
     return found
 
 
@@ -199,7 +203,7 @@ def _recipes(optimizer: OptimizerModel, step_in_backward: bool) -> list[RecipeEv
 
 
 def _is_published(optimizer: OptimizerModel) -> bool:
-    known: tuple[Mapping[str, Any], ...] | None = _PUBLISHED_SETTINGS.get(optimizer.id)
+    known = _PUBLISHED_SETTINGS.get(optimizer.id)
     changed = {name: value for name, value in settings_of(optimizer).items() if name != "implementation"}
     return known is None or changed in known
 

@@ -80,6 +80,7 @@ class Exploration:
         best: Of every optimizer under every precision, the quickest that fits, beaten or not.
         beaten: What beats each of them, if anything does.
         least_bytes: Of every optimizer under every precision, the lowest peak of all that were tried, fitting or not.
+        least_usual_bytes: The same without the step in backward.
         refused_manners: Manners that cannot be run under a precision, and why.
         counts: How many configurations each rule decided.
     """
@@ -92,6 +93,7 @@ class Exploration:
         self.best: dict[BoundMember, Found] = {}
         self.beaten: dict[BoundMember, Beaten] = {}
         self.least_bytes: dict[BoundMember, int] = {}
+        self.least_usual_bytes: dict[BoundMember, int] = {}
         self.refused_manners: dict[tuple[str, Manner], str] = {}
         self.counts: Counter[str] = Counter()
         self._recorder = StepRecorder(base)
@@ -136,7 +138,8 @@ class Exploration:
             accumulated = 1 if manner.step_in_backward else accumulated_batches(self.space.sequences, layout, size)
             point = self._recorder.point(precision, manner, size, accumulates=accumulated > 1)
             if least + point.least_bytes > self.limit_bytes:
-                self._note_least(precision, point) if index == 0 else None
+                if index == 0:
+                    self._note_least(precision, manner, point)
                 self.counts["larger_batch"] += num_members * (len(sizes) - index)
                 return
             yield self._micro(precision, manner, layout, size, accumulated, point)
@@ -155,19 +158,21 @@ class Exploration:
             self.refused_manners[precision, manner] = reason
         return reason
 
-    def _note_least(self, precision: str, point: StepPoint) -> None:
+    def _note_least(self, precision: str, manner: Manner, point: StepPoint) -> None:
         for member in self.pool.bound[precision]:
-            self._lower(member, member.resident_bytes + point.least_bytes)
+            self._lower(member, manner, member.resident_bytes + point.least_bytes)
 
-    def _lower(self, member: BoundMember, num_bytes: int) -> None:
+    def _lower(self, member: BoundMember, manner: Manner, num_bytes: int) -> None:
         self.least_bytes[member] = min(num_bytes, self.least_bytes.get(member, num_bytes))
+        if not manner.step_in_backward:
+            self.least_usual_bytes[member] = min(num_bytes, self.least_usual_bytes.get(member, num_bytes))
 
     def _decide(self, member: BoundMember, micros: list[Micro]) -> None:
         resident = member.resident_bytes
         if resident > self.limit_bytes:
             self.counts["resident"] += len(micros)
             for micro in micros:
-                self._lower(member, resident + micro.point.least_bytes)
+                self._lower(member, micro.manner, resident + micro.point.least_bytes)
             return
         update = member.busy(self.gpu, self.model)
         keys = {in_backward: member.evidence(step_in_backward=in_backward) for in_backward in (False, True)}
@@ -177,7 +182,7 @@ class Exploration:
     def _decide_one(self, member: BoundMember, micro: Micro, resident: int, update: Busy, key: EvidenceKey) -> None:
         bound = resident + micro.point.least_bytes
         if bound > self.limit_bytes:
-            self._lower(member, bound)
+            self._lower(member, micro.manner, bound)
             self.counts["memory"] += 1
             return
         seconds = longer(micro.busy.plus(update), self.model.overlap.exponent) / micro.share
@@ -187,13 +192,13 @@ class Exploration:
             temporary = member.parameter_temporary_bytes if micro.manner.step_in_backward else member.temporary_bytes
             peak = resident + micro.point.peak_bytes(temporary)
             if peak > self.limit_bytes:
-                self._lower(member, peak)
+                self._lower(member, micro.manner, peak)
                 self.counts["memory"] += 1
                 return
         found = Found(member, micro.manner, micro.layout, micro.micro_batch, micro.accumulated, peak, seconds, key)
         if winner is None:
             winner = next((other for other in self.front if other.beats(peak, seconds, key)), None)
-        self._lower(member, peak)
+        self._lower(member, micro.manner, peak)
         self._note(found, winner)
 
     def _note(self, found: Found, winner: Found | None) -> None:

@@ -92,7 +92,7 @@ def _try(
 ) -> FitChange | None:
     names, settings = (None, None) if frees_optimizer else (question.optimizers, question.settings)
     try:
-        other = check_question(question.model, optimizer=names, options=settings, **asked)  # type: ignore[arg-type]
+        other = check_question(question.model, optimizer=names, options=settings, **asked)
     except ConfigError:
         return None
     best = answer(other)

@@ -114,11 +114,8 @@ def _print_alternatives(report: SearchReport, console: Console, glyphs: Glyphs) 
     table.add_column("Outcome", no_wrap=True)
     table.add_column("Why", overflow="fold")
     for row in report.alternatives:
-        tried = (
-            title_of(row.best)
-            if row.best
-            else f"{named(row.optimizer, row.settings, row.state_dtype)}, {row.precision}"
-        )
+        name = named(row.optimizer, row.settings, row.state_dtype)
+        tried = title_of(row.best) if row.best else f"{name}, {row.precision}"
         table.add_row(tried, Text(row.outcome, _COLOURS.get(row.outcome, "")), printable(row.reason))
     console.print(table)
 
