@@ -6,6 +6,8 @@ Source: pytorch `aten/src/ATen/native/transformers/cuda/sdp_utils.cpp` (choice),
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -43,9 +45,12 @@ class Chooser:
     def _by_sizes(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
     ) -> Backend:
-        if query.dim() != _NUM_DIMS or (mask is not None and mask.requires_grad):
+        if query.dim() != _NUM_DIMS:
             return "math"
         batch, heads, seq, width = query.shape
+        if mask is not None and mask.requires_grad:
+            # One fused kernel makes the gradient of a bias, if the bias lies in memory row by row.
+            return "efficient" if mask.stride(-1) == 1 and key.shape[1] == heads else "math"
         shape = AttentionShape(batch, seq, heads, key.shape[1], width)
         dtype = cast(Dtype, str(query.dtype).removeprefix("torch."))
         chosen = choose_backend(dtype, shape, masked=mask is not None, capability=self._capability)
@@ -65,15 +70,22 @@ def attend(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
+    composing: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Any:
-    """The attention's result, by the operations that CUDA would run."""
+    """The attention's result, by the operations that CUDA would run.
+
+    Args:
+        chooser: Chooses the kernel.
+        query: Queries `[batch, heads, tokens, width]`, and so on as for `F.scaled_dot_product_attention`.
+        composing: Around the operations of the unfused attention.
+    """
     backend = chooser.choose(query, key, value, attn_mask)
     if backend == "flash":
         return aten._scaled_dot_product_flash_attention.default(
             query, key, value, dropout_p, is_causal, False, scale=scale
         )[0]
     if backend == "math":
-        with overwriting_sums():
+        with overwriting_sums(), composing():
             return aten._scaled_dot_product_attention_math.default(
                 query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
             )[0]

@@ -30,7 +30,7 @@ _FLOAT_RESULT = (
     "prod prod.dim_int softmax.int log_softmax.int cumprod cumsum linalg_vector_norm linalg_matrix_norm sum "
     "sum.dim_IntList"
 )
-_WIDEST = "addcdiv addcmul atan2 bilinear cross dot vdot grid_sampler index_put tensordot scatter_add cat stack"
+_WIDEST = "addcdiv addcmul atan2 bilinear cross dot vdot grid_sampler index_put tensordot scatter_add"
 
 CAST_LISTS: dict[str, tuple[str, ...]] = {
     "lower": tuple(_LOWER.split()),

@@ -98,7 +98,21 @@ def _attention(operation: Any, *args: Any, **kwargs: Any) -> Any:
     del operation
     if torch.is_autocast_enabled("cuda"):
         args, kwargs = cast_arguments("lower", args, kwargs)
-    return attend(_chooser, *args, **kwargs)
+    return attend(_chooser, *args, **kwargs, composing=_composing)
+
+
+@contextmanager
+def _composing() -> Iterator[None]:
+    """Within the context the parts of an operation are replaced too; autocast has done its work on the whole."""
+    key = getattr(torch._C.DispatchKey, _KEY)
+    enabled = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", False)
+    torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+    try:
+        yield
+    finally:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, True)
+        torch.set_autocast_enabled("cuda", enabled)
 
 
 def _dropout(operation: Any, source: torch.Tensor, p: float, train: bool) -> Any:

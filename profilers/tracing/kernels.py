@@ -115,13 +115,64 @@ def cumulative_sum(call: Call) -> Any:
     source = call.args[0]
     cast = call.hold(result.numel() * result.itemsize) if source.dtype != result.dtype else []
     if source.dim() and source.shape[call.args[1]] == source.numel():
-        call.scratch(kernels.SCAN_SCRATCH)
+        call.scratch(kernels.NARROW_SCAN_SCRATCH if result.dtype == torch.int32 else kernels.SCAN_SCRATCH)
     call.release(cast)
     return result
 
 
+def sort(call: Call) -> Any:
+    """`sort` of one row: the positions that are sorted along, and the scratch of a large sort."""
+    result = call.run()
+    call.track(*result)
+    count = result[0].numel()
+    if result[0].dim() == 1:
+        numbers = call.hold(8 * count)
+        if count > kernels.SMALL_SORT:
+            call.scratch(kernels.radix_sort_scratch(count))
+        call.release(numbers)
+    return result
+
+
+def accumulating_index_put(call: Call) -> None:
+    """`index_put` that adds up: the indices are brought into range, made linear and sorted."""
+    source, indices, _, *accumulates = call.args
+    if not any(accumulates):
+        return
+    chosen = [index for index in indices if index is not None]
+    count = math.prod(torch.broadcast_shapes(*(index.shape for index in chosen)))
+    num_rows = math.prod(size for size, index in zip(source.shape, indices, strict=False) if index is not None)
+    in_range, linear = call.hold(8 * count), call.hold(8 * count)
+    call.release(in_range)
+    held = call.hold(*(8 * count,) * 3)
+    call.scratch(kernels.pair_sort_scratch(count, num_rows))
+    call.release(linear)
+    call.release(held)
+
+
+def embedding(call: Call) -> Any:
+    """`embedding`: the indices of one sequence that serve all are written out to be used."""
+    indices = call.args[1]
+    written_out = call.hold(*_size_in_a_row(indices))
+    result = call.run()
+    call.track(result)
+    call.release(written_out)
+    return result
+
+
+def _size_in_a_row(tensor: torch.Tensor) -> list[int]:
+    """Bytes of a tensor that has to be copied to lie in memory row by row; nothing if it does already."""
+    return [] if tensor.is_contiguous() else [tensor.numel() * tensor.itemsize]
+
+
 def embedding_gradient(call: Call) -> Any:
     """`embedding_dense_backward`: many tokens are sorted first and summed row by row."""
+    in_a_row = call.hold(*_size_in_a_row(call.args[0]), *_size_in_a_row(call.args[1]))
+    result = _embedding_gradient(call)
+    call.release(in_a_row)
+    return result
+
+
+def _embedding_gradient(call: Call) -> Any:
     gradient, indices, num_rows = call.args[:3]
     num_tokens = indices.numel()
     segments = kernels.embedding_partial_sums(num_tokens, num_rows)
@@ -138,7 +189,9 @@ def embedding_gradient(call: Call) -> Any:
     call.scratch(index_bytes, kernels.SCAN_SCRATCH)
     rows = call.hold(row_bytes, row_bytes)
     call.scratch(kernels.SCAN_SCRATCH)
-    call.scratch(8, 8 * segments, 4 * segments * gradient.shape[-1])
+    is_fp32 = gradient.dtype == torch.float32
+    sums = kernels.embedding_segment_scratch(segments, num_rows, gradient.shape[-1], is_fp32=is_fp32)
+    call.scratch(8, 8 * segments, *sums)
     for held in (rows, counts, order):
         call.release(held)
     return result
@@ -154,7 +207,10 @@ def flash_attention(call: Call) -> Any:
 def cudnn_attention(call: Call) -> Any:
     """Attention by cuDNN: the state of the random generator comes first, a workspace last."""
     result = call.run()
-    call.track(result[6], result[7], result[0], result[1])
+    keeps_sums = call.args[4]
+    call.track(result[6], result[7], result[0], *result[1:2] * keeps_sums)
+    if not keeps_sums:
+        call.recorder.ignore(result[1])
     call.scratch(256)
     return result
 
@@ -252,6 +308,19 @@ def grouped_product(call: Call) -> Any:
     shape = call.func(*halves, *call.args[2:], **call.kwargs)
     result = shape if dtype == torch.bfloat16 else torch.empty_like(shape, dtype=dtype)
     call.track(result)
+    offsets = call.kwargs.get("offs", call.args[2] if len(call.args) > 2 else None)
+    if dtype == torch.bfloat16 and offsets is not None:
+        call.scratch(*kernels.grouped_product_scratch(offsets.numel(), call.resident_threads))
+    return result
+
+
+def convolution_gradient(call: Call) -> Any:
+    """`convolution_backward`: a gradient that does not lie in memory row by row is copied first."""
+    in_a_row = call.hold(*_size_in_a_row(call.args[0]))
+    result = call.run()
+    call.track(*result[:2])
+    call.release(in_a_row)
+    call.track(result[2])
     return result
 
 
@@ -269,6 +338,10 @@ KERNELS: dict[Any, Kernel] = {
     aten.amin.default: reduction,
     aten.linalg_vector_norm.default: reduction,
     aten.cumsum.default: cumulative_sum,
+    aten.sort.default: sort,
+    aten.sort.stable: sort,
+    aten.embedding.default: embedding,
+    aten.convolution_backward.default: convolution_gradient,
     aten._softmax_backward_data.default: softmax_gradient,
     aten._safe_softmax.default: safe_softmax,
     aten.native_dropout.default: dropout,
@@ -284,3 +357,6 @@ KERNELS: dict[Any, Kernel] = {
     aten._fused_sgd_.default: in_place,
     aten._amp_update_scale_.default: in_place,
 }
+
+AFTERWARDS: dict[Any, Callable[[Call], None]] = {aten.index_put.default: accumulating_index_put}
+"""What operations that may write into memory that is there already allocate besides."""

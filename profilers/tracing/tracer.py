@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from optplan.planner.errors import ConfigError
 from optplan.planner.timeline import Category
 from optplan.profilers.tracing.accumulation import overwritten
-from optplan.profilers.tracing.kernels import KERNELS, Call
+from optplan.profilers.tracing.kernels import AFTERWARDS, KERNELS, Call
 from optplan.profilers.tracing.recorder import Recorder
 from optplan.profilers.tracing.scopes import Scopes
 from optplan.profilers.tracing.workspaces import Workspaces
@@ -69,9 +69,12 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             category, name = self._describe(func, node)
             return kernel(Call(self._recorder, func, args, kwargs, category, name, self._resident_threads))
         out = func(*args, **kwargs)
-        if target is not None and self._recorder.inherit(target, out):
-            return out
-        self._record(func, args, node, out)
+        if target is None or not self._recorder.inherit(target, out):
+            self._record(func, args, node, out)
+        afterwards = AFTERWARDS.get(func)
+        if afterwards is not None:
+            category, name = self._describe(func, node)
+            afterwards(Call(self._recorder, func, args, kwargs, category, name, self._resident_threads))
         return out
 
     def _record(self, func: Any, args: Any, node: Any, out: Any) -> None:
