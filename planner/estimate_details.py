@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 
@@ -133,8 +134,8 @@ def _request(report: EstimateReport, spec: ModelSpec, config: StepConfig) -> Ste
     return check_request(spec, **_flags(report, config))
 
 
-def _flags(report: EstimateReport, config: StepConfig) -> dict[str, object]:
-    settings: dict[str, object] = {name: getattr(config, name) for name in StepConfig.__struct_fields__}
+def _flags(report: EstimateReport, config: StepConfig) -> dict[str, Any]:
+    settings: dict[str, Any] = {name: getattr(config, name) for name in StepConfig.__struct_fields__}
     # A budget has no context and is named by its size.
     target = {"memory": report.gpu.total_bytes} if report.gpu.context_bytes == 0 else {"gpu": report.gpu.name}
     return settings | target

@@ -61,7 +61,8 @@ MONOSPACE = 'ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas, "Liberat
 
 def variables(*, dark: bool) -> str:
     """The colours of one scheme as declarations of CSS custom properties."""
-    pairs = {name.replace("_", "-"): pair for name, pair in {**INTERFACE, **CATEGORIES}.items()}
+    pairs = dict(INTERFACE)
+    pairs |= {name.replace("_", "-"): pair for name, pair in CATEGORIES.items()}
     pairs |= {f"series-{index}": pair for index, pair in enumerate(SERIES)}
     return "".join(f"--{name}:{pair[dark]};" for name, pair in pairs.items())
 

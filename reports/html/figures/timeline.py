@@ -8,6 +8,7 @@ from typing import Any
 from plotly.graph_objects import Figure, Scatter
 
 from optplan.planner.step_history import PhaseSpan
+from optplan.planner.timeline import Category
 from optplan.planner.timeline_report import CurvePoint
 from optplan.reports.html import theme
 from optplan.reports.html.text import gib, plain
@@ -44,7 +45,7 @@ def step_timeline(
     )  # fmt: skip
 
 
-def _area(category: str, events: Sequence[int], sizes: Sequence[int]) -> Scatter:
+def _area(category: Category, events: Sequence[int], sizes: Sequence[int]) -> Scatter:
     return Scatter(
         name=CATEGORY_NAMES[category],
         meta=category,

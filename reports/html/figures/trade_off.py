@@ -40,7 +40,7 @@ def trade_off(report: SearchReport, points: Sequence[Point]) -> Figure:
             showlegend=True,
             hovermode="closest",
             margin={"l": 8, "r": 24, "t": 16, "b": 8},
-            xaxis=theme.axis(title=theme.titled("milliseconds for 1000 tokens"), rangemode="tozero"),
+            xaxis=theme.axis(title=theme.titled("milliseconds for 1000 tokens, logarithmic"), type="log"),
             yaxis=theme.axis(title=theme.titled("GiB, peak allocated"), rangemode="tozero"),
             shapes=[{
                 "type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": gib(report.limit_bytes),
@@ -81,7 +81,8 @@ def _trace(name: str, points: Sequence[Point], colour: str, *, size: int, joined
         x=[milliseconds(found) for found, _ in points],
         y=[gib(found.peak_allocated_bytes) for found, _ in points],
         customdata=[[found.peak_allocated_bytes, plain(name_of(found)), _wrapped(reason)] for found, reason in points],
-        hovertemplate="<b>%{customdata[1]}</b><br>%{x:.1f} ms for 1000 tokens · %{y:.2f} GiB<br>%{customdata[2]}<extra></extra>",
+        hovertemplate="<b>%{customdata[1]}</b><br>%{x:.1f} ms for 1000 tokens · %{y:.2f} GiB"
+        "<br>%{customdata[2]}<extra></extra>",
         marker={"color": theme.variable(colour), "size": size, "line": {"width": 1, "color": theme.variable("card")}},
         line={"color": theme.variable(colour), "width": 2, "shape": "hv"},
     )

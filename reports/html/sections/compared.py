@@ -74,11 +74,13 @@ def _partings(record: Comparison) -> list[Part]:
 def bytes_apart(record: Comparison) -> Section:
     """Differences by phase, category, state and name."""
     parts: list[Part] = []
-    for group in ("peak", "phases"):
+    groups: tuple[Group, ...] = ("peak", "phases")
+    for group in groups:
         rows = _rows(record, group)
         if rows:
             parts.append(_drawing(record, rows, group))
-    for group in ("resident", "state"):
+    groups = ("resident", "state")
+    for group in groups:
         rows = _rows(record, group)
         if rows:
             parts.append(_table(record, rows, id_=group, caption=SECTION_TITLES[group]))

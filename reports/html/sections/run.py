@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 from optplan.planner.records import EstimateReport, Recommendation
-from optplan.reports.html.parts import Code, Column, Download, Part, Section, Table
+from optplan.reports.html.parts import Code, Column, Download, Part, Section, Table, Value
 
 
 def run(report: EstimateReport) -> Section:
@@ -28,17 +28,19 @@ def run(report: EstimateReport) -> Section:
 
 def _configuration(report: EstimateReport, advice: Recommendation) -> Table:
     config = advice.config
-    rows: list[list[str | int | float | bool | None]] = [
+    options: list[list[Value]] = [[f"option {name}", str(value)] for name, value in advice.options.items()]
+    allocator: list[list[Value]] = [["allocator settings", config.alloc_conf]] if config.alloc_conf else []
+    rows: list[list[Value]] = [
         ["model", report.model.name],
         ["GPU", report.gpu.name],
         ["optimizer", f"{advice.optimizer}, implementation {advice.implementation}"],
-        *([f"option {name}", str(value)] for name, value in advice.options.items()),
+        *options,
         ["precision", config.precision],
         ["micro-batch", f"{config.batch_size} × {config.seq_len} tokens"],
         ["accumulated micro-batches", str(config.grad_accum)],
         ["checkpointing", config.checkpointing],
         ["attention", config.attention],
-        *([["allocator settings", config.alloc_conf]] if config.alloc_conf else []),
+        *allocator,
     ]
     return Table(
         id="configuration",

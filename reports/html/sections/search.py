@@ -105,11 +105,12 @@ def _evidence(found: Configuration) -> Table:
 
 def _settings(report: SearchReport, found: Configuration) -> Table:
     config = found.config
+    options: list[list[Value]] = [[f"option {name}", str(value)] for name, value in found.options.items()]
     rows: list[list[Value]] = [
         ["model", report.model.name],
         ["GPU", f"{config.gpus} × {report.gpu.name}"],
         ["optimizer", f"{found.optimizer}, implementation {found.implementation}"],
-        *([f"option {name}", str(value)] for name, value in found.options.items()),
+        *options,
         ["precision", config.precision],
         ["micro-batch", f"{config.batch_size} × {config.seq_len} tokens"],
         ["accumulated micro-batches", str(config.grad_accum)],

@@ -6,7 +6,7 @@ from optplan.planner.estimate_details import focus_of
 from optplan.planner.records import Estimate, EstimateReport
 from optplan.planner.units import format_gib
 from optplan.reports.html.figures.memory import memory_bar
-from optplan.reports.html.parts import Column, Drawing, Fact, Facts, Part, Section, Table
+from optplan.reports.html.parts import Column, Drawing, Fact, Facts, Part, Section, Table, Value
 from optplan.reports.labels import CATEGORY_NAMES
 
 
@@ -73,9 +73,9 @@ def _facts(report: EstimateReport, row: Estimate) -> Part:
 
 def _bar(report: EstimateReport, row: Estimate) -> Drawing:
     categories, peak = row.peak_categories or {}, row.peak_allocated_bytes or 0
-    rows = [[CATEGORY_NAMES[name], categories[name], categories[name] / peak] for name in CATEGORY_NAMES
-            if categories.get(name)]  # fmt: skip
-    largest = max(rows, key=lambda cells: cells[1])
+    present = [name for name in CATEGORY_NAMES if categories.get(name)]
+    rows: list[list[Value]] = [[CATEGORY_NAMES[name], categories[name], categories[name] / peak] for name in present]
+    largest = max(present, key=lambda name: categories[name])
     table = Table(
         id="memory-data",
         caption=f"Allocated at the peak by category, {row.optimizer}",
@@ -87,7 +87,7 @@ def _bar(report: EstimateReport, row: Estimate) -> Drawing:
         id="memory",
         title="The GPU's memory at the peak",
         summary=f"Peak {format_gib(peak)} of {format_gib(report.gpu.usable_bytes)} usable; the largest part is "
-        f"{largest[0]} with {format_gib(largest[1])}.",
+        f"{CATEGORY_NAMES[largest]} with {format_gib(categories[largest])}.",
         figure=memory_bar(categories, reserved_bytes=row.peak_reserved_bytes, gpu=report.gpu),
         table=table,
     )
