@@ -198,7 +198,7 @@ class Workload:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle) else (low, middle)
         if self.request.allocator_settings.follows_sums:
-            while low and not self._surely_fits(candidate, low):
+            while low and not self.surely_fits(candidate, low):
                 low -= 1
             return low
         return self._largest_simulated(candidate, low)
@@ -218,10 +218,14 @@ class Workload:
             low, high = (middle, high) if fits(middle) else (low, middle)
         return low
 
-    def _surely_fits(self, candidate: Candidate, batch_size: int) -> bool:
+    def surely_fits(self, candidate: Candidate, batch_size: int) -> bool:
+        """Whether the peak is within the usable bytes: by the quick peak where that leaves room, else simulated."""
         usable = self.usable_bytes
-        if self.rounded_peak_bytes(candidate, batch_size=batch_size) <= usable * (1 - _TRUSTED_ROOM):
+        quick = self.rounded_peak_bytes(candidate, batch_size=batch_size)
+        if quick <= usable * (1 - _TRUSTED_ROOM):
             return True
+        if quick > usable:
+            return False
         peaks = self.peaks(candidate, batch_size=batch_size)
         return peaks is not None and peaks.peak_bytes <= usable
 

@@ -1,0 +1,106 @@
+"""The smallest number of GPUs on which a step fits, found by trying."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+import msgspec
+
+from optplan.planner.candidates import bind_candidate
+from optplan.planner.errors import ConfigError
+from optplan.planner.optimizers.base import OptimizerModel
+from optplan.planner.request import StepRequest, change_request
+from optplan.planner.sharding.clusters import cluster_of, usual_num_nodes
+from optplan.planner.workload import Workload
+
+MOST_GPUS = 16_384
+
+
+class Fitting(msgspec.Struct, frozen=True):
+    """A number of GPUs on which a step fits.
+
+    Attributes:
+        num_gpus: GPUs of all nodes.
+        num_nodes: Machines.
+        sharding: How they divide the work; `none` on one.
+        peak_bytes: Peak allocated bytes of the first rank.
+        tried: Numbers of GPUs that were tried, and whether the step fits on each.
+    """
+
+    num_gpus: int
+    num_nodes: int
+    sharding: str
+    peak_bytes: int
+    tried: dict[int, bool]
+
+
+def possible_counts(gpu: str, *, most: int = MOST_GPUS) -> list[int]:
+    """Numbers of GPUs that can be rented together: up to a machine's any, then whole machines."""
+    per_node = cluster_of(gpu).gpus_per_node
+    return [count for count in [*range(1, per_node), *range(per_node, most + 1, per_node)] if count <= most]
+
+
+def smallest_fitting(
+    request: StepRequest, optimizer: OptimizerModel, *, sharding: str = "fsdp2", most: int = MOST_GPUS
+) -> Fitting | None:
+    """The smallest number of GPUs on which the request's step fits with this optimizer; None if none does.
+
+    The micro-batch of each GPU stays as it is. One GPU is tried first, without sharding; then numbers are bisected,
+    and the answer is the first that fits and whose predecessor does not.
+
+    Args:
+        request: The step; its own number of GPUs and sharding do not matter.
+        optimizer: Built, bound to the model or not.
+        sharding: How several GPUs divide the work.
+        most: Largest number to try.
+
+    Raises:
+        ConfigError: The model's family has no step rules, or the optimizer cannot run the step on several GPUs.
+    """
+    counts = possible_counts(request.gpu.id, most=most)
+    search = _Search(request, optimizer, sharding)
+    if search.fits(1):
+        return search.result(1)
+    found = bisect_left(counts, True, lo=1, key=search.fits)
+    return None if found == len(counts) else search.result(counts[found])
+
+
+class _Search:
+    """Numbers of GPUs tried so far."""
+
+    def __init__(self, request: StepRequest, optimizer: OptimizerModel, sharding: str) -> None:
+        self._request, self._optimizer, self._sharding = request, optimizer, sharding
+        self._tried: dict[int, bool] = {}
+
+    def fits(self, num_gpus: int) -> bool:
+        """Whether the step fits on each of so many."""
+        if num_gpus not in self._tried:
+            self._tried[num_gpus] = self._try(num_gpus)
+        return self._tried[num_gpus]
+
+    def _try(self, num_gpus: int) -> bool:
+        request = self._on(num_gpus)
+        workload, candidate = Workload(request), bind_candidate(request, self._optimizer)
+        if not workload.has_rules:
+            raise ConfigError(f"{request.model.model_type} models have no step rules: how many GPUs they need is open")
+        return workload.surely_fits(candidate, request.config.batch_size)
+
+    def _on(self, num_gpus: int) -> StepRequest:
+        sharding = self._sharding if num_gpus > 1 else "none"
+        nodes = usual_num_nodes(num_gpus, self._request.gpu.id)
+        return change_request(self._request, {"gpus": num_gpus, "nodes": nodes, "sharding": sharding})
+
+    def result(self, num_gpus: int) -> Fitting:
+        """The answer, with what was tried for it."""
+        request = self._on(num_gpus)
+        peaks = Workload(request).peaks(bind_candidate(request, self._optimizer))
+        assert peaks is not None
+        config = request.config
+        return Fitting(num_gpus, config.nodes, config.sharding, peaks.peak_bytes, dict(sorted(self._tried.items())))
+
+
+def smallest_of(request: StepRequest, optimizer: OptimizerModel, *, shardings: Sequence[str]) -> Fitting | None:
+    """The smallest number of GPUs over several ways to divide the work; of equal ones the first way's."""
+    found = [smallest_fitting(request, optimizer, sharding=sharding) for sharding in shardings]
+    return min(filter(None, found), key=lambda fitting: fitting.num_gpus, default=None)
