@@ -22,7 +22,7 @@ def test_a_model_that_fits_on_one_gpu_takes_one():
 
 
 @pytest.mark.parametrize(
-    ("model", "gpu", "sharding"), [("llama-2-13b", "a100-80g", "fsdp2"), ("llama-2-7b", "l40s-48g", "zero1")]
+    ("model", "gpu", "sharding"), [("llama-2-13b", "a100-80g", "fsdp2"), ("llama-2-7b", "a100-40g", "fsdp2-noreshard")]
 )
 def test_the_number_found_fits_and_the_one_before_does_not(model, gpu, sharding):
     found = smallest_fitting(check_request(load_model(model), gpu=gpu), ADAMW, sharding=sharding, most=64)
