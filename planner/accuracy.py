@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
 from typing import Literal
 
 import msgspec
 
+from optplan.planner.errors import ConfigError, shorten
+from optplan.planner.expectation import expect
+from optplan.planner.measurement import Measurement
+from optplan.planner.record_files import load_record
 from optplan.planner.timeline import Phase
+from optplan.planner.version import VERSION
 
 
 class AccuracyRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,3 +102,51 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
 def relative_error(predicted: int | None, measured: int) -> float | None:
     """Predicted over measured, less one; None without a prediction."""
     return None if predicted is None or not measured else predicted / measured - 1
+
+
+def accuracy_of(paths: Iterable[Path]) -> AccuracyReport:
+    """Saved measurements beside today's estimates; those that cannot be estimated are left out.
+
+    Raises:
+        ConfigError: A file is no measurement, or nothing is left.
+    """
+    rows, places = [], []
+    for path in sorted(paths):
+        record = load_record(path)
+        if not isinstance(record, Measurement):
+            raise ConfigError(f"{shorten(str(path))} is no measurement but {record.schema}")
+        with suppress(ConfigError):
+            rows += _row(record, path.name)
+            places.append(record.environment.gpu or "a CPU")
+    if not any(row.peak_error is not None for row in rows):
+        raise ConfigError("none of the records holds a peak that can be held against an estimate")
+    return AccuracyReport(version=VERSION, place=", ".join(dict.fromkeys(places)), rows=rows)
+
+
+def _row(record: Measurement, name: str) -> list[AccuracyRow]:
+    """The record beside its estimate; none where it has no peaks."""
+    (row,) = expect(record).estimates
+    config = record.config
+    if record.peak_allocated_bytes is None or record.out_of_memory is not None:
+        return []
+    return [
+        AccuracyRow(
+            model=record.model.name,
+            precision=config.precision,
+            optimizer=record.optimizer,
+            implementation=record.implementation,
+            batch_size=config.batch_size,
+            seq_len=config.seq_len,
+            grad_accum=config.grad_accum,
+            checkpointing=config.checkpointing,
+            attention=config.attention,
+            measured_peak_bytes=record.peak_allocated_bytes,
+            predicted_peak_bytes=row.peak_allocated_bytes,
+            measured_reserved_bytes=record.peak_reserved_bytes or 0,
+            predicted_reserved_bytes=row.peak_reserved_bytes,
+            measured_phases={phase: peak.peak_allocated_bytes for phase, peak in record.phases.items()},
+            predicted_phases={phase: peak.peak_allocated_bytes for phase, peak in (row.phases or {}).items()},
+            state_is_exact=row.bytes.optimizer_state == record.bytes.optimizer_state,
+            record=name,
+        )
+    ]

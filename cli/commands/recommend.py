@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from optplan import options, output
 from optplan.step_options import takes_step
+
+if TYPE_CHECKING:
+    from optplan.planner.search.records import SearchReport
 
 _FREE = "searched"
 _SEARCHED = (
@@ -42,6 +45,7 @@ def recommend(
     explain: Annotated[
         bool, typer.Option("--explain", help="Account for every optimizer with its settings and number formats.")
     ] = False,
+    html: options.Html = None,
     json: options.Json = False,
 ) -> None:
     """Recommend the configuration to run.
@@ -52,6 +56,7 @@ def recommend(
     """
     from optplan.planner.search.recommend import recommend as search
 
+    output.check_targets(html)
     report = search(
         model,
         optimizer=optimizer or None,
@@ -75,5 +80,12 @@ def recommend(
         from optplan.reports.terminal.recommend import render_recommend
 
         output.print_terminal(render_recommend, report)
+    output.write_page(html, lambda: _page(report, model))
     if report.recommendation is None:
         raise typer.Exit(1)
+
+
+def _page(report: SearchReport, model: str) -> str:
+    from optplan.reports.html.recommendation_page import recommendation_page
+
+    return recommendation_page(report, model=model)

@@ -9,6 +9,8 @@ import typer
 from optplan import options, output
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from optplan.planner.validation import ValidationReport
 
 
@@ -24,6 +26,7 @@ def validate(
     keep_history: Annotated[
         bool, typer.Option("--keep-history", help="Keep each step event by event; larger records.")
     ] = False,
+    html: options.Html = None,
     json: options.Json = False,
 ) -> None:
     """Measure a matrix of steps and judge the estimates by them.
@@ -32,6 +35,7 @@ def validate(
     held against today's rules: state bytes, peak, reserved and device memory, times. The exit status is 0 if all state
     bytes are predicted exactly, 1 if not, 2 for bad input.
     """
+    output.check_targets(html)
     if not check:
         _measure(records, matrix, minutes=minutes, steps=steps, device=device, keep_history=keep_history)
     report = _judge(records)
@@ -41,15 +45,29 @@ def validate(
         from optplan.reports.terminal.validation import render_validation
 
         output.print_terminal(render_validation, report)
+    output.write_page(html, lambda: _page(records))
     if not report.is_exact:
         raise typer.Exit(1)
 
 
+def _page(records: str) -> str:
+    from optplan.planner.accuracy import accuracy_of
+    from optplan.reports.html.accuracy_page import accuracy_page
+
+    return accuracy_page(accuracy_of(_paths(records)))
+
+
 def _judge(records: str) -> ValidationReport:
+    from optplan.planner.validation import validate_records
+
+    return validate_records(_paths(records))
+
+
+def _paths(records: str) -> list[Path]:
+    """The records of the folder."""
     from pathlib import Path
 
     from optplan.planner.errors import ConfigError, shorten
-    from optplan.planner.validation import validate_records
 
     folder = Path(records)
     if not folder.is_dir():
@@ -57,7 +75,7 @@ def _judge(records: str) -> ValidationReport:
     paths = [path for path in folder.iterdir() if path.name.endswith((".json.gz", ".json"))]
     if not paths:
         raise ConfigError(f"--records {shorten(records)} holds no record")
-    return validate_records(paths)
+    return paths
 
 
 def _measure(records: str, matrix: str, *, minutes: float, device: str, **how: Any) -> None:
