@@ -17,7 +17,7 @@ def cuda_environment() -> Iterator[None]:
     """Within the context: autocast for CUDA can be entered without a GPU, optimizers take CUDA's implementations."""
     with ExitStack() as stack:
         for owner, name, value in _patches():
-            stack.enter_context(_replaced(owner, name, value))
+            stack.enter_context(replaced(owner, name, value))
         yield
 
 
@@ -61,7 +61,8 @@ def _on_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Within the context `owner` has another attribute `name`."""
     original = getattr(owner, name)
     setattr(owner, name, value)
     try:

@@ -101,13 +101,14 @@ class StepTracer:
             yield
 
     def _make_tracer(self) -> Tracer:
-        return Tracer(
-            self.recorder,
-            self._scopes,
-            capability=self._device.capability,
-            resident_threads=self._device.resident_threads,
-            hides_tokens=self._device.hides_tokens,
-        )
+        return Tracer(self.recorder, self._scopes, **self._tracer_arguments())
+
+    def _tracer_arguments(self) -> dict[str, Any]:
+        return {
+            "capability": self._device.capability,
+            "resident_threads": self._device.resident_threads,
+            "hides_tokens": self._device.hides_tokens,
+        }
 
     def place(self) -> slice:
         """Place the module, its master weights and its inputs on the device."""
@@ -163,8 +164,11 @@ class StepTracer:
         if self._autocast is not None:
             context = torch.autocast("cuda", self._autocast)
         with context:
-            loss = self.subject.loss(self.subject.module, self.subject.inputs)
+            loss = self._run_module()
         return loss if self.scaler is None else self.scaler.scaled(loss)
+
+    def _run_module(self) -> torch.Tensor:
+        return self.subject.loss(self.subject.module, self.subject.inputs)
 
     def optimizer_step(self, optimizer: torch.optim.Optimizer) -> slice:
         """The optimizer's step; with master weights the gradients are copied in their dtype first."""

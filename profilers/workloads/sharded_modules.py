@@ -1,0 +1,49 @@
+"""A module divided among ranks as users divide theirs: FSDP2 on every layer and on the whole, or DDP around it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+FULLY_SHARDED: dict[str, bool] = {"fsdp2": True, "fsdp2-noreshard": False}
+"""Strategies of `fully_shard`, and whether a layer drops what it gathered after its forward."""
+REPLICATED = ("ddp", "zero1")
+"""Strategies whose ranks hold the whole module, wrapped in DistributedDataParallel."""
+
+
+def layers_of(module: nn.Module) -> Iterator[nn.Module]:
+    """The module's layers: the members of its outermost `ModuleList`s, in order."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield from layers_of(child)
+
+
+def fully_shard_module(module: nn.Module, *, mesh: Any, reshards: bool, mixed: bool) -> None:
+    """Apply FSDP2 to every layer, then to the module with what is outside the layers.
+
+    The root's parameters stay gathered from forward to backward, torch's own choice.
+
+    Args:
+        module: Changed in place.
+        mesh: The ranks, of one dimension.
+        reshards: Whether layers drop gathered parameters after forward.
+        mixed: Whether fp32 shards are gathered as bf16 and gradients reduced in fp32.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = (
+        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if mixed
+        else MixedPrecisionPolicy()
+    )
+    for layer in layers_of(module):
+        fully_shard(layer, mesh=mesh, reshard_after_forward=reshards, mp_policy=policy)
+        gc.collect()  # it leaves cycles that keep the undivided parameters alive
+    fully_shard(module, mesh=mesh, mp_policy=policy, **({} if reshards else {"reshard_after_forward": False}))
+    gc.collect()
