@@ -85,8 +85,8 @@ def _write_adam_mini(
     size = sum(blocks_of(p).num_blocks for p in shared) * _FP32_BYTES
     scratch, who = Scratch(timeline), "shared blocks"
     sums = [scratch.alloc(who, ("sums of squares", size))] * bool(size)
-    # Blocks that ranks share are cut by rows, or taken whole where heads do not allow it: the tables are small.
-    local = [p if p in shared and p.heads is not None else shard.local(p) for p in parameters]
+    # A layout of heads holds for whole tensors alone, so these are taken whole: the tables are small.
+    local = [p if p.heads is not None else shard.local(p) for p in parameters]
     optimizer.write_step(timeline, local, context)
     if size:
         ranks = [scratch.alloc(who, ("sums of a rank", size)) for _ in range(shard.num_ranks)]
