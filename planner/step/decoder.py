@@ -19,6 +19,7 @@ from optplan.planner.step.experts import mixture
 from optplan.planner.step.graph import Tensor
 from optplan.planner.step.masks import causal_mask
 from optplan.planner.step.norms import rms_norm
+from optplan.planner.step.parallel import enter_block, leave_block, received
 from optplan.planner.step.positions import position_ids, rotary_tables, rotate
 
 Tables = tuple[Tensor, Tensor]
@@ -28,6 +29,8 @@ class Decoder(StepModel[DecoderConfig]):
     """A Llama-like decoder at work."""
 
     def _loss_and_logits(self) -> tuple[Tensor, Tensor | None]:
+        if not self.o.ends:
+            return self._model(), None
         name = "model.embed_tokens.weight" if self.c.tied else "lm_head.weight"
         return self.language_loss(self._model(), self.c.hidden, self.c.vocab, name=name)
 
@@ -54,7 +57,9 @@ class Decoder(StepModel[DecoderConfig]):
             hidden = self.run_layer(layer, run, hidden)
             del run, rope
         t.enter(None)
-        hidden = rms_norm(t, hidden, "model.norm", c.hidden, c.norm)
+        if not self.o.ends:
+            return hidden
+        hidden = enter_block(t, rms_norm(t, hidden, "model.norm", c.hidden, c.norm), self.o)
         del positions, embedded, masks
         return hidden
 
@@ -63,8 +68,10 @@ class Decoder(StepModel[DecoderConfig]):
 
     def _embed(self) -> Tensor:
         t, c = self.t, self.c
+        if not self.o.starts:
+            return received(t, self.num_tokens * c.hidden, self.o)
         t.path = "model.embed_tokens"
-        embedded = vocabulary.embedding(t, self.num_tokens, c.vocab, c.hidden)
+        embedded = leave_block(t, vocabulary.embedding(t, self.num_tokens, c.vocab, c.hidden), self.o)
         if c.scales_embedding:
             embedded = op.multiply_constant(t, embedded, Tensor(None, 1, embedded.dtype), "scaled output")
         return embedded
@@ -82,7 +89,8 @@ class Decoder(StepModel[DecoderConfig]):
         residual = hidden
         if c.norms_before:
             hidden = rms_norm(t, hidden, "input_layernorm", c.hidden, c.norm)
-        hidden, weights = self._attention(hidden, rope, mask)
+        hidden, weights = self._attention(enter_block(t, hidden, self.o), rope, mask)
+        hidden = leave_block(t, hidden, self.o)
         if c.norms_after:
             hidden = rms_norm(t, hidden, "post_attention_layernorm", c.hidden, c.norm)
         t.path = "residual"
@@ -90,7 +98,9 @@ class Decoder(StepModel[DecoderConfig]):
         residual = hidden
         if c.norms_before:
             hidden = rms_norm(t, hidden, c.second_norm, c.hidden, c.norm)
+        hidden = enter_block(t, hidden, self.o)
         hidden = self._mlp(hidden) if not mixes or c.experts is None else mixture(t, hidden, c.experts)
+        hidden = leave_block(t, hidden, self.o)
         if c.norms_after:
             hidden = rms_norm(t, hidden, "post_feedforward_layernorm", c.hidden, c.norm)
         t.path = "residual"

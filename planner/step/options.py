@@ -41,6 +41,10 @@ class StepOptions(msgspec.Struct, frozen=True, kw_only=True):
         keep_grads: Whether `zero_grad` keeps the gradients' memory (`set_to_none=False`).
         padding_mask: Whether the model is given a padding mask that hides some tokens.
         compute_capability: Of the GPU; it decides the attention kernel and the size of cuBLAS' workspaces.
+        tensor_parallel: Ranks that share every layer; the model given is one rank's part.
+        sequence_parallel: Whether they share the tokens between blocks too.
+        starts: Whether the model given begins with the embedding, rather than with what an earlier stage sends.
+        ends: Whether it ends with the loss, rather than with what a later stage takes.
         stored_dtype: Dtype of the parameters that are sharded, where it is not that of the parameters used.
         sm_count: Multiprocessors of the GPU; they decide how some sums are split, a matter of a few MiB. By compute
             capability if None.
@@ -59,6 +63,10 @@ class StepOptions(msgspec.Struct, frozen=True, kw_only=True):
     compute_capability: tuple[int, int] = HOPPER
     sm_count: int | None = None
     stored_dtype: Dtype | None = None
+    tensor_parallel: int = 1
+    sequence_parallel: bool = False
+    starts: bool = True
+    ends: bool = True
 
     @property
     def parameter_dtype(self) -> Dtype:

@@ -97,6 +97,12 @@ class SimulatedDevice:
             self._allocator.free(block)
         del self._held[:count]
 
+    def free_last(self, count: int) -> None:
+        """Free the last `count` of what is held."""
+        for _, _, block in self._held[len(self._held) - count :]:
+            self._allocator.free(block)
+        del self._held[len(self._held) - count :]
+
     def set_aside(self) -> None:
         """Keep the gradients, all that a micro-step leaves, to the end of the step; the ids to come may be the same."""
         self._gradients += self._blocks.values()

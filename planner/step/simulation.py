@@ -8,7 +8,7 @@ What all optimizers share is simulated once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import repeat
+from itertools import repeat, takewhile
 from typing import NamedTuple
 
 import msgspec
@@ -17,6 +17,7 @@ from optplan.planner.allocator_settings import AllocatorSettings
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.sharding.base import Resident, Strategy
 from optplan.planner.step.clipping import write_clipping
+from optplan.planner.step.optimizer_step import COPIED
 from optplan.planner.step.options import StepOptions
 from optplan.planner.step.resident import write_load
 from optplan.planner.step.rules import write_forward_backward
@@ -58,6 +59,7 @@ class StepSimulator:
         settings: AllocatorSettings = AllocatorSettings(),  # noqa: B008
         strategy: Strategy | None = None,
         cached: Sequence[int] = (),
+        num_in_flight: int = 1,
     ) -> None:
         """Prepare what the optimizers share.
 
@@ -69,6 +71,7 @@ class StepSimulator:
             empties_cache: Whether the cached blocks are given back after every step.
             settings: Those of torch's allocator.
             strategy: How the work is divided among GPUs, if it is.
+            num_in_flight: Micro-batches whose forward has been run when the one described runs backward, it included.
             cached: Bytes of what the process had allocated, in this order, and freed before the model is loaded.
         """
         self._options, self._empties_cache = options, empties_cache
@@ -80,6 +83,7 @@ class StepSimulator:
         self._load(spec, master_bytes)
         self._first, self._gradients = _micro_step(spec, options, strategy, has_gradients=False)
         self._last = _micro_step(spec, options, strategy, has_gradients=True)[0] if options.has_gradients else []
+        self._waiting = _saved(self._first) * (num_in_flight - 1)
         self._clip = _clip_events(spec, options) if clips else []
         if not options.step_in_backward:
             # Until its first step() no optimizer has allocated anything, so that all start from here.
@@ -122,9 +126,11 @@ class StepSimulator:
     def _steady(self, state_bytes: Sequence[int], step: Timeline, names: Sequence[str] = ()) -> SimulatedDevice:
         """A device that has taken the first step and measured the second."""
         device, optimizer = self._start.copy(), _events(step)
+        copies = list(takewhile(lambda event: event.name.startswith(COPIED), optimizer))
+        device.run(copies)
         for num_bytes, name in zip(state_bytes, names or repeat("state"), strict=False):
             device.keep(num_bytes, "optimizer_state", name)
-        device.run(optimizer)
+        device.run(optimizer[len(copies) :])
         if not self._options.keep_grads:
             device.clear()
         if self._empties_cache:
@@ -134,8 +140,11 @@ class StepSimulator:
         if self._options.grad_accum > 1:
             device.run(self._last if self._options.keep_grads else self._first)
             device.set_aside()
+        device.hold(self._waiting)
         device.measure(self._last or self._first, "forward", "backward")
         device.set_aside()
+        if self._waiting:
+            device.free_last(len(self._waiting))
         if self._clip:
             device.measure(self._clip, "clip")
         device.measure(optimizer, "step")
@@ -182,6 +191,19 @@ def _micro_step(
     options = msgspec.structs.replace(options, grad_accum=2 if has_gradients else 1, keep_grads=False)
     gradients = write_forward_backward(timeline, spec, options, strategy)
     return _events([event for event in timeline.events if event.phase != "load"]), gradients
+
+
+def _saved(events: Sequence[SimulatedEvent]) -> list[Resident]:
+    """What a micro-batch's forward leaves for its backward."""
+    alive: dict[int, SimulatedEvent] = {}
+    for event in events:
+        if event.phase != "forward":
+            break
+        if event.id > 0:
+            alive[event.id] = event
+        else:
+            del alive[-event.id]
+    return [(f"waiting: {event.name}", event.num_bytes, event.category) for event in alive.values()]
 
 
 def _freed(sizes: Sequence[int]) -> list[SimulatedEvent]:

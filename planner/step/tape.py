@@ -231,7 +231,7 @@ class Tape:
         self._phase = "backward"
         self.enter(None)
         self.path, self.category = loss.node.path, loss.node.category
-        seed = self.new(1, loss.dtype, "gradient")
+        seed = self.new(loss.numel, loss.dtype, "gradient")
         hold(loss.node, 0, seed)
         self._run_from(loss.node)
         self.hooks.after_backward(self)
