@@ -37,14 +37,12 @@ class Sharding(msgspec.Struct, frozen=True, kw_only=True):
         strategy: As `--sharding` takes it.
         num_ranks: Processes, one a GPU.
         rank: The one that is traced.
-        loads_whole: Whether the whole module is on the device before FSDP2 divides it; otherwise only shards ever are.
         views: Whether DDP's gradients are views of its buckets (`gradient_as_bucket_view`).
     """
 
     strategy: str
     num_ranks: int
     rank: int = 0
-    loads_whole: bool = False
     views: bool = True
 
     @property
@@ -92,12 +90,14 @@ class ShardedStepTracer(StepTracer):
         self._wrapped: nn.Module = self.subject.module
         self._parameters: dict[str, nn.Parameter] = {}
         self._groups: list[Any] = []
+        self._first_buckets: list[torch.Tensor] = []
+        self._num_backwards = 0
 
     def run_steps(self, *, num_micro_steps: int, end: StepEnd) -> Pieces:
         """Place the module, take three steps but for the optimizer, and keep what was recorded."""
         count = min(num_micro_steps, _TRACED_MICRO_STEPS)
         with self._world.running():
-            if self.sharding.is_full and not self.sharding.loads_whole:
+            if self.sharding.is_full:
                 self._shard()
             with self.tracing():
                 load = self.place()
@@ -135,25 +135,19 @@ class ShardedStepTracer(StepTracer):
             self._wrapped = self._replicate()
             return slice(start, len(self.recorder.events))
         with self._piece("load") as piece:
-            self._track_parameters()
-            if self.sharding.loads_whole:
-                with self._world.labelled("parameters", "shard"):
-                    self._shard()
+            for name, tensor in placed_tensors(self.subject.module):
+                self.recorder.track(_local(tensor), "parameters", name)
             for name, value in self.subject.inputs.items():
                 if isinstance(value, torch.Tensor):
                     self.recorder.track(value, "activations", name)
         return piece()
-
-    def _track_parameters(self) -> None:
-        for name, tensor in placed_tensors(self.subject.module):
-            self.recorder.track(_local(tensor), "parameters", name)
 
     def _replicate(self) -> nn.Module:
         views = self.sharding.views
         bucket: tuple[Category, str] = ("gradients" if views else "communication", "gradient bucket")
         with self._world.labelled(*bucket):
             wrapped = nn.parallel.DistributedDataParallel(self.subject.module, gradient_as_bucket_view=views)
-        wrapped.register_comm_hook(None, lambda _, bucket: _answered(bucket.buffer()))  # type: ignore[no-untyped-call]
+        wrapped.register_comm_hook(None, self._reduce)  # type: ignore[no-untyped-call]
         before_forward = wrapped._pre_forward  # it makes the buckets anew, once
 
         def named(*args: Any, **kwargs: Any) -> Any:
@@ -163,15 +157,20 @@ class ShardedStepTracer(StepTracer):
         wrapped._pre_forward = named  # type: ignore[method-assign]
         return wrapped
 
+    def _reduce(self, _, bucket):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202 - DDP reads the annotations
+        """DDP's communication hook: the bucket holds the sum already."""
+        if self._num_backwards == 0:
+            self._first_buckets.append(bucket.buffer())
+        answer = torch.futures.Future()  # type: ignore[no-untyped-call]
+        answer.set_result(bucket.buffer())
+        return answer
+
     def _shard(self) -> None:
         module = self.subject.module
-        self.updated = {}  # the last that knows of the undivided parameters
         fully_shard_module(
             module, mesh=self._world.mesh, reshards=FULLY_SHARDED[self.sharding.strategy], mixed=self._mixed
         )
         self._parameters = self.subject.trainable()
-        for name, parameter in self._parameters.items():
-            self.recorder.label(_local(parameter), "parameters", name)
         self._groups = [group for state in _states(module) for group in state._fsdp_param_groups]
         for group in self._groups:
             # The API's own way: `set_custom_all_gather` and `set_custom_reduce_scatter` of each module.
@@ -187,6 +186,10 @@ class ShardedStepTracer(StepTracer):
             self._scopes.begin_backward()
             loss.backward()  # type: ignore[no-untyped-call]
             del loss
+            self._num_backwards += 1
+            if self._num_backwards > 1:
+                # The buckets that the second forward replaces are seen to live until its backward is over.
+                self._first_buckets.clear()
         self._name_gradients()
         return piece()
 
@@ -236,8 +239,3 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return part.detach()  # type: ignore[no-any-return]
 
 
-def _answered(buffer: torch.Tensor) -> Any:
-    """What DDP waits for: the bucket holds the sum already."""
-    answer = torch.futures.Future()  # type: ignore[no-untyped-call]
-    answer.set_result(buffer)
-    return answer

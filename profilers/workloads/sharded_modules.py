@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,7 +23,9 @@ def layers_of(module: nn.Module) -> Iterator[nn.Module]:
             yield from layers_of(child)
 
 
-def fully_shard_module(module: nn.Module, *, mesh: Any, reshards: bool, mixed: bool) -> None:
+def fully_shard_module(
+    module: nn.Module, *, mesh: Any, reshards: bool, mixed: bool, after_each: Callable[[], Any] = lambda: None
+) -> None:
     """Apply FSDP2 to every layer, then to the module with what is outside the layers.
 
     The root's parameters stay gathered from forward to backward, torch's own choice.
@@ -34,6 +35,7 @@ def fully_shard_module(module: nn.Module, *, mesh: Any, reshards: bool, mixed: b
         mesh: The ranks, of one dimension.
         reshards: Whether layers drop gathered parameters after forward.
         mixed: Whether fp32 shards are gathered as bf16 and gradients reduced in fp32.
+        after_each: Called after each of them.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -44,6 +46,6 @@ def fully_shard_module(module: nn.Module, *, mesh: Any, reshards: bool, mixed: b
     )
     for layer in layers_of(module):
         fully_shard(layer, mesh=mesh, reshard_after_forward=reshards, mp_policy=policy)
-        gc.collect()  # it leaves cycles that keep the undivided parameters alive
+        after_each()
     fully_shard(module, mesh=mesh, mp_policy=policy, **({} if reshards else {"reshard_after_forward": False}))
-    gc.collect()
+    after_each()
