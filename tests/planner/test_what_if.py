@@ -1,0 +1,67 @@
+"""The grid around a step says what an estimate of each of its steps says."""
+
+from __future__ import annotations
+
+import pytest
+
+import optplan
+from optplan.planner.catalog import load_model
+from optplan.planner.optimizers.registry import build_optimizer
+from optplan.planner.request import check_request
+from optplan.planner.what_if import WhatIf, what_if
+
+OPTIMIZERS = [build_optimizer(name) for name in ("micro-adam", "adamw", "lion")]
+
+
+def grid_of(model: str = "gpt2", *, work: int = 12_000, **step: object) -> WhatIf | None:
+    return what_if(check_request(load_model(model), gpu="a100-40g", **step), OPTIMIZERS, work=work)  # type: ignore[arg-type]
+
+
+def test_the_grid_holds_every_combination_of_its_axes() -> None:
+    grid = grid_of()
+    assert grid is not None
+    assert grid.axes["checkpointing"] == ["none", "full"]
+    assert grid.axes["optimizer"] == ["micro-adam", "adamw", "lion"]
+    # An H100 has other workspaces than an A100, while an 80 GB A100 takes the same step as one of 40 GB.
+    assert {"a100-40g", "a100-80g", "h100-80g", "h200-141g"} <= set(grid.axes["gpu"])
+    keys = {(c.gpu, c.optimizer, c.batch_size, c.seq_len, c.checkpointing) for c in grid.cells}
+    expected = 1
+    for values in grid.axes.values():
+        expected *= len(values)
+    assert len(keys) == len(grid.cells) == expected
+
+
+def test_it_starts_with_what_was_asked() -> None:
+    grid = grid_of(batch_size=3, seq_len=256, checkpointing="selective")
+    assert grid is not None
+    assert grid.start == {
+        "gpu": "a100-40g", "optimizer": "micro-adam", "batch_size": 3, "seq_len": 256, "checkpointing": "selective",
+    }  # fmt: skip
+    assert all(value in grid.axes[name] for name, value in grid.start.items())
+
+
+@pytest.mark.parametrize("index", [0, 17, 40, -1])
+def test_a_cell_equals_the_estimate(index: int) -> None:
+    grid = grid_of(grad_accum=2, precision="amp")
+    assert grid is not None
+    cell = grid.cells[index]
+    (row,) = optplan.estimate(
+        "gpt2", gpu=cell.gpu, optimizer=cell.optimizer, batch_size=cell.batch_size, seq_len=cell.seq_len,
+        checkpointing=cell.checkpointing, grad_accum=2, precision="amp",
+    ).estimates  # fmt: skip
+    assert cell.peak_allocated_bytes == row.peak_allocated_bytes
+    assert cell.peak_reserved_bytes == row.peak_reserved_bytes
+    assert cell.peak_categories == row.peak_categories
+    assert (cell.headroom_bytes, cell.fits, cell.peak_phase) == (row.headroom_bytes, row.fits, row.peak_phase)
+
+
+def test_less_work_means_fewer_cells() -> None:
+    small, large = grid_of(work=2_000), grid_of(work=12_000)
+    assert small is not None
+    assert large is not None
+    assert 0 < len(small.cells) < len(large.cells)
+
+
+def test_a_family_without_step_rules_has_no_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optplan.planner.workload.has_rules", lambda _: False)
+    assert grid_of() is None

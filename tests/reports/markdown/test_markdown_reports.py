@@ -1,0 +1,48 @@
+"""Markdown of records: tables that render, names that stay names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+import optplan
+from optplan.planner.record_files import load_record
+from optplan.reports.markdown.documents import record_markdown
+from optplan.reports.markdown.tables import code, escaped, table
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_text_is_escaped() -> None:
+    assert escaped("a|b <img> *x* [l](u) `c` @me\x1b") == r"a\|b \<img\> \*x\* \[l\](u) \`c\` \@me?"
+
+
+def test_a_table_has_a_line_for_its_head() -> None:
+    assert table(["a", "b"], [["1", "2"]]) == ["| a | b |", "| --- | ---: |", "| 1 | 2 |"]
+
+
+def test_code_is_fenced_by_more_backquotes_than_it_holds() -> None:
+    assert code("x ```` y") == ["`````console", "x ```` y", "`````"]
+
+
+def test_an_estimate_begins_with_its_verdict_and_holds_its_rows() -> None:
+    report = optplan.estimate("llama-7b", gpu="a100-40g", optimizer=["adamw", "micro-adam"])
+    lines = record_markdown(report).splitlines()
+    assert lines[0] == "### llama-1-7b fits on a100-40g with 1 of 2 optimizers"
+    assert "**Recommended: micro-adam**" in lines
+    assert "| adamw | 25.10 | 50.21 | 50.24 | backward | 54.28 | -11.51 | no |" in lines
+    assert all(line.count(" | ") == 7 for line in lines if line.startswith("| adamw"))
+
+
+def test_a_hostile_model_is_text() -> None:
+    report = optplan.estimate("gpt2", gpu="a100-40g", optimizer="adamw")
+    named = msgspec.structs.replace(report.model, name="</script><img src=x onerror=alert(1)>")
+    first = record_markdown(msgspec.structs.replace(report, model=named)).splitlines()[0]
+    assert first == r"### \</script\>\<img src=x onerror=alert(1)\> with adamw fits on a100-40g"
+
+
+def test_a_measurement_stands_beside_its_estimate() -> None:
+    text = record_markdown(load_record(ROOT / "docs" / "examples" / "h200_step.json.gz"))
+    assert "|  | measured | predicted by rules | difference |" in text
+    assert "| optimizer state | 4.60 GiB | 4.60 GiB | equal |" in text
