@@ -236,8 +236,8 @@ def test_our_kernels_allocate_a_launch_table_and_little_else(step_peak: Any) -> 
     table = 3 * (4 + 2) * 8 + chunks * 12
     assert launch_table_bytes(tensors, num_lists=4) == table
     assert step_peak(build_optimizer("adamw", {"implementation": "optplan"}), tensors, BF16) == table
-    # Eleven words a tensor; chunks of 16 embedding rows, 32 of each head, and the norm; each head.
-    words = 3 * 11 + (2000 + 32 * 32 + 1) * 2 + 32 * 4
+    # Fourteen words a tensor; chunks of 16 embedding rows, 32 of each head, and the norm; each head.
+    words = 3 * 14 + (2000 + 32 * 32 + 1) * 2 + 32 * 4
     assert step_peak(build_optimizer("adam-mini"), tensors, BF16) == words * 8 + 32 * 32 * 4
     # Seven pointers a tensor and the two other columns; candidates are gathered in the window.
     assert step_peak(build_optimizer("micro-adam"), tensors, BF16) == 3 * (7 + 2) * 8 + chunks * 12
