@@ -12,6 +12,10 @@ from optplan.planner.timeline import Allocation, Timeline, TimelineBuilder
 from optplan.planner.units import round_up
 
 
+COPIED = "gradient in"
+"""How the names of the copied gradients begin; the first step makes the optimizer's state after them."""
+
+
 def write_optimizer_step(
     timeline: TimelineBuilder,
     optimizer: OptimizerModel,
@@ -31,7 +35,7 @@ def write_optimizer_step(
             that dtype, copied before the step.
     """
     copies = [
-        timeline.alloc(p.numel * ITEMSIZE_BYTES[master], "optimizer_temporaries", f"gradient in {master} of {p.name}")
+        timeline.alloc(p.numel * ITEMSIZE_BYTES[master], "optimizer_temporaries", f"{COPIED} {master} of {p.name}")
         for p in parameters
         if master
     ]

@@ -13,11 +13,11 @@ import msgspec
 import torch
 
 from optplan.planner.dtypes import Dtype
-from optplan.planner.footprint import optimizer_footprint
 from optplan.planner.optimizers.base import OptimizerContext, OptimizerModel
-from optplan.planner.step.optimizer_step import write_optimizer_step
+from optplan.planner.sharding.base import Strategy
+from optplan.planner.sharding.rank import rank_footprint, updated_parameters, write_rank_step
 from optplan.planner.tensors import Parameter
-from optplan.planner.timeline import TimelineBuilder
+from optplan.planner.timeline import Timeline, TimelineBuilder
 from optplan.profilers.tracing.runs import OptimizerPart
 
 Factory = Callable[[Sequence[torch.nn.Parameter]], torch.optim.Optimizer]
@@ -60,6 +60,7 @@ def modelled_part(
     context: OptimizerContext,
     *,
     master: Dtype | None = None,
+    strategy: Strategy | None = None,
 ) -> OptimizerPart:
     """The optimizer's steps as the planner describes them.
 
@@ -68,13 +69,20 @@ def modelled_part(
         parameters: The model's parameters, tied aliases left out.
         context: The dtypes that the optimizer meets.
         master: Dtype of the master weights that the optimizer updates instead, None without them.
+        strategy: How the parameters are divided among ranks, if they are.
     """
-    first, steady = TimelineBuilder("step"), TimelineBuilder("step")
-    footprint = optimizer_footprint(model, parameters, context)
+    state, steady = TimelineBuilder("step"), TimelineBuilder("step")
+    footprint = rank_footprint(model, parameters, context, strategy)
+    parameters = updated_parameters(parameters, strategy)
     for num_bytes in footprint.device_sizes(parameters):
-        first.alloc(num_bytes, "optimizer_state", f"{model.id} state")
-    for timeline in (first, steady):
-        write_optimizer_step(timeline, model, parameters, context, master=master)
-    # Each builder counts from 1: the later step's ids must not be those of the state that it finds.
-    later = [msgspec.structs.replace(event, id=event.id + len(first.events)) for event in steady.events]
-    return OptimizerPart.of(first.events, later).apart()
+        state.alloc(num_bytes, "optimizer_state", f"{model.id} state")
+    write_rank_step(steady, model, parameters, context, master=master, strategy=strategy)
+    # Each builder counts from 1: the ids of the steps must not be those of the state that they find.
+    first, later = (_moved(steady.events, len(state.events) + number * len(steady.events)) for number in (0, 1))
+    copies = len(parameters) if master else 0
+    return OptimizerPart.of([*first[:copies], *state.events, *first[copies:]], later).apart()
+
+
+def _moved(timeline: Timeline, offset: int) -> Timeline:
+    """The same events with ids that begin after `offset`."""
+    return [msgspec.structs.replace(event, id=event.id + offset) for event in timeline]
