@@ -234,6 +234,9 @@ class Tape:
         seed = self.new(loss.numel, loss.dtype, "gradient")
         hold(loss.node, 0, seed)
         self._run_from(loss.node)
+        if self.layer is not None:
+            # What is handed on to a later stage of a pipeline lives to the end, outside the layers.
+            self.enter(None)
         self.hooks.after_backward(self)
         # The parameters' nodes refer to the tape: without them it ends when nothing else refers to it.
         self._parameters.clear()
