@@ -23,6 +23,19 @@ _MODEL = (
 )
 
 Model = Annotated[str, typer.Option("--model", "-m", metavar="NAME", help=_MODEL)]
+OptionalModel = Annotated[
+    str | None,
+    typer.Option("--model", "-m", metavar="NAME", help=f"{_MODEL} Needed unless --from names one."),
+]
+FromFile = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        metavar="FILE",
+        help="Answer for another program's job: HF TrainingArguments, axolotl, LLaMA-Factory or torchtune YAML, "
+        "torchtitan TOML, DeepSpeed JSON. Options given here go before it.",
+    ),
+]
 GpuName = Annotated[
     str | None, typer.Option("--gpu", "-g", metavar="ID", help="GPU: an id of `optplan gpus`, such as a100-40g.")
 ]
@@ -81,6 +94,14 @@ Sharding = Annotated[
         help="How several GPUs divide the work: none, ddp, ddp-copies, zero1, zero1-deepspeed, zero2, zero3, fsdp2, "
         "fsdp2-noreshard, fsdp2-hybrid or fsdp2-offload."
     ),
+]
+TensorParallel = Annotated[int, _count("--tensor-parallel", help="GPUs that share every layer.")]
+SequenceParallel = Annotated[
+    bool, typer.Option("--sequence-parallel", help="With --tensor-parallel: share the tokens between blocks too.")
+]
+PipelineParallel = Annotated[int, _count("--pipeline-parallel", help="Stages of consecutive layers.")]
+PipelineSchedule = Annotated[
+    str, typer.Option(help="How --grad-accum micro-batches pass through the stages: gpipe, 1f1b or interleaved.")
 ]
 Engine = Annotated[str, typer.Option(help="Where the step's timeline comes from: rules, or trace (needs torch).")]
 AllocConf = Annotated[

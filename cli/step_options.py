@@ -7,6 +7,8 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, get_type_hints
 
+import typer
+
 from optplan import options
 
 STEP = "step"
@@ -31,6 +33,10 @@ _OPTIONS: dict[str, tuple[Any, Any]] = {
     "gpus": (options.Gpus, 1),
     "nodes": (options.Nodes, None),
     "sharding": (options.Sharding, "none"),
+    "tensor_parallel": (options.TensorParallel, 1),
+    "sequence_parallel": (options.SequenceParallel, False),
+    "pipeline_parallel": (options.PipelineParallel, 1),
+    "pipeline_schedule": (options.PipelineSchedule, "1f1b"),
     "alloc_conf": (options.AllocConf, None),
     "engine": (options.Engine, "rules"),
 }
@@ -59,6 +65,12 @@ def takes_step(*, without: tuple[str, ...] = ()) -> Callable[[Callable[..., None
         return run
 
     return decorate
+
+
+def given(context: typer.Context) -> set[str]:
+    """Names of the options that stand on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
 
 
 def _expanded(command: Callable[..., None], chosen: dict[str, tuple[Any, Any]]) -> list[inspect.Parameter]:

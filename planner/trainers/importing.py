@@ -124,7 +124,7 @@ def _notes(job: ImportedJob, model: str, given: Collection[str]) -> list[str]:
         said += [f"--optimizer {job.optimizer}", *(f"--set {key}={value}" for key, value in job.options.items())]
     said += [_flag(key, value) for key, value in job.flags.items() if key not in given and value not in (None, False)]
     where = printable(job.path)
-    notes = [f"{where}, a file of {job.format}, says {' '.join(said)}"]
+    notes = [f"{where}, a job of {job.format}, is answered as {' '.join(said)}"]
     assumed = [one.text for one in job.assumed if one.flag not in given]
     if "gpus" not in given and job.gpus is None:
         many = "" if job.sharding == "none" else f", with --gpus N its sharding is {job.sharding}"
