@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Unpack
 
+import msgspec
+
 from optplan.planner.candidates import Candidate, choose_optimizers
 from optplan.planner.estimate import estimate_request
 from optplan.planner.optimizers.base import OptimizerModel
 from optplan.planner.records import EstimateReport, PhasePeak
 from optplan.planner.request import StepFlags, StepRequest, check_request
+from optplan.planner.sharding.registry import FULL_SHARDINGS
+from optplan.planner.step.options import StepOptions
 from optplan.planner.step_history import StepHistory
 from optplan.planner.step_timeline import timeline_of
 from optplan.planner.timeline import Timeline
@@ -18,6 +22,7 @@ from optplan.planner.units import format_gib
 from optplan.planner.workload import StepPeaks, Workload, step_options
 from optplan.profilers.tracing.optimizers import optimizer_factory
 from optplan.profilers.tracing.runs import ORDERS, OptimizerPart, SimulatedRun
+from optplan.profilers.tracing.sharded import ShardedTracedStep
 from optplan.profilers.tracing.trace import RunSettings, Trace, TracedStep
 from optplan.profilers.workloads.source import ModelSource, find_source
 
@@ -151,13 +156,14 @@ class TracedWorkload(Workload):
         """Largest micro-batch whose traced peak fits, 0 if none does; None where many optimizers are asked for."""
         if not self._searches:
             return None
-        usable, asked = self.request.gpu.usable_bytes, self.request.config.batch_size
+        usable, asked = self.usable_bytes, self.request.config.batch_size
         return _largest(lambda batch: self.peaks(candidate, batch_size=batch).peak_bytes, usable, start=asked)
 
     def notes(self, candidate: Candidate) -> list[str]:
         """Whether the optimizer was run or its step is the planner's, and what the reserved bytes depend on."""
         is_traced = optimizer_factory(candidate.optimizer) is not None and not self.request.config.step_in_backward
-        notes = ["its step was traced" if is_traced else "its step is the planner's, the rest was traced"]
+        notes = super().notes(candidate)
+        notes.append("its step was traced" if is_traced else "its step is the planner's, the rest was traced")
         least, most = self.peaks(candidate).reserved_range_bytes or (0, 0)
         if least < most:
             between = f"between {format_gib(least)} and {format_gib(most)}"
@@ -201,8 +207,24 @@ class TracedWorkload(Workload):
             self._progress(
                 f"tracing {self._source.spec.name}, batch {batch_size}, {options.checkpointing} checkpointing"
             )
-            self._traced[batch_size] = TracedStep(self._source.subject(options), options, self._settings)
+            self._traced[batch_size] = self._trace_step(options)
         return self._traced[batch_size]
+
+    def _trace_step(self, options: StepOptions) -> TracedStep:
+        strategy = self.request.strategy
+        if strategy is None:
+            return TracedStep(self._source.subject(options), options, self._settings)
+        stored = options
+        if options.precision == "mixed" and self.request.config.sharding in FULL_SHARDINGS:
+            stored = msgspec.structs.replace(options, precision="fp32")
+        return ShardedTracedStep(
+            self._source.subject(stored),
+            options,
+            self._settings,
+            sharding=self.request.config.sharding,
+            strategy=strategy,
+            parameters=self.request.model.unique_parameters,
+        )
 
     def _part(self, candidate: Candidate) -> OptimizerPart:
         key = candidate.optimizer

@@ -10,7 +10,7 @@ Source: torch `nn/parallel/distributed.py`, `csrc/distributed/c10d/reducer.cpp`,
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -74,16 +74,20 @@ def own_copy(subject: Subject) -> Subject:
 class ShardedStepTracer(StepTracer):
     """One rank's subject at work on a simulated device."""
 
-    def __init__(self, subject: Subject, *args: Any, sharding: Sharding, mixed: bool, **kwargs: Any) -> None:
+    def __init__(
+        self, subject: Subject, *, sharding: Sharding, mixed: bool, updated: Sequence[str], **arguments: Any
+    ) -> None:
         """Prepare; nothing is recorded yet.
 
         Args:
             subject: What is trained; its module is copied first.
-            args: As for a `StepTracer`; likewise `kwargs`.
             sharding: How the step is divided.
             mixed: Whether shards in fp32 are gathered in bf16.
+            updated: Names of the parameters that this rank's optimizer has, in its order.
+            arguments: As for a `StepTracer`.
         """
-        super().__init__(own_copy(subject), *args, **kwargs)
+        super().__init__(own_copy(subject), **arguments)
+        self.updated = {name: self.updated[name] for name in updated if name in self.updated}
         self.sharding = sharding
         self._mixed = mixed
         self._world = World(self.recorder, num_ranks=sharding.num_ranks, rank=sharding.rank)
@@ -208,6 +212,10 @@ class ShardedStepTracer(StepTracer):
 
     def _make_tracer(self) -> Tracer:
         return ShardedTracer(self._world, self.recorder, self._scopes, **self._tracer_arguments())
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What has gradients when the optimizer steps: under FSDP2 stand-ins for the shards, as plain tensors."""
+        return self.updated if self.sharding.is_full else super().trained()
 
     def _run_module(self) -> torch.Tensor:
         return self.subject.loss(self._wrapped, self.subject.inputs)

@@ -78,6 +78,10 @@ class StepTracer:
         self._master = master
         self._scopes = Scopes(subject.module, subject.head)
 
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What has gradients when the optimizer steps, by name."""
+        return self.subject.trainable()
+
     @property
     def where(self) -> str:
         """The module entered last."""
@@ -174,9 +178,10 @@ class StepTracer:
         """The optimizer's step; with master weights the gradients are copied in their dtype first."""
         with self._piece("step") as piece:
             if self._master is not None:
-                for name, parameter in self.subject.trainable().items():
-                    gradient = parameter.grad
-                    self.updated[name].grad = None if gradient is None else gradient.to(self._master)
+                trained = self.trained()
+                for name, master in self.updated.items():
+                    gradient = trained[name].grad
+                    master.grad = None if gradient is None else gradient.to(self._master)
                     del gradient
             if self.scaler is None:
                 optimizer.step()

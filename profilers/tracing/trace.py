@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import msgspec
 import torch
 from torch import nn
 
 from optplan.planner.allocator_settings import AllocatorSettings
+from optplan.planner.dtypes import Dtype
 from optplan.planner.errors import ConfigError
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.optimizers.base import OptimizerContext, OptimizerModel
@@ -117,21 +119,33 @@ class TracedStep:
         """
         self._options = options
         self._settings = settings or RunSettings()
-        self._master = PRECISIONS[options.precision].master_dtype
+        self._master = self._master_dtype()
         self._simulators: dict[Order, RunSimulator] = {}
-        self._tracer = StepTracer(
-            subject,
-            Device(options.compute_capability, options.resident_threads, options.padding_mask),
-            autocast=getattr(torch, options.autocast_dtype) if options.autocast_dtype else None,
-            master=getattr(torch, self._master) if self._master else None,
-        )
+        self._tracer = self._make_tracer(subject)
         try:
-            self.pieces = _run_pieces(self._tracer, options, self._settings)
+            self.pieces = self._run_pieces()
         except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
             # The module is not ours: whatever it does that cannot be done without contents ends here.
             where = self._tracer.where or type(subject.module).__name__
             raise ConfigError(f"{where} cannot be run without contents: {_sentence(error)}") from error
         self.attention = tuple(dict.fromkeys(self._tracer.attention))
+
+    def _master_dtype(self) -> Dtype | None:
+        return PRECISIONS[self._options.precision].master_dtype
+
+    def _make_tracer(self, subject: Subject) -> StepTracer:
+        return StepTracer(subject, **self._tracer_arguments())
+
+    def _tracer_arguments(self) -> dict[str, Any]:
+        options = self._options
+        return {
+            "device": Device(options.compute_capability, options.resident_threads, options.padding_mask),
+            "autocast": getattr(torch, options.autocast_dtype) if options.autocast_dtype else None,
+            "master": getattr(torch, self._master) if self._master else None,
+        }
+
+    def _run_pieces(self) -> Pieces:
+        return _run_pieces(self._tracer, self._options, self._settings)
 
     def part(self, optimizer: OptimizerModel | Factory, parameters: Sequence[Parameter] = ()) -> OptimizerPart:
         """The optimizer's steps: traced if its class can be run without contents, else as the planner has them.
@@ -209,12 +223,12 @@ class TracedStep:
     def _traced_part(self, factory: Factory) -> OptimizerPart:
         tracer = self._tracer
         with tracer.tracing():
-            for parameter in tracer.subject.trainable().values():
+            for parameter in tracer.trained().values():
                 parameter.grad = torch.empty_like(parameter)
             optimizer = factory(list(tracer.updated.values()))
             first, steady = tracer.optimizer_step(optimizer), tracer.optimizer_step(optimizer)
         _label_state(tracer, optimizer)
-        _end_gradients(list(tracer.subject.trainable().values()))
+        _end_gradients(list(tracer.trained().values()))
         return OptimizerPart.of(tracer.timeline(first), tracer.timeline(steady)).apart()
 
 
@@ -239,7 +253,7 @@ def _run_pieces(tracer: StepTracer, options: StepOptions, settings: RunSettings)
         if options.has_gradients:
             more = tracer.micro_step()
         if settings.clip_grad_norm is not None:
-            clip = tracer.run("clip", lambda: _clip(parameters, settings))
+            clip = tracer.run("clip", lambda: clip_gradients(parameters, settings))
         if options.keep_grads:
             again = more
         else:
@@ -255,7 +269,8 @@ def _run_pieces(tracer: StepTracer, options: StepOptions, settings: RunSettings)
     )
 
 
-def _clip(parameters: Sequence[nn.Parameter], settings: RunSettings) -> None:
+def clip_gradients(parameters: Sequence[nn.Parameter], settings: RunSettings) -> None:
+    """Clip to the norm that the settings ask for."""
     assert settings.clip_grad_norm is not None
     nn.utils.clip_grad_norm_(parameters, settings.clip_grad_norm, foreach=settings.clip_foreach)
 

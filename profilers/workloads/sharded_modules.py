@@ -10,7 +10,7 @@ from torch import nn
 
 FULLY_SHARDED: dict[str, bool] = {"fsdp2": True, "fsdp2-noreshard": False}
 """Strategies of `fully_shard`, and whether a layer drops what it gathered after its forward."""
-REPLICATED = ("ddp", "zero1")
+REPLICATED = ("ddp", "ddp-copies", "zero1")
 """Strategies whose ranks hold the whole module, wrapped in DistributedDataParallel."""
 
 
