@@ -119,7 +119,8 @@ def test_a_family_without_rules_is_not_known_to_fit() -> None:
     result = sweep(["bloom-560m"], optimizers=["adamw"], budget="10GiB")
     assert result.rows[0].fits is None
     assert result.violations == [
-        "bloom-560m on 10 GiB: adamw (fused), batch 1, sequence 2048, bf16, checkpointing none: its peak is not predicted"
+        "bloom-560m on 10 GiB: adamw (fused), batch 1, sequence 2048, bf16, checkpointing none: "
+        "its peak is not predicted"
     ]
 
 
