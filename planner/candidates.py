@@ -13,6 +13,7 @@ from optplan.planner.footprint import Footprint
 from optplan.planner.optimizers.base import OptimizerContext, OptimizerModel
 from optplan.planner.optimizers.registry import OPTIMIZERS, build_optimizer, optimizer_ids
 from optplan.planner.request import StepRequest
+from optplan.planner.sharding.optimizer_state import check_takes_shards
 from optplan.planner.sharding.rank import rank_footprint
 
 BASELINE = "adamw"
@@ -182,9 +183,11 @@ def bind_candidate(request: StepRequest, optimizer: OptimizerModel) -> Candidate
     Raises:
         ConfigError: The implementation cannot run on these parameters or keep the state dtype asked for.
     """
-    parameters, context = request.model.unique_parameters, optimizer_context(request)
+    parameters, context = request.rank_model.unique_parameters, optimizer_context(request)
     bound = optimizer.bind(parameters)
     reason = bound.unsupported_reason(parameters, context)
     if reason:
         raise ConfigError(reason)
+    if request.config.tensor_parallel > 1:
+        check_takes_shards(bound, flag=f"--tensor-parallel {request.config.tensor_parallel}", flat=True)
     return Candidate(bound, rank_footprint(bound, parameters, context, request.strategy))

@@ -61,6 +61,10 @@ class StepConfig(msgspec.Struct, frozen=True):
     padding_mask: bool = False
     empty_cache: bool = False
     nodes: int = 1
+    tensor_parallel: int = 1
+    sequence_parallel: bool = False
+    pipeline_parallel: int = 1
+    pipeline_schedule: str = "1f1b"
 
 
 class ResidentBytes(msgspec.Struct, frozen=True):

@@ -16,10 +16,12 @@ from optplan.planner.models.spec import ModelSpec
 from optplan.planner.precision import FULLY_SHARDED_MIXED, PRECISIONS, PrecisionPolicy
 from optplan.planner.records import StepConfig
 from optplan.planner.sharding.base import Ranks, Strategy
-from optplan.planner.sharding.checks import check_sharding
+from optplan.planner.sharding.checks import check_sharding, data_ranks
 from optplan.planner.sharding.clusters import usual_num_nodes
 from optplan.planner.sharding.nccl import nccl_memory
+from optplan.planner.sharding.pipeline import SCHEDULES, Stage, stage_part
 from optplan.planner.sharding.registry import FULL_SHARDINGS, SHARDINGS, num_communicators, strategy_of
+from optplan.planner.sharding.tensor_parallel import tensor_parallel_part
 from optplan.planner.units import parse_size
 
 DEFAULT_SEQ_LEN = 2048
@@ -29,6 +31,7 @@ ATTENTION = ("sdpa", "eager", "flash")
 ENGINES = ("rules", "trace")
 
 _LIMITS = {"batch_size": 2**20, "seq_len": 2**24, "grad_accum": 2**20, "gpus": 2**16, "nodes": 2**16}
+_LIMITS |= {"tensor_parallel": 2**10, "pipeline_parallel": 2**10}
 _PLANNED = {
     "fused-loss": {"chunked"},
 }
@@ -44,6 +47,13 @@ class StepRequest(msgspec.Struct, frozen=True):
     engine: str
     state_dtype: Dtype | None
     notes: tuple[str, ...] = ()
+    stage: int = 0
+    part: ModelSpec | None = None
+
+    @property
+    def rank_model(self) -> ModelSpec:
+        """The model as the rank that is told of has it: all of it, unless layers or their insides are divided."""
+        return self.part or self.model
 
     @property
     def policy(self) -> PrecisionPolicy:
@@ -54,8 +64,13 @@ class StepRequest(msgspec.Struct, frozen=True):
 
     @property
     def strategy(self) -> Strategy | None:
-        """How the work is divided among the GPUs, as the first rank sees it; None for one GPU."""
-        return strategy_of(self.config.sharding, Ranks(self.config.gpus, self.config.nodes))
+        """How copies of the model divide the work, as the first rank sees it; None for one copy."""
+        return strategy_of(self.config.sharding, data_ranks(self.config))
+
+    @property
+    def pipeline_stage(self) -> Stage:
+        """The stage whose memory is told."""
+        return Stage(self.stage, self.config.pipeline_parallel)
 
     @property
     def allocator_settings(self) -> AllocatorSettings:
@@ -83,7 +98,11 @@ class StepFlags(TypedDict, total=False):
         empty_cache: Whether `torch.cuda.empty_cache()` follows every step.
         gpus: Number of GPUs on all nodes, 1 by default.
         nodes: Machines that the GPUs are spread over; as few as hold them when None.
-        sharding: none (default), or how several GPUs divide the work: one of `SHARDINGS`.
+        sharding: none (default), or how copies of the model on several GPUs divide the work: one of `SHARDINGS`.
+        tensor_parallel: GPUs that share every layer, 1 by default.
+        sequence_parallel: Whether they share the tokens between the blocks too.
+        pipeline_parallel: Stages of consecutive layers, 1 by default; `grad_accum` micro-batches pass through them.
+        pipeline_schedule: gpipe, 1f1b (default) or interleaved.
         engine: rules, or trace: the model itself is run without contents (`optplan.profilers.estimation`).
         state_dtype: fp32, bf16 or fp16 for optimizers that can keep their moments in another dtype.
         alloc_conf: Settings of torch's allocator, as in `PYTORCH_CUDA_ALLOC_CONF`; torch's own when None.
@@ -106,6 +125,10 @@ class StepFlags(TypedDict, total=False):
     gpus: int
     nodes: int | None
     sharding: str
+    tensor_parallel: int
+    sequence_parallel: bool
+    pipeline_parallel: int
+    pipeline_schedule: str
     engine: str
     state_dtype: str | None
     alloc_conf: str | None
@@ -131,6 +154,10 @@ def check_request(
     gpus: int = 1,
     nodes: int | None = None,
     sharding: str = "none",
+    tensor_parallel: int = 1,
+    sequence_parallel: bool = False,
+    pipeline_parallel: int = 1,
+    pipeline_schedule: str = "1f1b",
     engine: str = "rules",
     state_dtype: str | None = None,
     alloc_conf: str | None = None,
@@ -153,6 +180,8 @@ def check_request(
     _one_of("engine", engine, ENGINES)
     seq_len = default_seq_len(model) if seq_len is None else seq_len
     counts = {"batch_size": batch_size, "seq_len": seq_len, "grad_accum": grad_accum, "gpus": gpus}
+    counts |= {"tensor_parallel": tensor_parallel, "pipeline_parallel": pipeline_parallel}
+    _one_of("pipeline-schedule", pipeline_schedule, SCHEDULES)
     for name, count in counts.items():
         _in_range(name, count)
     if nodes is not None:
@@ -174,13 +203,17 @@ def check_request(
         padding_mask=padding_mask,
         empty_cache=empty_cache,
         nodes=usual_num_nodes(gpus, gpu or "") if nodes is None else nodes,
+        tensor_parallel=tensor_parallel,
+        sequence_parallel=sequence_parallel,
+        pipeline_parallel=pipeline_parallel,
+        pipeline_schedule=pipeline_schedule,
     )
     target = _target(gpu, memory)
     _no_contradiction(config, engine)
     check_sharding(config, model, engine=engine)
     target = _with_communication(target, config)
     notes = (*notes, *_check_length(model, seq_len), *_check_hardware(config, target), *_check_allocator(config))
-    return StepRequest(model, target, config, engine, _state_dtype(state_dtype), notes)
+    return at_stage(StepRequest(model, target, config, engine, _state_dtype(state_dtype), notes), 0)
 
 
 def change_request(request: StepRequest, settings: Mapping[str, Any]) -> StepRequest:
@@ -193,7 +226,20 @@ def change_request(request: StepRequest, settings: Mapping[str, Any]) -> StepReq
     _no_contradiction(config, request.engine)
     check_sharding(config, request.model, engine=request.engine)
     _check_hardware(config, request.gpu)
-    return msgspec.structs.replace(request, config=config, gpu=_with_communication(request.gpu, config))
+    request = msgspec.structs.replace(request, config=config, gpu=_with_communication(request.gpu, config))
+    return at_stage(request, request.stage)
+
+
+def at_stage(request: StepRequest, stage: int) -> StepRequest:
+    """The same request, told of another stage of its pipeline.
+
+    Raises:
+        ConfigError: The model cannot be divided so.
+    """
+    config = request.config
+    part = stage_part(request.model, Stage(stage, config.pipeline_parallel))
+    part = tensor_parallel_part(part, config.tensor_parallel)
+    return msgspec.structs.replace(request, stage=stage, part=None if part is request.model else part)
 
 
 def default_seq_len(model: ModelSpec) -> int:
@@ -249,9 +295,8 @@ def _with_communication(gpu: Gpu, config: StepConfig) -> Gpu:
     """The GPU with what NCCL takes of it; a budget is what torch may have, whatever else there is."""
     if gpu.is_budget:
         return gpu
-    taken = nccl_memory(
-        Ranks(config.gpus, config.nodes), num_communicators=num_communicators(config.sharding), gpu=gpu.id
-    )
+    groups = num_communicators(config.sharding) + (config.tensor_parallel > 1) + (config.pipeline_parallel > 1)
+    taken = nccl_memory(Ranks(config.gpus, config.nodes), num_communicators=groups, gpu=gpu.id)
     basis: Any = taken.basis if taken.bytes else ""
     return msgspec.structs.replace(gpu, communication_bytes=taken.bytes, communication_basis=basis)
 

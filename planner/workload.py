@@ -21,7 +21,7 @@ from optplan.planner.footprint import optimizer_footprint
 from optplan.planner.optimizers.base import OptimizerModel
 from optplan.planner.optimizers.registry import build_optimizer
 from optplan.planner.records import PhasePeak, ResidentBytes, Saving
-from optplan.planner.request import StepRequest
+from optplan.planner.request import StepRequest, at_stage
 from optplan.planner.sharding.base import ModelView
 from optplan.planner.sharding.rank import rank_footprint, updated_parameters, write_rank_step
 from optplan.planner.sharding.report import rank_notes, resident_sizes, rounded_parameters
@@ -65,6 +65,8 @@ class Workload:
     """Answers for one request; what the optimizers share is computed once a batch size."""
 
     def __init__(self, request: StepRequest) -> None:
+        if request.config.pipeline_parallel > 1 and has_rules(request.model):
+            request = at_stage(request, largest_stage(request))
         self.request = request
         self.has_rules = has_rules(request.model)
         self._simulators: dict[int, StepSimulator] = {}
@@ -75,7 +77,7 @@ class Workload:
         self._parameter_step_cache: dict[OptimizerModel, dict[str, ParameterStep]] = {}
         self._baseline: Candidate | None = None
         self._strategy = request.strategy
-        self._parameters = updated_parameters(request.model.unique_parameters, self._strategy)
+        self._parameters = updated_parameters(request.rank_model.unique_parameters, self._strategy)
         self._context = optimizer_context(request)
 
     def at(self, request: StepRequest) -> Workload:
@@ -85,7 +87,7 @@ class Workload:
     def notes(self, candidate: Candidate) -> list[str]:
         """What is to be known about the candidate's row besides the figures."""
         del candidate
-        return [] if self._strategy is None else rank_notes(self.request, self._strategy)
+        return rank_notes(self.request)
 
     def findings(self) -> list[str]:
         """What is to be known about the step besides the figures."""
@@ -100,7 +102,7 @@ class Workload:
 
     def resident(self, candidate: Candidate) -> ResidentBytes:
         """Unrounded bytes of the tensors that live across the step."""
-        policy, count = self.request.policy, self.request.model.num_parameters
+        policy, count = self.request.policy, self.request.rank_model.num_parameters
         updated = sum(parameter.numel for parameter in self._parameters)
         parameters = count * ITEMSIZE_BYTES[policy.parameter_dtype]
         gradients = 0 if self.request.config.step_in_backward else count * ITEMSIZE_BYTES[policy.gradient_dtype]
@@ -168,7 +170,8 @@ class Workload:
         """The peak as a sum of requests rounded up to 512 bytes: quick, and a few percent too low at worst."""
         memory = self._memory(batch_size or self.request.config.batch_size)
         step = sum(memory.after_backward.values()) + self.temporary_bytes(candidate)
-        highest = max(sum(memory.forward.values()), sum(memory.backward.values()), step)
+        waiting = (num_in_flight(self.request) - 1) * memory.saved
+        highest = max(sum(memory.forward.values()) + waiting, sum(memory.backward.values()) + waiting, step)
         return sum(resident_bytes(self.request).values()) + candidate.footprint.rounded_device_bytes + highest
 
     def fits(self, candidate: Candidate) -> bool | None:
@@ -231,7 +234,7 @@ class Workload:
 
     def state_variants(self, candidate: Candidate) -> dict[str, int]:
         """Bytes of device state under each of the optimizer's variants, such as the ends of Adapprox's rank."""
-        parameters = self.request.model.unique_parameters
+        parameters = self.request.rank_model.unique_parameters
         return {
             name: rank_footprint(variant, parameters, self._context, self._strategy).device_bytes
             for name, variant in candidate.optimizer.variants().items()
@@ -257,7 +260,7 @@ class Workload:
     def _memory(self, batch_size: int) -> StepMemory:
         if batch_size not in self._memories:
             options = step_options(self.request, batch_size=batch_size)
-            self._memories[batch_size] = step_memory(self.request.model, options, self._strategy)
+            self._memories[batch_size] = step_memory(self.request.rank_model, options, self._strategy)
         return self._memories[batch_size]
 
     def _simulator(self, batch_size: int) -> StepSimulator:
@@ -266,13 +269,14 @@ class Workload:
             masters = [p.numel * ITEMSIZE_BYTES[dtype] for p in self._parameters] if dtype else []
             options = step_options(self.request, batch_size=batch_size)
             self._simulators[batch_size] = StepSimulator(
-                self.request.model,
+                self.request.rank_model,
                 options,
                 master_bytes=masters,
                 clips=self.request.config.clip_grad_norm is not None,
                 empties_cache=self.request.config.empty_cache,
                 settings=self.request.allocator_settings,
                 strategy=self._strategy,
+                num_in_flight=num_in_flight(self.request),
             )
         return self._simulators[batch_size]
 
@@ -326,13 +330,17 @@ def step_options(request: StepRequest, *, batch_size: int | None = None) -> Step
         padding_mask=config.padding_mask,
         compute_capability=request.gpu.compute_capability or ASSUMED_CAPABILITY,
         sm_count=request.gpu.sm_count,
+        tensor_parallel=config.tensor_parallel,
+        sequence_parallel=config.sequence_parallel,
+        starts=request.pipeline_stage.starts,
+        ends=request.pipeline_stage.ends,
         stored_dtype=request.policy.updated_dtype if request.strategy is not None else None,
     )
 
 
 def resident_bytes(request: StepRequest) -> dict[Category, int]:
     """Rounded bytes of parameters (buffers among them) and of master weights."""
-    policy, model, strategy = request.policy, request.model, request.strategy
+    policy, model, strategy = request.policy, request.rank_model, request.strategy
     parameters = sum(_rounded(p.numel, policy.parameter_dtype) for p in model.unique_parameters)
     buffers = sum(_rounded(b.numel, b.dtype or policy.parameter_dtype) for b in model.buffers)
     updated = updated_parameters(model.unique_parameters, strategy)
@@ -351,9 +359,28 @@ def rounded_kept(request: StepRequest) -> dict[Category, int]:
     return totals
 
 
+def num_in_flight(request: StepRequest) -> int:
+    """Micro-batches whose saved activations a rank holds at once: one, or several of a pipeline."""
+    return request.pipeline_stage.num_in_flight(request.config.pipeline_schedule, request.config.grad_accum)
+
+
+def largest_stage(request: StepRequest) -> int:
+    """The stage of the pipeline with the largest step by rounded sums, two moments of state assumed."""
+    last = request.config.pipeline_parallel - 1
+    return max({0, min(1, last), last}, key=lambda stage: _quick_stage_bytes(at_stage(request, stage)))
+
+
+def _quick_stage_bytes(request: StepRequest) -> int:
+    memory = step_memory(request.rank_model, step_options(request), request.strategy)
+    activations = max(sum(memory.forward.values()), sum(memory.backward.values()))
+    activations += (num_in_flight(request) - 1) * memory.saved
+    resident = resident_bytes(request)
+    return activations + 3 * resident["parameters"] + resident["master_weights"]
+
+
 def sharded_view(request: StepRequest) -> ModelView:
     """The request's model as its strategy sees it."""
-    return model_view(request.model, step_options(request))
+    return model_view(request.rank_model, step_options(request))
 
 
 def _rounded(numel: int, dtype: str) -> int:

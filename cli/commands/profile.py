@@ -14,7 +14,20 @@ if TYPE_CHECKING:
     from optplan.planner.measurement import Measurement
 
 
-@takes_step(without=("memory", "engine", "gpus", "nodes", "sharding", "alloc_conf"))
+@takes_step(
+    without=(
+        "memory",
+        "engine",
+        "gpus",
+        "nodes",
+        "sharding",
+        "tensor_parallel",
+        "sequence_parallel",
+        "pipeline_parallel",
+        "pipeline_schedule",
+        "alloc_conf",
+    )
+)
 def profile(
     step: Any,
     model: Annotated[

@@ -34,13 +34,13 @@ _WHOLE_TENSORS = {("adam-mini", "optplan"), ("micro-adam", "optplan"), ("adappro
 """Those that keep the structure of the whole tensor."""
 
 
-def check_takes_shards(optimizer: OptimizerModel, *, sharding: str, flat: bool = False) -> None:
+def check_takes_shards(optimizer: OptimizerModel, *, flag: str, flat: bool = False) -> None:
     """Refuse an optimizer whose work on a part of a tensor is not described.
 
     Args:
         optimizer: The optimizer.
-        sharding: As the command line names the strategy.
-        flat: Whether the parts are pieces of one flat tensor, which know nothing of rows.
+        flag: What of the command line hands it parts.
+        flat: Whether the parts know nothing of whole rows.
 
     Raises:
         ConfigError: It is none of those described.
@@ -49,10 +49,10 @@ def check_takes_shards(optimizer: OptimizerModel, *, sharding: str, flat: bool =
     if (optimizer.id, optimizer.implementation) in known:
         return
     ids = ", ".join(dict.fromkeys(f"{id_} ({name})" for id_, name in sorted(known)))
-    what = "a piece of one flat tensor" if flat else "rows of parameters"
+    what = "pieces of tensors" if flat else "rows of parameters"
     raise ConfigError(
-        f"{optimizer.id} with implementation={optimizer.implementation} is not modelled on {what}, as --sharding "
-        f"{sharding} hands it; modelled are {ids}; --sharding ddp and zero1 take every optimizer"
+        f"{optimizer.id} with implementation={optimizer.implementation} is not modelled on {what}, as {flag} "
+        f"hands it; modelled are {ids}; --sharding ddp and zero1 take every optimizer"
     )
 
 

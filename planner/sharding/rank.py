@@ -51,7 +51,7 @@ def rank_footprint(
         return optimizer_footprint(optimizer, updated, context)
     shard = strategy.shard()
     if shard is not None or strategy.flattens:
-        check_takes_shards(optimizer, sharding=strategy.name, flat=strategy.flattens)
+        check_takes_shards(optimizer, flag=f"--sharding {strategy.name}", flat=strategy.flattens)
     if shard is None:
         return optimizer_footprint(optimizer, updated, context)
     groups = tuple(

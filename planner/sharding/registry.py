@@ -27,6 +27,9 @@ SHARDINGS = ("none", *_STRATEGIES)
 FULL_SHARDINGS = tuple(name for name in SHARDINGS if name.startswith("fsdp2") or name == "zero3")
 """Those under which `--precision mixed` means fp32 shards."""
 
+TRACED_SHARDINGS = ("ddp", "ddp-copies", "zero1", "fsdp2", "fsdp2-noreshard")
+"""Those that torch alone runs, so that a trace can."""
+
 
 def strategy_of(name: str, ranks: Ranks) -> Strategy | None:
     """The strategy called `name` for these processes; None for none."""

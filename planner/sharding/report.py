@@ -22,11 +22,19 @@ def rounded_parameters(strategy: Strategy, view: ModelView) -> int:
     return sum(round_up(num_bytes, ROUNDING) for _, num_bytes in strategy.parameters(view))
 
 
-def rank_notes(request: StepRequest, strategy: Strategy) -> list[str]:
+def rank_notes(request: StepRequest) -> list[str]:
     """Which rank is shown and which is the largest, and what a step before the steady ones needs more."""
-    notes = [_largest(request, strategy)]
+    strategy, config = request.strategy, request.config
+    notes = []
+    if config.pipeline_parallel > 1:
+        notes.append(
+            f"stage {request.stage} of 0 to {config.pipeline_parallel - 1} is shown, the largest: it holds what "
+            f"{_num_in_flight(request)} micro-batches saved"
+        )
+    if strategy is not None:
+        notes.append(_largest(request, strategy))
     if isinstance(strategy, Ddp):
-        size = sum(parameter.numel for parameter in request.model.unique_parameters)
+        size = sum(parameter.numel for parameter in request.rank_model.unique_parameters)
         size *= 4 if request.policy.parameter_dtype == "float32" else 2
         notes.append(
             f"the second step needs {format_gib(size)} more: DDP makes its buckets anew while the old ones live"
@@ -34,10 +42,14 @@ def rank_notes(request: StepRequest, strategy: Strategy) -> list[str]:
     return notes
 
 
+def _num_in_flight(request: StepRequest) -> int:
+    return request.pipeline_stage.num_in_flight(request.config.pipeline_schedule, request.config.grad_accum)
+
+
 def _largest(request: StepRequest, strategy: Strategy) -> str:
     if not isinstance(strategy, Zero1):
         return "rank 0 is shown; no rank needs more"
-    shares = partition(request.model.unique_parameters, strategy.ranks.num_gpus)
+    shares = partition(request.rank_model.unique_parameters, strategy.ranks.num_gpus)
     sizes = [sum(parameter.numel for parameter in share) for share in shares]
     largest = sizes.index(max(sizes))
     if largest == 0:

@@ -50,7 +50,7 @@ def smallest_fitting(
     and the answer is the first that fits and whose predecessor does not.
 
     Args:
-        request: The step; its own number of GPUs and sharding do not matter.
+        request: The step; its own number of GPUs and how they divide the work do not matter.
         optimizer: Built, bound to the model or not.
         sharding: How several GPUs divide the work.
         most: Largest number to try.
@@ -81,7 +81,8 @@ class _Search:
 
     def _try(self, num_gpus: int) -> bool:
         request = self._on(num_gpus)
-        workload, candidate = Workload(request), bind_candidate(request, self._optimizer)
+        workload = Workload(request)
+        candidate = bind_candidate(workload.request, self._optimizer)
         if not workload.has_rules:
             raise ConfigError(f"{request.model.model_type} models have no step rules: how many GPUs they need is open")
         return workload.surely_fits(candidate, request.config.batch_size)
@@ -89,12 +90,15 @@ class _Search:
     def _on(self, num_gpus: int) -> StepRequest:
         sharding = self._sharding if num_gpus > 1 else "none"
         nodes = usual_num_nodes(num_gpus, self._request.gpu.id)
-        return change_request(self._request, {"gpus": num_gpus, "nodes": nodes, "sharding": sharding})
+        alone = {"tensor_parallel": 1, "sequence_parallel": False, "pipeline_parallel": 1}
+        settings = {"gpus": num_gpus, "nodes": nodes, "sharding": sharding}
+        return change_request(self._request, settings | alone)
 
     def result(self, num_gpus: int) -> Fitting:
         """The answer, with what was tried for it."""
         request = self._on(num_gpus)
-        peaks = Workload(request).peaks(bind_candidate(request, self._optimizer))
+        workload = Workload(request)
+        peaks = workload.peaks(bind_candidate(workload.request, self._optimizer))
         assert peaks is not None
         config = request.config
         return Fitting(num_gpus, config.nodes, config.sharding, peaks.peak_bytes, dict(sorted(self._tried.items())))

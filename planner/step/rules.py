@@ -49,11 +49,13 @@ class StepMemory(msgspec.Struct, frozen=True):
         forward: At the forward's peak.
         backward: At the backward's peak.
         after_backward: When the optimizer's step begins: the gradients, the token ids, the workspaces.
+        saved: What forward leaves for backward, in all.
     """
 
     forward: dict[Category, int]
     backward: dict[Category, int]
     after_backward: dict[Category, int]
+    saved: int = 0
 
 
 def has_rules(spec: ModelSpec) -> bool:
@@ -211,6 +213,7 @@ def step_memory(spec: ModelSpec, options: StepOptions, strategy: Strategy | None
         forward=_sum(base, use["forward"].peak),
         backward=_sum(base, use["backward"].peak),
         after_backward=_sum(base, use["backward"].end),
+        saved=sum(use["forward"].end),
     )
 
 

@@ -87,7 +87,7 @@ def test_the_record_has_the_agreed_keys() -> None:
     assert list(report["config"]) == [
         "precision", "batch_size", "seq_len", "grad_accum", "checkpointing", "attention", "gpus", "sharding",
         "alloc_conf", "fused_loss", "step_in_backward", "clip_grad_norm", "keep_grads", "padding_mask", "empty_cache",
-        "nodes",
+        "nodes", "tensor_parallel", "sequence_parallel", "pipeline_parallel", "pipeline_schedule",
     ]  # fmt: skip
     (row,) = report["estimates"]
     assert {
@@ -161,7 +161,7 @@ def test_a_family_without_rules_has_no_peak() -> None:
     assert report.recommendation is None
     assert report.notes == [
         "bloom-560m adds ALiBi to its attention scores, which sdpa cannot: eager attention is taken, as transformers does",
-        "bloom models have no step rules in this version: their peak is not predicted; try --engine trace"
+        "bloom models have no step rules in this version: their peak is not predicted; try --engine trace",
     ]
 
 

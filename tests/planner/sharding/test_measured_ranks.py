@@ -113,7 +113,7 @@ def test_the_second_step_of_ddp_needs_its_buckets_twice():
     request = request_of(row)
     assert measured == 2_200_096_768
     assert request.gpu.usable_bytes - Workload(request).usable_bytes == measured
-    assert rank_notes(request, request.strategy) == [
+    assert rank_notes(request) == [
         "rank 0 is shown; no rank needs more",
         "the second step needs 2.05 GiB more: DDP makes its buckets anew while the old ones live",
     ]
