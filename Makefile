@@ -30,6 +30,7 @@ docs:
 
 examples:
 	$(PYTHON) .ci/example_pages.py
+	$(PYTHON) .ci/example_pictures.py
 
 wheel:
 	$(PYTHON) .ci/test_wheel.py

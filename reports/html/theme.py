@@ -6,6 +6,8 @@ them again when it changes.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any
 
 from optplan.planner.timeline import Category
@@ -114,3 +116,17 @@ def layout(*, height: int, **more: Any) -> dict[str, Any]:
         "dragmode": False,
         **more,
     }
+
+
+def log_axis(title: str, values: Iterable[float]) -> dict[str, Any]:
+    """A logarithmic axis over these values, marked at 1, 2 and 5 of each power of ten."""
+    positive = [value for value in values if value > 0] or [1.0]
+    powers = range(math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive))) + 1)
+    ticks = [step * 10**power for power in powers for step in (1, 2, 5)]
+    return axis(
+        type="log",
+        title=titled(f"{title}, logarithmic"),
+        tickvals=ticks,
+        ticktext=[f"{tick:,.10g}" for tick in ticks],
+        zeroline=False,
+    )

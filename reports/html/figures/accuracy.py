@@ -13,7 +13,6 @@ from optplan.reports.html.text import gib, plain
 BAND = 0.01
 """The band that is drawn around equality: 1 %."""
 
-_TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
 
 
@@ -29,8 +28,8 @@ def scatter(rows: Sequence[AccuracyRow]) -> Figure:
             showlegend=True,
             hovermode="closest",
             margin={"l": 8, "r": 16, "t": 8, "b": 8},
-            xaxis=_axis("GiB measured, peak allocated"),
-            yaxis=_axis("GiB predicted"),
+            xaxis=theme.log_axis("GiB measured, peak allocated", sizes),
+            yaxis=theme.log_axis("GiB predicted", sizes),
         ),
     )  # fmt: skip
 
@@ -49,7 +48,7 @@ def residuals(rows: Sequence[AccuracyRow]) -> Figure:
             height=360,
             showlegend=True,
             hovermode="closest",
-            xaxis=_axis("GiB measured, peak allocated"),
+            xaxis=theme.log_axis("GiB measured, peak allocated", [gib(row.measured_peak_bytes) for row in rows]),
             yaxis=theme.axis(title=theme.titled("% error"), zerolinewidth=2),
             shapes=[{
                 "type": "rect", "xref": "paper", "x0": 0, "x1": 1, "y0": -100 * BAND, "y1": 100 * BAND,
@@ -87,13 +86,6 @@ def error_boxes(groups: dict[str, list[float]], *, what: str) -> Figure:
                 "fillcolor": theme.variable("good-soft"), "line": {"width": 0}, "layer": "below",
             }],
         ),
-    )  # fmt: skip
-
-
-def _axis(title: str) -> dict[str, object]:
-    return theme.axis(
-        type="log", title=theme.titled(title), tickvals=list(_TICKS),
-        ticktext=[f"{tick:g}" for tick in _TICKS], zeroline=False,
     )  # fmt: skip
 
 

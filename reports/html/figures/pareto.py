@@ -49,13 +49,13 @@ def pareto(rows: Sequence[Estimate], *, gpu: GpuRow) -> Figure:
     return Figure(
         data=[
             _points("on the front", members, rows, "accent", mode="lines+markers+text"),
-            _points("beaten", losers, rows, "muted", mode="markers+text"),
+            _points("beaten", losers, rows, "muted", mode="markers"),
         ],
         layout=theme.layout(
             height=460,
             showlegend=True,
             margin={"l": 8, "r": 40, "t": 12, "b": 8},
-            xaxis=theme.axis(title=theme.titled("milliseconds a step"), rangemode="tozero"),
+            xaxis=theme.log_axis("milliseconds a step", [1000 * (step_seconds(row) or 0) for row in timed]),
             yaxis=theme.axis(title=theme.titled("GiB, peak allocated"), rangemode="tozero"),
             shapes=[{
                 "type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": gib(gpu.usable_bytes),
@@ -72,7 +72,8 @@ def _points(name: str, rows: Sequence[Estimate], all_rows: Sequence[Estimate], c
         x=[(step_seconds(row) or 0) * 1000 for row in rows],
         y=[gib(row.peak_allocated_bytes or 0) for row in rows],
         text=[plain(row.optimizer) for row in rows],
-        textposition="top center",
+        textposition=["bottom right" if index % 2 else "top right" for index in range(len(rows))],
+        textfont={"size": 11, "color": theme.variable("muted")},
         customdata=[plain(why_not(row, all_rows)) for row in rows],
         hovertemplate="<b>%{text}</b><br>%{x:.1f} ms · %{y:.2f} GiB<br>%{customdata}<extra></extra>",
         marker={"color": theme.variable(colour), "size": 10},

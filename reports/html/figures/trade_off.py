@@ -40,7 +40,7 @@ def trade_off(report: SearchReport, points: Sequence[Point]) -> Figure:
             showlegend=True,
             hovermode="closest",
             margin={"l": 8, "r": 24, "t": 16, "b": 8},
-            xaxis=theme.axis(title=theme.titled("milliseconds for 1000 tokens, logarithmic"), type="log"),
+            xaxis=theme.log_axis("milliseconds for 1000 tokens", [milliseconds(found) for found, _ in points]),
             yaxis=theme.axis(title=theme.titled("GiB, peak allocated"), rangemode="tozero"),
             shapes=[{
                 "type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": gib(report.limit_bytes),

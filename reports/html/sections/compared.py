@@ -49,11 +49,10 @@ def timelines(record: Comparison, sides: Sequence[Side]) -> Section | None:
                max(side.history.allocated)] for side in drawn if side.history],
         source="events of the records; the rules' are replayed through the simulated allocator",
     )  # fmt: skip
-    names = " and ".join(side.label for side in drawn)
     drawing = Drawing(
         id="timelines",
         title="Allocated memory over the step",
-        summary=f"{names}, each event in its order; measured steps are drawn solid.",
+        summary="Events in their order; a measured step is drawn solid, predictions dashed.",
         figure=overlay(sides),
         table=table,
     )

@@ -65,10 +65,18 @@ def _facts(report: EstimateReport, row: Estimate) -> Part:
             Fact("headroom", row.headroom_bytes, f"usable less peak, {engine}", tone=tone),
             Fact("peak reserved", row.peak_reserved_bytes, f"allocator simulated, {engine}"),
             Fact("usable", report.gpu.usable_bytes, "GPU catalogue"),
-            Fact("resident", row.bytes.total, "exact, inventory"),
+            _third(row),
             Fact("largest micro-batch", row.max_batch_size, engine, kind="int"),
         ]
     )
+
+
+def _third(row: Estimate) -> Fact:
+    """The time of a step where the record has one, else what is resident."""
+    seconds = (row.step_seconds or {}).get("step")
+    if seconds is None:
+        return Fact("resident", row.bytes.total, "exact, inventory")
+    return Fact("step, ms", seconds, "analytic model", "milliseconds")
 
 
 def _bar(report: EstimateReport, row: Estimate) -> Drawing:

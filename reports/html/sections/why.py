@@ -133,6 +133,6 @@ def _pareto(report: EstimateReport, rows: list[Estimate]) -> Drawing:
                 [row.optimizer, row.peak_allocated_bytes, step_seconds(row), why_not(row, rows) or "on the front"]
                 for row in timed
             ],
-            source=f"step times of the record; peaks: {report.engine}",
+            source=f"step times: analytic model; peaks: {report.engine}; optplan {report.version}",
         ),
     )
