@@ -13,6 +13,7 @@ from optplan.planner.models.spec import ModelSpec
 from optplan.planner.recommend import recommend
 from optplan.planner.records import Estimate, EstimateReport, ModelRow, Recommendation, Skipped, TensorRow
 from optplan.planner.request import StepFlags, StepRequest, check_request
+from optplan.planner.step_timer import StepTimer
 from optplan.planner.units import MIB, format_bytes
 from optplan.planner.version import VERSION
 from optplan.planner.workload import Workload
@@ -71,7 +72,7 @@ def estimate_request(
     chosen = {choice.id: choice.optimizer.implementation for choice in choices}
     advice = recommend(workload, candidates)
     ordered = candidates if all(choice.explicit for choice in choices) else _recommended_first(candidates, advice)
-    gpu = request.gpu
+    gpu, timer = request.gpu, StepTimer(workload)
     return EstimateReport(
         version=VERSION,
         engine=request.engine,
@@ -79,7 +80,7 @@ def estimate_request(
         gpu=gpu_row(gpu),
         config=request.config,
         estimates=[
-            _estimate(workload, candidate, chosen[candidate.id], per_tensor=per_tensor) for candidate in ordered
+            _estimate(workload, timer, candidate, chosen[candidate.id], per_tensor=per_tensor) for candidate in ordered
         ],
         recommendation=advice,
         skipped=[Skipped(name, reason) for name, reason in skipped],
@@ -91,9 +92,10 @@ def _recommended_first(candidates: list[Candidate], advice: Recommendation | Non
     return sorted(candidates, key=lambda candidate: advice is None or candidate.id != advice.optimizer)
 
 
-def _estimate(workload: Workload, candidate: Candidate, chosen: str, *, per_tensor: bool) -> Estimate:
+def _estimate(workload: Workload, timer: StepTimer, candidate: Candidate, chosen: str, *, per_tensor: bool) -> Estimate:
     row: dict[str, Any] = {"per_tensor": _tensor_rows(candidate)} if per_tensor else {}
     row |= _peak_fields(workload, candidate)
+    seconds = timer.seconds(candidate)
     return Estimate(
         optimizer=candidate.id,
         implementation=candidate.implementation,
@@ -102,6 +104,7 @@ def _estimate(workload: Workload, candidate: Candidate, chosen: str, *, per_tens
         state_tensors=dict(candidate.footprint.bytes_by_name),
         fits=workload.fits(candidate),
         max_batch_size=workload.max_batch_size(candidate),
+        step_seconds=seconds.as_dict() if seconds else None,
         state_variants=workload.state_variants(candidate),
         saving_against_adamw=workload.saving(candidate),
         notes=[*_notes(candidate, chosen), *workload.notes(candidate)],

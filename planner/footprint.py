@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 
 import msgspec
 
@@ -90,6 +90,7 @@ class Footprint(msgspec.Struct, frozen=True, dict=True):
         return ((owner, tensor) for owner, tensor in (*shared, *each) if tensor.device == "device")
 
 
+@cache
 def pattern_of(name: str) -> str:
     """A parameter's name with its layer and expert numbers replaced by `*`."""
     return _LAYER_NUMBER.sub("*", name)

@@ -1,11 +1,8 @@
-"""The configuration to run: the best-established optimizer that fits with room to spare, and the reasons.
+"""The optimizer to take for a step that is given, and the reasons; `optplan recommend` searches the step as well.
 
-The order of preference is that of the evidence, not a score: AdamW itself, then optimizers that keep its
-hyperparameters, then those that ask for a learning rate of their own or have been shown on fewer tasks, then one that
-may leave the device, then those that restrict the update. Within one tier a step without recomputation goes first,
-then the order in which the tier names them. A step has room when all that the allocator would reserve for it on an
-empty GPU, cached blocks included, leaves 2 % of the usable bytes free: predicted reserved memory is at most 2 % off in
-measured steps.
+The order is that of the search: by what is known of each optimizer (`data/evidence.toml`), then by time, as asked or
+with full checkpointing. A step has room when all that the allocator would reserve for it on an empty GPU, cached blocks
+included, leaves 2 % of the usable bytes free: predicted reserved memory is at most 2 % off in measured steps.
 """
 
 from __future__ import annotations
@@ -21,31 +18,20 @@ from optplan.planner.dtypes import SHORT_NAMES, Dtype
 from optplan.planner.optimizers.facts import load_facts
 from optplan.planner.records import Recommendation
 from optplan.planner.request import default_attention, default_seq_len
+from optplan.planner.search.evidence import EvidenceKey, class_of, evidence_key
+from optplan.planner.search.picks import Ranked, in_order
 from optplan.planner.sharding.clusters import usual_num_nodes
 from optplan.planner.step.rules import describes
+from optplan.planner.step_timer import StepTimer
 from optplan.planner.units import format_gib
 from optplan.planner.workload import Workload, step_options
 
 ROOM = 0.02
 """Share of the usable bytes that a recommended step does not even reserve."""
 
-TIERS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("AdamW itself: nothing about the training changes", ("adamw",)),
-    ("takes AdamW's hyperparameters unchanged", ("adam-mini", "adamw-8bit", "flash-adamw", "adamw-fp8")),
-    (
-        "asks for a learning rate of its own, or has been shown on fewer tasks",
-        ("micro-adam", "adapprox", "adamw-4bit", "came", "adafactor", "lion", "soap", "muon"),
-    ),
-    ("its state may be evicted to the host, and each step then moves it over the host link", ("paged-adamw-8bit",)),
-    ("restricts the update to a subspace or drops information", ("apollo", "galore", "sm3", "sgd")),
-)
-"""Optimizers by what a change to them costs, cheapest change first."""
-
 
 class _Option(NamedTuple):
-    tier: int
-    recomputes: bool
-    rank: int
+    key: EvidenceKey
     candidate: Candidate
     workload: Workload
 
@@ -54,9 +40,9 @@ def recommend(workload: Workload, candidates: Sequence[Candidate]) -> Recommenda
     """The configuration to run among the candidates, as asked or with full checkpointing; None if nothing has room."""
     if not workload.has_rules:
         return None
-    options = [_option(variant, candidate) for variant in _variants(workload) for candidate in candidates]
-    options.sort(key=lambda option: option[:3])
-    best = next((option for option in options if _has_room(option.workload, option.candidate)), None)
+    entries = [entry for variant in _variants(workload) for entry in _entries(variant, candidates)]
+    ordered = in_order(entries, "quality")
+    best = next((option for option in ordered if _has_room(option.workload, option.candidate)), None)
     if best is None:
         return None
     return Recommendation(
@@ -69,10 +55,25 @@ def recommend(workload: Workload, candidates: Sequence[Candidate]) -> Recommenda
     )
 
 
-def _option(workload: Workload, candidate: Candidate) -> _Option:
-    tier = tier_of(candidate.id)
-    recomputes = workload.request.config.checkpointing != "none"
-    return _Option(tier, recomputes, TIERS[tier][1].index(candidate.id), candidate, workload)
+def _entries(workload: Workload, candidates: Sequence[Candidate]) -> list[tuple[Ranked, _Option]]:
+    timer, recomputes = StepTimer(workload), workload.request.config.checkpointing != "none"
+    entries = []
+    for candidate in candidates:
+        key, seconds = _evidence_of(workload, candidate), timer.seconds(candidate)
+        # The peak would settle ties alone, and costs a trace under that engine.
+        ranked = Ranked(key, seconds.step if seconds else 1.0 + recomputes / 3, 0, int(recomputes))
+        entries.append((ranked, _Option(key, candidate, workload)))
+    return entries
+
+
+def _evidence_of(workload: Workload, candidate: Candidate) -> EvidenceKey:
+    request = workload.request
+    return evidence_key(
+        candidate.optimizer,
+        request.config.precision,
+        state_dtype=request.state_dtype,
+        step_in_backward=request.config.step_in_backward,
+    )
 
 
 def _has_room(workload: Workload, candidate: Candidate) -> bool:
@@ -81,11 +82,6 @@ def _has_room(workload: Workload, candidate: Candidate) -> bool:
         return False
     peaks = workload.peaks(candidate)
     return peaks is not None and peaks.reserved_bytes <= limit
-
-
-def tier_of(optimizer_id: str) -> int:
-    """Position of an optimizer's tier in `TIERS`."""
-    return next(index for index, (_, ids) in enumerate(TIERS) if optimizer_id in ids)
 
 
 def command_of(workload: Workload, candidate: Candidate) -> str:
@@ -157,7 +153,7 @@ def _reasons(best: _Option, asked: Workload, candidates: Sequence[Candidate]) ->
     reasons = [
         f"peak allocated {format_gib(peaks.peak_bytes)}, reserved {format_gib(peaks.reserved_bytes)},"
         f" of {format_gib(usable)} usable",
-        f"{best.candidate.id}: {TIERS[best.tier][0]}",
+        f"{best.candidate.id}: {class_of(best.candidate.id).reason}",
         f"evidence: {facts.evidence}",
         f"limits: {facts.limits}",
     ]
@@ -177,7 +173,7 @@ def _why_others_lost(best: _Option, candidates: Sequence[Candidate]) -> list[str
     return [
         f"{candidate.id} is better established but {_shortage(best.workload, candidate)}"
         for candidate in candidates
-        if tier_of(candidate.id) < best.tier
+        if _evidence_of(best.workload, candidate) < best.key and not _has_room(best.workload, candidate)
     ]
 
 

@@ -20,11 +20,12 @@ from optplan.planner.candidates import Candidate
 from optplan.planner.errors import DataError
 from optplan.planner.gpus import Gpu, load_gpu
 from optplan.planner.models.spec import ModelSpec
-from optplan.planner.optimizers.base import OptimizerContext
 from optplan.planner.request import StepRequest
+from optplan.planner.step_time_links import link_bytes_per_s, link_traffic
 from optplan.planner.step_time_work import PhaseWork, StepWork
 
 Basis = Literal["calibrated", "scaled"]
+Bound = Literal["gpu", "host", "link"]
 CALIBRATED_GPU = "h200-141g"
 LARGEST_ERROR = 0.17
 """Largest error of the model on the steps it was fitted to; the held-out halves reach 27 %."""
@@ -64,9 +65,16 @@ class OptimizerRates(msgspec.Struct, frozen=True):
 
 
 class Overlap(msgspec.Struct, frozen=True):
-    """How sharply the longer of GPU and host decides."""
+    """How sharply the longest of GPU, host and links decides."""
 
     exponent: float
+
+
+class LinkRates(msgspec.Struct, frozen=True):
+    """Share of a link's bandwidth that collectives reach; `basis` says what it rests on."""
+
+    bandwidth_share: float
+    basis: Literal["measured", "estimated"]
 
 
 class TimeModel(msgspec.Struct, frozen=True):
@@ -76,6 +84,7 @@ class TimeModel(msgspec.Struct, frozen=True):
     gpu: GpuRates
     host: HostRates
     overlap: Overlap
+    link: LinkRates
     optimizer: list[OptimizerRates]
 
     def rates_of(self, optimizer: str, implementation: str) -> OptimizerRates:
@@ -91,18 +100,19 @@ class TimeModel(msgspec.Struct, frozen=True):
 
 
 class Busy(msgspec.Struct, frozen=True):
-    """Seconds that the GPU and the host are busy with one part of the step."""
+    """Seconds that the GPU, the host and the links to other GPUs are busy with one part of the step."""
 
     gpu: float
     host: float
+    link: float = 0.0
 
     def plus(self, other: Busy) -> Busy:
         """Both one after the other."""
-        return Busy(self.gpu + other.gpu, self.host + other.host)
+        return Busy(self.gpu + other.gpu, self.host + other.host, self.link + other.link)
 
     def times(self, count: float) -> Busy:
         """The same several times."""
-        return Busy(self.gpu * count, self.host * count)
+        return Busy(self.gpu * count, self.host * count, self.link * count)
 
 
 class StepSeconds(msgspec.Struct, frozen=True):
@@ -112,14 +122,14 @@ class StepSeconds(msgspec.Struct, frozen=True):
         step: The whole step, all its micro-steps.
         forward: All forwards; likewise `backward`, with what is computed again.
         optimizer: The optimizer's step.
-        bound: What decides: the GPU's work or the host's launches.
+        bound: What decides: the GPU's work, the host's launches or the links to other GPUs.
     """
 
     step: float
     forward: float
     backward: float
     optimizer: float
-    bound: Literal["gpu", "host"]
+    bound: Bound
 
     def as_dict(self) -> dict[str, float]:
         """The form of an estimate's `step_seconds`."""
@@ -187,12 +197,19 @@ def optimizer_busy(candidate: Candidate, moved_bytes: int, gpu: Gpu, request: St
     """
     rates = model.rates_of(candidate.id, candidate.implementation)
     spec, bandwidth = request.model, gpu.achievable_bandwidth_bytes_per_s or 0.0
-    extra = _EXTRA_MASTER_BYTES * spec.num_parameters if request.policy.master_dtype else 0
-    seconds = (moved_bytes + extra) / bandwidth + _slower(gpu) * rates.seconds_per_element * spec.num_parameters
-    seconds += _product_flops(candidate, rates, spec) / product_rate(gpu, "bf16", model=model)
+    share = _updated_share(request)
+    extra = _EXTRA_MASTER_BYTES * spec.num_parameters * share if request.policy.master_dtype else 0
+    elements = spec.num_parameters * share
+    seconds = (moved_bytes + extra) / bandwidth + _slower(gpu) * rates.seconds_per_element * elements
+    seconds += share * _product_flops(candidate, rates, spec) / product_rate(gpu, "bf16", model=model)
     if candidate.footprint.host_bytes and candidate.id.startswith("paged"):
         seconds += 2 * candidate.footprint.host_bytes / (gpu.host_link_bytes_per_s or 1e10)
-    return Busy(seconds, rates.seconds_per_tensor * len(spec.unique_parameters))
+    return Busy(seconds, rates.seconds_per_tensor * len(spec.unique_parameters), links_of_step(request, model=model))
+
+
+def _updated_share(request: StepRequest) -> float:
+    """Share of the model's elements that one rank's optimizer updates."""
+    return 1.0 if request.config.sharding in ("none", "ddp", "ddp-copies") else 1.0 / request.config.gpus
 
 
 @cache
@@ -227,24 +244,42 @@ def combine(forward: Busy, backward: Busy, optimizer: Busy, *, exponent: float) 
     parts = [longer(part, exponent) for part in (forward, backward, optimizer)]
     scale = step / sum(parts)
     seconds = [scale * part for part in parts]
-    return StepSeconds(step, seconds[0], seconds[1], seconds[2], "gpu" if whole.gpu >= whole.host else "host")
+    return StepSeconds(step, seconds[0], seconds[1], seconds[2], _bound(whole))
+
+
+def _bound(whole: Busy) -> Bound:
+    most = max(whole.gpu, whole.host, whole.link)
+    return "gpu" if whole.gpu == most else "host" if whole.host == most else "link"
 
 
 def longer(busy: Busy, exponent: float) -> float:
-    """The longer of the two, a little more where they are alike."""
-    most = max(busy.gpu, busy.host)
-    return float(most * ((busy.gpu / most) ** exponent + (busy.host / most) ** exponent) ** (1 / exponent))
+    """The longest of the three, a little more where two are alike."""
+    most = max(busy.gpu, busy.host, busy.link)
+    total = (busy.gpu / most) ** exponent + (busy.host / most) ** exponent
+    if busy.link:
+        total += (busy.link / most) ** exponent
+    return float(most * total ** (1 / exponent))
 
 
 def micro_step_busy(work: StepWork, request: StepRequest, gpu: Gpu, *, model: TimeModel) -> tuple[Busy, Busy]:
     """How long forward and backward of all micro-steps keep GPU and host busy."""
     precision, count = request.config.precision, request.config.grad_accum
-    forward = phase_busy(work.forward, gpu, precision, model=model)
-    backward = phase_busy(work.backward, gpu, precision, model=model)
+    in_forward, in_backward = links_of_micro_step(request, model=model)
+    forward = phase_busy(work.forward, gpu, precision, model=model).plus(Busy(0.0, 0.0, in_forward))
+    backward = phase_busy(work.backward, gpu, precision, model=model).plus(Busy(0.0, 0.0, in_backward))
     return forward.times(count), backward.times(count)
 
 
-def context_of(request: StepRequest) -> OptimizerContext:
-    """The dtypes that the optimizer meets."""
-    policy = request.policy
-    return OptimizerContext(policy.updated_dtype, policy.master_dtype or policy.gradient_dtype, request.state_dtype)
+def links_of_micro_step(request: StepRequest, *, model: TimeModel) -> tuple[float, float]:
+    """Seconds that the links between GPUs are busy in one micro-step's forward and backward."""
+    traffic, rate = link_traffic(request), _link_rate(request, model)
+    return traffic.forward_bytes / rate, traffic.backward_bytes / rate
+
+
+def links_of_step(request: StepRequest, *, model: TimeModel) -> float:
+    """Seconds that they are busy once a step."""
+    return link_traffic(request).step_bytes / _link_rate(request, model)
+
+
+def _link_rate(request: StepRequest, model: TimeModel) -> float:
+    return model.link.bandwidth_share * link_bytes_per_s(request)

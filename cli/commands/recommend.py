@@ -37,6 +37,7 @@ def recommend(
     precision: Annotated[str | None, typer.Option(help="Fix the number formats.", show_default=_FREE)] = None,
     checkpointing: Annotated[str | None, typer.Option(help="Fix the checkpointing.", show_default=_FREE)] = None,
     batch_size: options.FixedBatchSize = None,
+    sharding: Annotated[str | None, typer.Option(help="Fix the sharding of several GPUs.", show_default=_FREE)] = None,
     fused_loss: Annotated[str | None, typer.Option(help="Fix the loss: none or liger.", show_default=_FREE)] = None,
     step_in_backward: Annotated[
         bool | None,
@@ -50,9 +51,10 @@ def recommend(
 ) -> None:
     """Recommend the configuration to run.
 
-    Searches optimizers and their options, number formats, checkpointing, micro-batch and accumulation, fused loss and
-    step in backward; prints the one to run with its memory, time and evidence, the runner-up, the best trade-offs, and
-    why each other optimizer lost. The exit status is 0 if something fits, 1 if nothing does, 2 for bad input.
+    Searches optimizers and their options, number formats, checkpointing, micro-batch and accumulation, fused loss,
+    step in backward, GPUs and sharding; prints the one to run with its memory, time and evidence, the runner-up, the
+    best trade-offs, and why each other optimizer lost. The exit status is 0 if something fits, 1 if nothing does, 2
+    for bad input.
     """
     from optplan.planner.search.recommend import recommend as search
 
@@ -70,6 +72,7 @@ def recommend(
         precision=precision,
         checkpointing=checkpointing,
         batch_size=batch_size,
+        sharding=sharding,
         fused_loss=fused_loss,
         step_in_backward=step_in_backward,
         **step,

@@ -24,7 +24,7 @@ class Alternatives:
 
     def every(self) -> list[Alternative]:
         """One for every optimizer with its settings under every precision."""
-        bound = [member for members in self._exploration.pool.bound.values() for member in members]
+        bound = self._exploration.pool.bound
         return [self._bound(member) for member in bound] + [_refused(row) for row in self._exploration.pool.refused]
 
     def by_optimizer(self) -> list[Alternative]:
@@ -35,7 +35,7 @@ class Alternatives:
         return (member.optimizer.id for member in self._exploration.space.members)
 
     def _furthest(self, name: str) -> Alternative:
-        bound = [m for members in self._exploration.pool.bound.values() for m in members if m.candidate.id == name]
+        bound = [member for member in self._exploration.pool.bound if member.candidate.id == name]
         found = [self._exploration.best[member] for member in bound if member in self._exploration.best]
         best = self._choice.best
         if best is not None and best.bound in bound:
@@ -70,6 +70,8 @@ class Alternatives:
             settings=found.bound.candidate.settings,
             state_dtype=found.bound.member.state_dtype,
             precision=found.bound.precision,
+            gpus=found.bound.frame.layout.gpus,
+            sharding=found.bound.frame.layout.sharding,
             outcome=outcome,
             reason=reason,
             best=self._describer.describe(found, simulate=False),
@@ -102,6 +104,8 @@ class Alternatives:
             settings=member.candidate.settings,
             state_dtype=member.member.state_dtype,
             precision=member.precision,
+            gpus=member.frame.layout.gpus,
+            sharding=member.frame.layout.sharding,
             outcome="does not fit" if least else "cannot run",
             reason=words,
         )
@@ -118,6 +122,8 @@ def _refused(row: Refused) -> Alternative:
         settings={},
         state_dtype=row.member.state_dtype,
         precision=row.precision,
+        gpus=row.layout.gpus,
+        sharding=row.layout.sharding,
         outcome="cannot run",
         reason=row.reason,
     )

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from optplan.planner.search.describe import Describer
 from optplan.planner.search.explore import Found
-from optplan.planner.search.picks import in_order
+from optplan.planner.search.picks import Ranked, in_order
 
 _MOST_TRIES = 40
 
@@ -28,9 +28,11 @@ class Choice(NamedTuple):
 
 def choose(describer: Describer, found: Sequence[Found], prefer: str) -> Choice:
     """Pick by the rule of a preference; one without room is taken only if none has room."""
-    ordered, tight = in_order(found, prefer), list[Found]()
+    ordered, tight = in_order([(_ranked(one), one) for one in found], prefer), list[Found]()
     best: Found | None = None
     for place, candidate in enumerate(ordered[:_MOST_TRIES]):
+        if any(_is_alike(candidate, other) for other in tight):
+            continue
         verdict = describer.simulate(candidate)
         if verdict == "fits":
             best = candidate
@@ -39,6 +41,17 @@ def choose(describer: Describer, found: Sequence[Found], prefer: str) -> Choice:
         if verdict == "tight":
             tight.append(candidate)
     return Choice(tight[0] if tight else None, tight[1] if len(tight) > 1 else None, tight)
+
+
+def _is_alike(found: Found, tight: Found) -> bool:
+    """Whether another implementation of what proved tight, run alike and no smaller: that will be tight, too."""
+    same_place = (found.bound.frame, found.manner, found.micro_batch) == (
+        tight.bound.frame,
+        tight.manner,
+        tight.micro_batch,
+    )
+    same_optimizer = found.bound.candidate.id == tight.bound.candidate.id
+    return same_place and same_optimizer and found.peak_bytes >= tight.peak_bytes
 
 
 def _runner_up(describer: Describer, ordered: Sequence[Found], best: Found) -> Found | None:
@@ -50,3 +63,10 @@ def _runner_up(describer: Describer, ordered: Sequence[Found], best: Found) -> F
         if not same and describer.simulate(candidate) == "fits":
             return candidate
     return None
+
+
+def _ranked(found: Found) -> Ranked:
+    manner, member = found.manner, found.bound.member
+    changed = (manner.checkpointing != "none", manner.fused_loss != "none", member.state_dtype is not None)
+    num_changes = sum(changed) + len(found.bound.candidate.settings)
+    return Ranked(found.key, found.seconds, found.peak_bytes, num_changes)

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import msgspec
-
-from optplan.planner.candidates import Candidate
 from optplan.planner.gpus import Gpu
 from optplan.planner.recommend import ROOM, command_of
 from optplan.planner.request import StepRequest
 from optplan.planner.search.evidence import describe_evidence
 from optplan.planner.search.explore import Exploration, Found
 from optplan.planner.search.question import Question
-from optplan.planner.search.records import Configuration, Time, Verdict
+from optplan.planner.search.records import Configuration, Time, TimeBasis, Verdict
 from optplan.planner.search.steps import request_of
 from optplan.planner.step_time import (
     basis_of,
     combine,
-    phase_busy,
+    micro_step_busy,
     timed_gpu,
 )
 from optplan.planner.workload import StepPeaks, Workload
@@ -37,7 +34,7 @@ class Describer:
         if simulate:
             self.simulate(found)
         peaks, request = self._peaks.get(found), self.request(found)
-        candidate, limit = found.bound.candidate, self.question.limit_bytes
+        candidate, limit = found.bound.candidate, self._limit(found)
         peak = peaks.peak_bytes if peaks else found.peak_bytes
         return Configuration(
             optimizer=candidate.id,
@@ -46,7 +43,7 @@ class Describer:
             settings=candidate.settings,
             state_dtype=request.state_dtype,
             config=request.config,
-            tokens_per_step=found.micro_batch * found.accumulated * found.layout.gpus * request.config.seq_len,
+            tokens_per_step=tokens_of(found),
             verdict=self.verdict(found),
             peak_allocated_bytes=peak,
             is_simulated=peaks is not None,
@@ -64,12 +61,15 @@ class Describer:
 
     def verdict(self, found: Found) -> Verdict:
         """Whether it fits with the room that the validated error asks for; by the rounded sums if not simulated."""
-        limit, peaks = self.question.limit_bytes, self._peaks.get(found)
+        limit, peaks = self._limit(found), self._peaks.get(found)
         if peaks is None:
             return "fits" if found.peak_bytes <= limit * (1 - ROOM) else "tight"
         if peaks.peak_bytes > limit:
             return "does not fit"
         return "fits" if peaks.reserved_bytes <= limit * (1 - ROOM) else "tight"
+
+    def _limit(self, found: Found) -> int:
+        return self.exploration.limit_of(found.bound.frame)
 
     def simulate(self, found: Found) -> Verdict:
         """Replay the step through the allocator; the verdict that follows."""
@@ -79,37 +79,36 @@ class Describer:
 
     def request(self, found: Found) -> StepRequest:
         """The step of a configuration."""
-        request = request_of(
-            self.question.base,
-            found.bound.precision,
-            found.manner,
-            found.micro_batch,
-            found.accumulated > 1,
-            found.accumulated,
-        )
-        own = found.bound.workload.request
-        config = msgspec.structs.replace(request.config, gpus=found.layout.gpus, sharding=found.layout.sharding)
-        return msgspec.structs.replace(request, state_dtype=own.state_dtype, config=config)
+        frame = found.bound.workload.request
+        return request_of(frame, found.manner, found.micro_batch, found.accumulated)
 
     def _time(self, found: Found, request: StepRequest) -> Time:
-        exploration = self.exploration
-        model, gpu = exploration.model, exploration.gpu
-        work = exploration.work_of(found)
-        forward = phase_busy(work.forward, gpu, found.bound.precision, model=model).times(found.accumulated)
-        backward = phase_busy(work.backward, gpu, found.bound.precision, model=model).times(found.accumulated)
+        model, gpu = self.exploration.model, self.exploration.gpu
+        work = self.exploration.work_of(found)
+        forward, backward = micro_step_busy(work, request, gpu, model=model)
         seconds = combine(forward, backward, found.bound.busy(gpu, model), exponent=model.overlap.exponent)
-        candidate: Candidate = found.bound.candidate
-        tokens = found.micro_batch * found.accumulated * found.layout.gpus * request.config.seq_len
+        candidate = found.bound.candidate
         return Time(
             step_seconds=seconds.step,
             forward_seconds=seconds.forward,
             backward_seconds=seconds.backward,
             optimizer_seconds=seconds.optimizer,
-            tokens_per_second=tokens / seconds.step,
+            tokens_per_second=tokens_of(found) / seconds.step,
             bound=seconds.bound,
-            basis=basis_of(gpu) if timed_gpu(self.question.base.gpu) else "assumed",
+            basis=self._basis(request),
             optimizer_basis=model.rates_of(candidate.id, candidate.implementation).basis,
         )
+
+    def _basis(self, request: StepRequest) -> TimeBasis:
+        if timed_gpu(self.question.base.gpu) is None:
+            return "assumed"
+        return basis_of(self.exploration.gpu) if request.config.gpus == 1 else "scaled"
+
+
+def tokens_of(found: Found) -> int:
+    """Tokens of one step over all GPUs."""
+    config = found.bound.frame.request.config
+    return found.micro_batch * found.accumulated * config.gpus * config.seq_len
 
 
 def rated_gpu(gpu: Gpu, substitute: Gpu) -> Gpu:

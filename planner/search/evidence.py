@@ -190,6 +190,12 @@ def format_of(optimizer: OptimizerModel, precision: str, state_dtype: str | None
     raise DataError(f"evidence.toml says nothing of precision {precision}")
 
 
+def class_of(optimizer_id: str) -> EvidenceClass:
+    """The class of an optimizer alone, whatever its settings."""
+    table = load_evidence()
+    return table.classes[table.rank_of(_row_of(optimizer_id).class_key)]
+
+
 def _row_of(optimizer_id: str) -> OptimizerEvidence:
     table = load_evidence()
     return table.optimizer[table.place_of(optimizer_id)]

@@ -11,17 +11,19 @@ Nothing that could be chosen is lost:
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from optplan.planner.gpus import Gpu
 from optplan.planner.request import StepRequest
 from optplan.planner.search.evidence import EvidenceKey
-from optplan.planner.search.pool import BoundMember, Pool
+from optplan.planner.search.pool import BoundMember, Frame, Pool
 from optplan.planner.search.space import Layout, Manner, Space
 from optplan.planner.search.steps import StepPoint, StepRecorder, accumulated_batches, manner_refused
-from optplan.planner.step_time import Busy, TimeModel, load_time_model, longer, phase_busy
+from optplan.planner.step_time import Busy, TimeModel, load_time_model, longer, micro_step_busy
 from optplan.planner.step_time_work import StepWork
 
 
@@ -29,9 +31,8 @@ class Found(NamedTuple):
     """A configuration that fits by its rounded sums.
 
     Attributes:
-        bound: The optimizer under its precision.
+        bound: The optimizer in its frame: number formats, GPUs and sharding.
         manner: How forward and backward are run.
-        layout: GPUs and sharding.
         micro_batch: Sequences of one micro-batch.
         accumulated: Micro-batches of one step.
         peak_bytes: Rounded sum at the peak; of a beaten configuration without the optimizer's temporaries.
@@ -41,7 +42,6 @@ class Found(NamedTuple):
 
     bound: BoundMember
     manner: Manner
-    layout: Layout
     micro_batch: int
     accumulated: int
     peak_bytes: int
@@ -64,12 +64,23 @@ class Micro(NamedTuple):
     """One way of running forward and backward, with its batch and the time it takes for a whole step."""
 
     manner: Manner
-    layout: Layout
     micro_batch: int
     accumulated: int
     share: float
     point: StepPoint
     busy: Busy
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Without the cycle collector, which finds nothing among the short-lived records and takes a fifth of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class Exploration:
@@ -94,72 +105,66 @@ class Exploration:
         self.beaten: dict[BoundMember, Beaten] = {}
         self.least_bytes: dict[BoundMember, int] = {}
         self.least_usual_bytes: dict[BoundMember, int] = {}
-        self.refused_manners: dict[tuple[str, Manner], str] = {}
+        self.refused_manners: dict[tuple[str, Layout, Manner], str] = {}
         self.counts: Counter[str] = Counter()
-        self._recorder = StepRecorder(base)
-        self._explore()
+        self._recorder = StepRecorder()
+        with _collector_paused():
+            self._explore()
 
     def work_of(self, found: Found) -> StepWork:
         """Forward and backward of one micro-step of a configuration."""
-        return self._recorder.point(
-            found.bound.precision, found.manner, found.micro_batch, accumulates=found.accumulated > 1
-        ).work
+        frame, accumulates = found.bound.frame.request, found.accumulated > 1
+        return self._recorder.point(frame, found.manner, found.micro_batch, accumulates=accumulates).work
 
     def _explore(self) -> None:
-        places = sum(len(self.space.micro_batches[layout.gpus]) for layout in self.space.layouts)
-        per_member = len(self.space.manners) * places
-        self.counts["cannot_run"] += len(self.pool.refused) * per_member
+        for refused in self.pool.refused:
+            self.counts["cannot_run"] += len(self.space.manners) * len(self.space.micro_batches[refused.layout.gpus])
         bound: list[tuple[EvidenceKey, BoundMember, list[Micro]]] = []
-        for precision, members in self.pool.bound.items():
-            micros = self._micros(precision, members)
-            bound += [(member.evidence(step_in_backward=False), member, micros) for member in members]
+        for frame in self.pool.frames:
+            micros = self._micros(frame)
+            bound += [(member.evidence(step_in_backward=False), member, micros) for member in frame.members]
         for _, member, micros in sorted(bound, key=lambda entry: entry[0]):
             self._decide(member, micros)
         self.front.sort(key=lambda found: (found.key, found.seconds, found.peak_bytes))
 
-    def _micros(self, precision: str, members: list[BoundMember]) -> list[Micro]:
-        """The ways of running a precision that fit beside the smallest of the members' states."""
-        if not members:
-            return []
-        least = min(member.resident_bytes for member in members)
-        found: list[Micro] = []
-        for manner in self.space.manners:
-            for layout in self.space.layouts:
-                found += self._fitting(precision, manner, layout, least, len(members))
-        return found
+    def _micros(self, frame: Frame) -> list[Micro]:
+        """The ways of running a frame that fit beside the smallest of its members' states."""
+        least = min(member.resident_bytes for member in frame.members)
+        return [micro for manner in self.space.manners for micro in self._fitting(frame, manner, least)]
 
-    def _fitting(self, precision: str, manner: Manner, layout: Layout, least: int, num_members: int) -> Iterator[Micro]:
-        sizes = self.space.micro_batches[layout.gpus]
-        reason = self._refusal(precision, manner)
+    def _fitting(self, frame: Frame, manner: Manner, least: int) -> Iterator[Micro]:
+        sizes, num_members = self.space.micro_batches[frame.layout.gpus], len(frame.members)
+        reason = manner_refused(frame.request, manner)
         if reason:
+            self.refused_manners[frame.precision, frame.layout, manner] = reason
             self.counts["cannot_run"] += num_members * len(sizes)
             return
         for index, size in enumerate(sizes):
-            accumulated = 1 if manner.step_in_backward else accumulated_batches(self.space.sequences, layout, size)
-            point = self._recorder.point(precision, manner, size, accumulates=accumulated > 1)
-            if least + point.least_bytes > self.limit_bytes:
+            batches = accumulated_batches(self.space.sequences, frame.layout, size)
+            accumulated = 1 if manner.step_in_backward else batches
+            point = self._recorder.point(frame.request, manner, size, accumulates=accumulated > 1)
+            if least + point.least_bytes > self.limit_of(frame):
                 if index == 0:
-                    self._note_least(precision, manner, point)
+                    self._note_least(frame, manner, point)
                 self.counts["larger_batch"] += num_members * (len(sizes) - index)
                 return
-            yield self._micro(precision, manner, layout, size, accumulated, point)
+            yield self._micro(frame, manner, size, accumulated, point)
 
-    def _micro(
-        self, precision: str, manner: Manner, layout: Layout, size: int, accumulated: int, point: StepPoint
-    ) -> Micro:
-        forward = phase_busy(point.work.forward, self.gpu, precision, model=self.model)
-        busy = forward.plus(phase_busy(point.work.backward, self.gpu, precision, model=self.model)).times(accumulated)
-        share = size * accumulated * layout.gpus / self.space.sequences
-        return Micro(manner, layout, size, accumulated, share, point, busy)
+    def limit_of(self, frame: Frame) -> int:
+        """What a steady step of a frame may take."""
+        return self.limit_bytes - frame.lost_bytes
 
-    def _refusal(self, precision: str, manner: Manner) -> str | None:
-        reason = manner_refused(self.base, precision, manner)
-        if reason:
-            self.refused_manners[precision, manner] = reason
-        return reason
+    def _micro(self, frame: Frame, manner: Manner, size: int, accumulated: int, point: StepPoint) -> Micro:
+        forward, backward = self.busy(frame, point.work)
+        share = size * accumulated * frame.layout.gpus / self.space.sequences
+        return Micro(manner, size, accumulated, share, point, forward.plus(backward).times(accumulated))
 
-    def _note_least(self, precision: str, manner: Manner, point: StepPoint) -> None:
-        for member in self.pool.bound[precision]:
+    def busy(self, frame: Frame, work: StepWork) -> tuple[Busy, Busy]:
+        """How long forward and backward of one micro-step keep GPU, host and links busy."""
+        return micro_step_busy(work, frame.request, self.gpu, model=self.model)
+
+    def _note_least(self, frame: Frame, manner: Manner, point: StepPoint) -> None:
+        for member in frame.members:
             self._lower(member, manner, member.resident_bytes + point.least_bytes)
 
     def _lower(self, member: BoundMember, manner: Manner, num_bytes: int) -> None:
@@ -168,8 +173,8 @@ class Exploration:
             self.least_usual_bytes[member] = min(num_bytes, self.least_usual_bytes.get(member, num_bytes))
 
     def _decide(self, member: BoundMember, micros: list[Micro]) -> None:
-        resident = member.resident_bytes
-        if resident > self.limit_bytes:
+        resident, limit = member.resident_bytes, self.limit_of(member.frame)
+        if resident > limit:
             self.counts["resident"] += len(micros)
             for micro in micros:
                 self._lower(member, micro.manner, resident + micro.point.least_bytes)
@@ -177,29 +182,38 @@ class Exploration:
         update = member.busy(self.gpu, self.model)
         keys = {in_backward: member.evidence(step_in_backward=in_backward) for in_backward in (False, True)}
         for micro in micros:
-            self._decide_one(member, micro, resident, update, keys[micro.manner.step_in_backward])
+            found = self._found(member, micro, resident, update, keys[micro.manner.step_in_backward])
+            self._settle(found, micro, limit)
 
-    def _decide_one(self, member: BoundMember, micro: Micro, resident: int, update: Busy, key: EvidenceKey) -> None:
+    def _found(self, member: BoundMember, micro: Micro, resident: int, update: Busy, key: EvidenceKey) -> Found:
+        """A configuration with its peak as it would be without the optimizer's temporaries."""
+        seconds = longer(micro.busy.plus(update), self.model.overlap.exponent) / micro.share
         bound = resident + micro.point.least_bytes
-        if bound > self.limit_bytes:
-            self._lower(member, micro.manner, bound)
+        return Found(member, micro.manner, micro.micro_batch, micro.accumulated, bound, seconds, key)
+
+    def _settle(self, found: Found, micro: Micro, limit: int) -> None:
+        """Decide one configuration: too large, beaten, or on the front."""
+        winner = None
+        if found.peak_bytes <= limit:
+            winner = self._winner(found)
+            if winner is None:
+                found = self._with_temporaries(found, micro)
+                winner = self._winner(found) if found.peak_bytes <= limit else None
+        self._lower(found.bound, found.manner, found.peak_bytes)
+        if found.peak_bytes > limit:
             self.counts["memory"] += 1
             return
-        seconds = longer(micro.busy.plus(update), self.model.overlap.exponent) / micro.share
-        winner = next((found for found in self.front if found.beats(bound, seconds, key)), None)
-        peak = bound
-        if winner is None:
-            temporary = member.parameter_temporary_bytes if micro.manner.step_in_backward else member.temporary_bytes
-            peak = resident + micro.point.peak_bytes(temporary)
-            if peak > self.limit_bytes:
-                self._lower(member, micro.manner, peak)
-                self.counts["memory"] += 1
-                return
-        found = Found(member, micro.manner, micro.layout, micro.micro_batch, micro.accumulated, peak, seconds, key)
-        if winner is None:
-            winner = next((other for other in self.front if other.beats(peak, seconds, key)), None)
-        self._lower(member, micro.manner, peak)
         self._note(found, winner)
+
+    def _winner(self, found: Found) -> Found | None:
+        peak, seconds, key = found.peak_bytes, found.seconds, found.key
+        return next((other for other in self.front if other.beats(peak, seconds, key)), None)
+
+    def _with_temporaries(self, found: Found, micro: Micro) -> Found:
+        member = found.bound
+        in_backward = found.manner.step_in_backward
+        temporary = member.parameter_temporary_bytes if in_backward else member.temporary_bytes
+        return found._replace(peak_bytes=member.resident_bytes + micro.point.peak_bytes(temporary))
 
     def _note(self, found: Found, winner: Found | None) -> None:
         known = self.best.get(found.bound)

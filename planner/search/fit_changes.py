@@ -30,7 +30,9 @@ def fit_changes(question: Question, exploration: Exploration, answer: Answer) ->
         exploration: What was found.
         answer: Gives the recommendation for another question, None if nothing fits either.
     """
-    found = (_released(question, answer), _larger_limit(question, answer), _shorter(question, answer))
+    found = [_released(question, answer), _larger_limit(question, answer)]
+    if any(member.resident_bytes <= exploration.limit_of(member.frame) for member in exploration.pool.bound):
+        found.append(_shorter(question, answer))
     return [*_larger_gpu(question, exploration, answer), *(change for part in found for change in part)]
 
 

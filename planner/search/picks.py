@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
 
-from optplan.planner.search.evidence import ADVENTUROUS
-from optplan.planner.search.explore import Found
+from optplan.planner.search.evidence import ADVENTUROUS, EvidenceKey
+
+T = TypeVar("T")
 
 ALIKE_SECONDS = 0.05
 """Times that differ by less are alike: the median error of the time model."""
@@ -31,40 +33,59 @@ RULES = {
 }
 
 
-def in_order(front: Sequence[Found], prefer: str) -> list[Found]:
-    """The configurations from the one to take to the last, by the rule of a preference."""
-    usual = [found for found in front if found.key[0] <= ADVENTUROUS]
-    rest = [found for found in front if found.key[0] > ADVENTUROUS]
-    return _ordered(usual, prefer) + _ordered(rest, prefer)
+class Ranked(NamedTuple):
+    """What the rules look at.
+
+    Attributes:
+        key: The evidence.
+        seconds: Time for the tokens of one step.
+        peak_bytes: Memory.
+        num_changes: How many things differ from a plain step with the optimizer's defaults.
+    """
+
+    key: EvidenceKey
+    seconds: float
+    peak_bytes: int
+    num_changes: int
 
 
-def _ordered(front: list[Found], prefer: str) -> list[Found]:
-    if not front:
-        return []
-    quickest = min(found.seconds for found in front)
+Entry = tuple[Ranked, T]
+
+
+def in_order(entries: Sequence[Entry[T]], prefer: str) -> list[T]:
+    """The entries from the one to take to the last, by the rule of a preference."""
+    usual = [entry for entry in entries if entry[0].key[0] <= ADVENTUROUS]
+    rest = [entry for entry in entries if entry[0].key[0] > ADVENTUROUS]
+    return [item for part in (usual, rest) if part for _, item in _ordered(part, prefer)]
+
+
+def _ordered(entries: list[Entry[T]], prefer: str) -> list[Entry[T]]:
     if prefer == "memory":
-        least = min(found.peak_bytes for found in front)
-        return sorted(front, key=lambda f: (_step(f.peak_bytes, least, ALIKE_BYTES), f.key, f.seconds, _changes(f)))
+        least = min(ranked.peak_bytes for ranked, _ in entries)
+        return sorted(entries, key=lambda entry: _by_memory(entry[0], least))
+    quickest = min(ranked.seconds for ranked, _ in entries)
     if prefer == "speed":
-        return sorted(
-            front, key=lambda f: (_step(f.seconds, quickest, ALIKE_SECONDS), f.key, _changes(f), f.peak_bytes)
-        )
-    return sorted(front, key=lambda found: _by_quality(found, front, quickest))
+        return sorted(entries, key=lambda entry: _by_speed(entry[0], quickest))
+    best: dict[EvidenceKey, float] = {}
+    for ranked, _ in entries:
+        best[ranked.key] = min(ranked.seconds, best.get(ranked.key, ranked.seconds))
+    return sorted(entries, key=lambda entry: _by_quality(entry[0], best[entry[0].key], quickest))
 
 
-def _by_quality(found: Found, front: list[Found], quickest: float) -> tuple[object, ...]:
-    best = min(other.seconds for other in front if other.key == found.key)
-    too_slow = found.seconds > MOST_SLOWER * quickest
-    return too_slow, found.key, _step(found.seconds, best, ALIKE_SECONDS), _changes(found), found.peak_bytes
+def _by_memory(ranked: Ranked, least: int) -> tuple[object, ...]:
+    return _step(ranked.peak_bytes, least, ALIKE_BYTES), ranked.key, ranked.seconds, ranked.num_changes
+
+
+def _by_speed(ranked: Ranked, quickest: float) -> tuple[object, ...]:
+    return _step(ranked.seconds, quickest, ALIKE_SECONDS), ranked.key, ranked.num_changes, ranked.peak_bytes
+
+
+def _by_quality(ranked: Ranked, best: float, quickest: float) -> tuple[object, ...]:
+    too_slow = ranked.seconds > MOST_SLOWER * quickest
+    alike = _step(ranked.seconds, best, ALIKE_SECONDS)
+    return too_slow, ranked.key, alike, ranked.num_changes, ranked.peak_bytes
 
 
 def _step(value: float, least: float, alike: float) -> int:
     """How many times a value must be made smaller by what counts as alike to reach the least."""
     return math.floor(math.log(value / least) / math.log1p(alike) + 1e-9)
-
-
-def _changes(found: Found) -> int:
-    """How many things differ from a plain step: settings of the optimizer, state dtype, checkpointing, fused loss."""
-    manner = found.manner
-    changed = (manner.checkpointing != "none", manner.fused_loss != "none", found.bound.member.state_dtype is not None)
-    return sum(changed) + len(found.bound.candidate.settings)

@@ -1,4 +1,4 @@
-"""The optimizers of the space bound to a model under each precision, with what the search asks of them."""
+"""The optimizers of the space bound to a model in each frame, with what the search asks of them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from functools import cached_property
 import msgspec
 
 from optplan.planner.candidates import Candidate, bind_candidate, optimizer_context
+from optplan.planner.dtypes import Dtype
 from optplan.planner.errors import ConfigError
 from optplan.planner.footprint import group_parameters
 from optplan.planner.gpus import Gpu
 from optplan.planner.request import StepRequest
 from optplan.planner.search.evidence import EvidenceKey, evidence_key
-from optplan.planner.search.space import Member, Space
+from optplan.planner.search.space import Layout, Member, Space
+from optplan.planner.search.steps import frame_of
 from optplan.planner.step.optimizer_step import temporary_bytes, write_optimizer_step
 from optplan.planner.step_time import Busy, TimeModel, optimizer_busy
 from optplan.planner.tensors import Parameter
@@ -20,19 +22,47 @@ from optplan.planner.timeline import TimelineBuilder
 from optplan.planner.workload import Workload, resident_bytes
 
 
-class BoundMember:
-    """One optimizer under one precision; what costs time is worked out when it is asked for."""
+class Frame:
+    """A precision on a number of GPUs under one sharding.
 
-    def __init__(self, member: Member, candidate: Candidate, workload: Workload) -> None:
+    Attributes:
+        request: The step with these.
+        layout: GPUs and sharding.
+        lost_bytes: What a step before the steady ones needs more, and the limit is lower by.
+        members: The optimizers that can run in it.
+    """
+
+    def __init__(self, request: StepRequest, layout: Layout) -> None:
+        self.request = request
+        self.layout = layout
+        self.lost_bytes = request.gpu.usable_bytes - Workload(request).usable_bytes
+        self.members: list[BoundMember] = []
+
+    @property
+    def precision(self) -> str:
+        """Its number formats."""
+        return self.request.config.precision
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """Parameters, buffers and master weights, each tensor rounded up to 512 bytes."""
+        return sum(resident_bytes(self.request).values())
+
+
+class BoundMember:
+    """One optimizer in one frame; what costs time is worked out when it is asked for."""
+
+    def __init__(self, member: Member, candidate: Candidate, frame: Frame, workload: Workload) -> None:
         self.member = member
         self.candidate = candidate
+        self.frame = frame
         self.workload = workload
-        self.precision = workload.request.config.precision
+        self.precision = frame.precision
 
     @cached_property
     def resident_bytes(self) -> int:
         """Parameters, buffers, master weights and state, each tensor rounded up to 512 bytes."""
-        return sum(resident_bytes(self.workload.request).values()) + self.candidate.footprint.rounded_device_bytes
+        return self.frame.weight_bytes + self.candidate.footprint.rounded_device_bytes
 
     @cached_property
     def temporary_bytes(self) -> int:
@@ -72,42 +102,63 @@ class BoundMember:
 
 
 class Refused(msgspec.Struct, frozen=True):
-    """An optimizer that cannot run under one precision, and why."""
+    """An optimizer that cannot run in one frame, and why."""
 
     member: Member
     precision: str
+    layout: Layout
     reason: str
 
 
 class Pool:
-    """Every member of the space under every precision."""
+    """Every member of the space in every frame.
+
+    Attributes:
+        frames: Those that can be run with at least one optimizer.
+        refused: The members that cannot run, by frame.
+    """
 
     def __init__(self, base: StepRequest, space: Space) -> None:
-        self.bound: dict[str, list[BoundMember]] = {precision: [] for precision in space.precisions}
+        self.frames: list[Frame] = []
         self.refused: list[Refused] = []
-        for precision in space.precisions:
-            workloads = {
-                dtype: self._workload(base, precision, dtype) for dtype in {m.state_dtype for m in space.members}
-            }
-            seen: set[tuple[object, ...]] = set()
-            for member in space.members:
-                self._bind(member, workloads[member.state_dtype], seen)
+        for layout in space.layouts:
+            for precision in space.precisions:
+                self._add(base, space, precision, layout)
 
-    def _workload(self, base: StepRequest, precision: str, state_dtype: object) -> Workload:
-        config = msgspec.structs.replace(base.config, precision=precision)
-        return Workload(msgspec.structs.replace(base, config=config, state_dtype=state_dtype or base.state_dtype))
+    @property
+    def bound(self) -> list[BoundMember]:
+        """All of them, frame by frame."""
+        return [member for frame in self.frames for member in frame.members]
 
-    def _bind(self, member: Member, workload: Workload, seen: set[tuple[object, ...]]) -> None:
-        precision = workload.request.config.precision
+    def _add(self, base: StepRequest, space: Space, precision: str, layout: Layout) -> None:
+        try:
+            frame = Frame(frame_of(base, precision, layout), layout)
+        except ConfigError as error:
+            self.refused += [Refused(member, precision, layout, str(error)) for member in space.members]
+            return
+        workloads = {dtype: _workload(frame.request, dtype) for dtype in {m.state_dtype for m in space.members}}
+        seen: set[tuple[object, ...]] = set()
+        for member in space.members:
+            self._bind(member, frame, workloads[member.state_dtype], seen)
+        self.frames += [frame] if frame.members else []
+
+    def _bind(self, member: Member, frame: Frame, workload: Workload, seen: set[tuple[object, ...]]) -> None:
+        own = frame.request.policy.updated_dtype
         try:
             candidate = bind_candidate(workload.request, member.optimizer)
         except ConfigError as error:
-            self.refused.append(Refused(member, precision, str(error)))
+            self._refuse(member, frame, str(error))
             return
-        own = workload.request.policy.updated_dtype
         key = (candidate.optimizer, member.state_dtype if member.state_dtype != own else None)
         if key in seen:
-            self.refused.append(Refused(member, precision, f"{own} is what it keeps its state in anyway"))
+            self._refuse(member, frame, f"{own} is what it keeps its state in anyway")
             return
         seen.add(key)
-        self.bound[precision].append(BoundMember(member, candidate, workload))
+        frame.members.append(BoundMember(member, candidate, frame, workload))
+
+    def _refuse(self, member: Member, frame: Frame, reason: str) -> None:
+        self.refused.append(Refused(member, frame.precision, frame.layout, reason))
+
+
+def _workload(request: StepRequest, state_dtype: Dtype | None) -> Workload:
+    return Workload(msgspec.structs.replace(request, state_dtype=state_dtype or request.state_dtype))

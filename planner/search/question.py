@@ -25,11 +25,16 @@ from optplan.planner.search.space import (
     all_members,
     divisors,
 )
+from optplan.planner.sharding.clusters import usual_num_nodes
+from optplan.planner.sharding.registry import SHARDINGS
 from optplan.planner.step.rules import has_rules
 from optplan.planner.units import format_gib, parse_size
 
-MOST_GPUS = 1
-"""The most GPUs that this version searches."""
+MOST_GPUS = 1024
+"""The most GPUs that are searched."""
+
+_SHARDINGS = ("ddp", "zero1", "zero1-deepspeed", "zero2", "fsdp2", "fsdp2-noreshard")
+"""Those tried on several GPUs of one machine."""
 
 _MOST_TOKENS = 2**32
 
@@ -45,7 +50,8 @@ class SearchFlags(TypedDict, total=False):
         tokens_per_step: Tokens of one optimizer step over all GPUs, about 65536 if left out.
         prefer: `quality` (default), `speed` or `memory`.
         seq_len: Tokens of a sequence; likewise the next ones as in `StepFlags`.
-        precision: Searched if left out; likewise checkpointing, batch_size, fused_loss and step_in_backward.
+        precision: Searched if left out; likewise checkpointing, batch_size, fused_loss, step_in_backward
+            and sharding.
     """
 
     gpu: str | None
@@ -68,6 +74,7 @@ class SearchFlags(TypedDict, total=False):
     batch_size: int | None
     fused_loss: str | None
     step_in_backward: bool | None
+    sharding: str | None
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,7 +104,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
     settings: tuple[str, ...] | None
 
 
-_SEARCHED = ("precision", "checkpointing", "batch_size", "fused_loss", "step_in_backward")
+_SEARCHED = ("precision", "checkpointing", "batch_size", "fused_loss", "step_in_backward", "sharding")
 _STEP = (
     "gpu", "memory", "seq_len", "attention", "clip_grad_norm", "keep_grads", "padding_mask", "empty_cache",
     "alloc_conf", "state_dtype",
@@ -142,7 +149,7 @@ def check_question(
             backward_steps=_one(fixed.get("step_in_backward"), (False, True)),
             sequences=sequences,
             micro_batches={count: _micro_batches(fixed, sequences, count) for count in counts},
-            layouts=tuple(layout for count in counts for layout in _layouts(count)),
+            layouts=tuple(layout for count in counts for layout in _layouts(count, base.gpu, fixed.get("sharding"))),
         ),
         limit_bytes=_limit(base.gpu, asked.get("budget"), reserve),
         reserve_bytes=reserve,
@@ -160,6 +167,8 @@ def _checked(fixed: dict[str, Any]) -> dict[str, Any]:
         raise unknown("checkpointing for --checkpointing", str(fixed["checkpointing"]), KNOWN_CHECKPOINTING)
     if "fused_loss" in fixed and fixed["fused_loss"] not in FUSED_LOSS:
         raise unknown("fused-loss for --fused-loss", str(fixed["fused_loss"]), FUSED_LOSS)
+    if "sharding" in fixed and fixed["sharding"] not in SHARDINGS:
+        raise unknown("sharding for --sharding", str(fixed["sharding"]), SHARDINGS)
     return {name: value for name, value in fixed.items() if name in ("precision", "batch_size")}
 
 
@@ -176,12 +185,16 @@ def gpu_counts(text: int | str) -> tuple[int, ...]:
     if not 1 <= low <= high:
         raise ConfigError(f"--gpus takes a number or a range such as 1..8, got {shorten(text)}")
     if high > MOST_GPUS:
-        raise ConfigError(f"--gpus {text} is beyond the {MOST_GPUS} GPU that this version searches")
+        raise ConfigError(f"--gpus {text} is beyond the {MOST_GPUS} GPU that are searched")
     return tuple(count for count in range(low, high + 1) if count in (low, high) or count & (count - 1) == 0)
 
 
-def _layouts(count: int) -> tuple[Layout, ...]:
-    return (Layout(count, "none"),)
+def _layouts(count: int, gpu: Gpu, sharding: str | None) -> tuple[Layout, ...]:
+    """The shardings tried on so many GPUs; the one asked for wherever there are several."""
+    if count == 1:
+        return (Layout(1, "none"),)
+    hybrid = ("fsdp2-hybrid",) if 1 < usual_num_nodes(count, gpu.id) < count else ()
+    return tuple(Layout(count, name) for name in ((sharding,) if sharding else (*_SHARDINGS, *hybrid)))
 
 
 def _sequences(base: StepRequest, asked: dict[str, Any], counts: tuple[int, ...], fixed: dict[str, Any]) -> int:

@@ -146,6 +146,7 @@ def _time_reason(best: Configuration) -> str:
         "assumed": "as if on an H200: a budget has no speed",
     }
     estimated = ", the optimizer's part estimated" if time.optimizer_basis == "estimated" else ""
+    estimated += ", the links' part estimated" if best.config.gpus > 1 else ""
     return (
         f"{best.tokens_per_step:,} tokens a step in {time.step_seconds:.3g} s, {time.tokens_per_second:,.0f} tokens/s,"
         f" {time.optimizer_seconds:.2g} s of it the optimizer's ({marks[basis]}{estimated})"

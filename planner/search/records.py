@@ -13,6 +13,7 @@ RECOMMEND_SCHEMA: Literal["optplan.recommend/1"] = "optplan.recommend/1"
 
 Prefer = Literal["speed", "quality", "memory"]
 Verdict = Literal["fits", "tight", "does not fit"]
+TimeBasis = Literal["calibrated", "scaled", "assumed"]
 Outcome = Literal["recommended", "on the front", "beaten", "tight", "does not fit", "cannot run"]
 
 
@@ -22,7 +23,7 @@ class Time(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         step_seconds: The whole step with all its micro-steps; likewise by phase.
         tokens_per_second: Of all GPUs together.
-        bound: Whether the GPU's work or the host's launches decide.
+        bound: What decides: the GPU's work, the host's launches, or the links between GPUs.
         basis: `calibrated` on the GPU the model was fitted to, `scaled` by the data sheet on any other, `assumed` where
             a memory budget stands for a GPU and an H200's rates are taken.
         optimizer_basis: Whether the optimizer's own time rests on a measurement or on a likeness.
@@ -33,8 +34,8 @@ class Time(msgspec.Struct, frozen=True, kw_only=True):
     backward_seconds: float
     optimizer_seconds: float
     tokens_per_second: float
-    bound: Literal["gpu", "host"]
-    basis: Literal["calibrated", "scaled", "assumed"]
+    bound: Literal["gpu", "host", "link"]
+    basis: TimeBasis
     optimizer_basis: Literal["measured", "estimated"]
 
 
@@ -83,6 +84,7 @@ class Alternative(msgspec.Struct, frozen=True, kw_only=True):
         optimizer: Id in the registry.
         implementation: Which implementation; likewise its settings and the dtype asked for its state.
         precision: The number formats it was tried under.
+        gpus: The number of GPUs; `sharding` is how they divide the work.
         outcome: What became of it.
         reason: The constraint that excludes it, or what is better and by how much.
         best: Its best configuration, None if none fits.
@@ -94,6 +96,8 @@ class Alternative(msgspec.Struct, frozen=True, kw_only=True):
     settings: dict[str, Any]
     state_dtype: str | None
     precision: str
+    gpus: int
+    sharding: str
     outcome: Outcome
     reason: str
     best: Configuration | None = None

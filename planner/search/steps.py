@@ -5,9 +5,9 @@ from __future__ import annotations
 import msgspec
 
 from optplan.planner.errors import ConfigError
-from optplan.planner.precision import PRECISIONS
 from optplan.planner.request import StepRequest, change_request
 from optplan.planner.search.space import Layout, Manner
+from optplan.planner.sharding.clusters import usual_num_nodes
 from optplan.planner.step.resident import surrounding_use
 from optplan.planner.step.rules import check_step, record_step
 from optplan.planner.step_time_work import StepWork, step_work
@@ -44,31 +44,29 @@ class StepPoint(msgspec.Struct, frozen=True):
 class StepRecorder:
     """Records micro-steps on demand.
 
-    Two precisions with the same dtypes in forward and backward share a record: bf16 and mixed, amp and fp16-amp.
+    Precisions with the same dtypes in forward and backward share a record: amp and fp16-amp, on one GPU bf16 and mixed.
     """
 
-    def __init__(self, request: StepRequest) -> None:
-        self.request = request
+    def __init__(self) -> None:
         self.num_recorded = 0
         self._points: dict[tuple[object, ...], StepPoint] = {}
 
-    def point(self, precision: str, manner: Manner, micro_batch: int, *, accumulates: bool) -> StepPoint:
-        """One micro-step.
+    def point(self, frame: StepRequest, manner: Manner, micro_batch: int, *, accumulates: bool) -> StepPoint:
+        """One micro-step of a frame: the request with its precision, GPUs and sharding.
 
         Raises:
             ConfigError: No rule describes it, or the model's class refuses it.
         """
-        policy = PRECISIONS[precision]
-        key = (policy.parameter_dtype, _AUTOCASTS.get(precision), manner, micro_batch, accumulates)
+        key = (_sharing_key(frame), manner, micro_batch, accumulates)
         if key not in self._points:
-            self._points[key] = self._record(request_of(self.request, precision, manner, micro_batch, accumulates))
+            self._points[key] = self._record(request_of(frame, manner, micro_batch, 2 if accumulates else 1))
             self.num_recorded += 1
         return self._points[key]
 
     def _record(self, request: StepRequest) -> StepPoint:
-        spec, options = request.model, step_options(request)
-        program = record_step(spec, options)
-        use, base = program.use(), sum(surrounding_use(spec, options).values())
+        spec, options, strategy = request.model, step_options(request), request.strategy
+        program = record_step(spec, options, strategy=strategy)
+        use, base = program.use(), sum(surrounding_use(spec, options, strategy).values())
         return StepPoint(
             base + sum(use["forward"].peak),
             base + sum(use["backward"].peak),
@@ -77,31 +75,47 @@ class StepRecorder:
         )
 
 
-def request_of(
-    base: StepRequest, precision: str, manner: Manner, micro_batch: int, accumulates: bool, accumulated: int = 2
-) -> StepRequest:
+def _sharing_key(frame: StepRequest) -> tuple[object, ...]:
+    config, policy = frame.config, frame.policy
+    autocast = _AUTOCASTS.get(config.precision)
+    if config.gpus == 1:
+        return policy.parameter_dtype, autocast
+    return policy.parameter_dtype, autocast, config.precision == "mixed", config.gpus, config.sharding
+
+
+def frame_of(base: StepRequest, precision: str, layout: Layout) -> StepRequest:
+    """The request with a precision, GPUs and their sharding.
+
+    Raises:
+        ConfigError: They contradict each other.
+    """
+    nodes = usual_num_nodes(layout.gpus, base.gpu.id)
+    settings = {"precision": precision, "gpus": layout.gpus, "sharding": layout.sharding, "nodes": nodes}
+    return change_request(base, settings | {"step_in_backward": False, "batch_size": 1, "grad_accum": 1})
+
+
+def request_of(frame: StepRequest, manner: Manner, micro_batch: int, accumulated: int) -> StepRequest:
     """The request of one configuration.
 
     Raises:
         ConfigError: Two settings contradict each other.
     """
     return change_request(
-        base,
+        frame,
         {
-            "precision": precision,
             "checkpointing": manner.checkpointing,
             "fused_loss": manner.fused_loss,
             "step_in_backward": manner.step_in_backward,
             "batch_size": micro_batch,
-            "grad_accum": accumulated if accumulates else 1,
+            "grad_accum": accumulated,
         },
     )
 
 
-def manner_refused(base: StepRequest, precision: str, manner: Manner) -> str | None:
-    """Why a manner cannot be run under a precision at all, None if it can."""
+def manner_refused(frame: StepRequest, manner: Manner) -> str | None:
+    """Why a manner cannot be run in a frame at all, None if it can."""
     try:
-        request = request_of(base, precision, manner, 1, False)
+        request = request_of(frame, manner, 1, 1)
         check_step(request.model, step_options(request))
     except ConfigError as error:
         return str(error)
