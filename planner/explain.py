@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Unpack
 
@@ -10,17 +11,19 @@ from optplan.planner.catalog import load_model
 from optplan.planner.dtypes import ITEMSIZE_BYTES
 from optplan.planner.errors import ConfigError
 from optplan.planner.explanation import ExplainedLine, ExplainedPart, Explanation, explained_line
-from optplan.planner.footprint import group_parameters
+from optplan.planner.footprint import group_parameters, pattern_of
 from optplan.planner.gpus import gpu_row
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.optimizers.facts import load_facts
 from optplan.planner.records import ModelRow
 from optplan.planner.request import StepFlags, StepRequest, check_request
+from optplan.planner.sharding.rank import updated_parameters
 from optplan.planner.step.alive import alive_at_peak
+from optplan.planner.step.rules import step_memory
 from optplan.planner.tensors import StateTensor
 from optplan.planner.units import format_gib
 from optplan.planner.version import VERSION
-from optplan.planner.workload import StepPeaks, Workload, resident_bytes, step_options
+from optplan.planner.workload import StepPeaks, Workload, num_in_flight, resident_bytes, sharded_view, step_options
 
 
 def explain(
@@ -48,6 +51,7 @@ def explain(
     if request.engine != "rules":
         raise ConfigError(f"formulas explain the rules, not engine {request.engine}; use --engine rules")
     workload = Workload(request)
+    request = workload.request
     (candidate,), _ = workload.candidates(choose_optimizers(optimizer, options))
     peaks = workload.peaks(candidate)
     gpu = request.gpu
@@ -64,7 +68,7 @@ def explain(
         peak_allocated_bytes=None if peaks is None else peaks.peak_bytes,
         peak_phase=None if peaks is None else peaks.peak_phase,
         fits=workload.fits(candidate),
-        notes=list(request.notes),
+        notes=[*request.notes, *workload.notes(candidate)],
     )
 
 
@@ -85,18 +89,26 @@ def _parameters(request: StepRequest) -> ExplainedPart:
     return _part(
         "parameters",
         f"Parameters in {dtype}",
-        _parameter_lines(request.model, dtype),
+        _parameter_lines(request, dtype),
         f"inventory of {request.model.architecture}; configuration: {request.model.source}",
         f"{request.model.num_parameters:,} elements; tied parameters count once.",
     )
 
 
-def _parameter_lines(model: ModelSpec, dtype: str) -> list[ExplainedLine]:
-    size = ITEMSIZE_BYTES[dtype]
+def _parameter_lines(request: StepRequest, dtype: str) -> list[ExplainedLine]:
+    size, model = ITEMSIZE_BYTES[dtype], request.rank_model
+    if request.strategy is not None:
+        return _lines_alike(request.strategy.parameters(sharded_view(request)), "as this rank stores it")
     return [
         explained_line(pattern, members[0].numel * size, f"{_sizes(members[0].shape)} x {size} B", count=len(members))
         for pattern, members in group_parameters(model.unique_parameters)
     ]
+
+
+def _lines_alike(sized: Iterable[tuple[str, int]], formula: str) -> list[ExplainedLine]:
+    """One line for all that differ only in the layer."""
+    counts = Counter((pattern_of(name), num_bytes) for name, num_bytes in sized)
+    return [explained_line(name, num_bytes, formula, count=count) for (name, num_bytes), count in counts.items()]
 
 
 def _sizes(shape: Iterable[int]) -> str:
@@ -105,7 +117,7 @@ def _sizes(shape: Iterable[int]) -> str:
 
 def _buffers(request: StepRequest) -> list[ExplainedPart]:
     lines = []
-    for buffer in request.model.buffers:
+    for buffer in request.rank_model.buffers:
         size = ITEMSIZE_BYTES[buffer.dtype or request.policy.parameter_dtype]
         lines.append(explained_line(buffer.name, buffer.numel * size, f"{_sizes(buffer.shape)} x {size} B"))
     source = f"inventory of {request.model.architecture}"
@@ -113,19 +125,25 @@ def _buffers(request: StepRequest) -> list[ExplainedPart]:
 
 
 def _gradients(request: StepRequest) -> ExplainedPart:
-    dtype, count = request.policy.gradient_dtype, request.model.num_parameters
+    dtype, count = request.policy.gradient_dtype, request.rank_model.num_parameters
     size = ITEMSIZE_BYTES[dtype]
+    lines = [explained_line("one for each parameter", count * size, f"{count} x {size} B")]
+    if request.strategy is not None:
+        view = sharded_view(request)
+        kept = [(name, size) for name, size, category in request.strategy.kept(view) if category == "gradients"]
+        lines = _lines_alike([*kept, *request.strategy.gradients(view)], "as this rank keeps them")
     return _part(
         "gradients",
         f"Gradients in {dtype}",
-        [explained_line("one for each parameter", count * size, f"{count} x {size} B")],
+        lines,
         f"precision {request.config.precision}: {request.policy.summary}",
         "They live from their backward to the end of the step.",
     )
 
 
 def _master_weights(request: StepRequest) -> list[ExplainedPart]:
-    dtype, count = request.policy.master_dtype, request.model.num_parameters
+    dtype, updated = request.policy.master_dtype, request.rank_model.unique_parameters
+    count = sum(parameter.numel for parameter in updated_parameters(updated, request.strategy))
     if dtype is None:
         return []
     size = ITEMSIZE_BYTES[dtype]
@@ -164,7 +182,7 @@ def _temporaries(workload: Workload, candidate: Candidate) -> list[ExplainedPart
 
 def _moved(workload: Workload, candidate: Candidate) -> ExplainedPart:
     request, moved = workload.request, workload.moved_bytes(candidate)
-    each = moved / request.model.num_parameters
+    each = moved / request.rank_model.num_parameters
     line = explained_line(
         "parameters, gradients and state", moved, f"{each:.2f} B for each of the parameters on average"
     )
@@ -184,14 +202,15 @@ def _fastest(request: StepRequest, moved_bytes: int) -> str:
 def _peak(workload: Workload, candidate: Candidate, peaks: StepPeaks) -> ExplainedPart:
     request = workload.request
     lines = alive_at_peak(
-        request.model,
+        request.rank_model,
         step_options(request),
         peaks.peak_phase,
         optimizer=candidate.optimizer,
         context=optimizer_context(request),
         master=request.policy.master_dtype,
+        strategy=request.strategy,
     )
-    lines += _resident_lines(request, candidate)
+    lines += [*_resident_lines(request, candidate), *_waiting_lines(request, peaks)]
     beyond = peaks.peak_bytes - sum(line.bytes for line in lines)
     formula = "what the caching allocator's blocks hold beyond the requests, from the simulation"
     lines.append(explained_line("blocks handed out whole", beyond, formula))
@@ -213,6 +232,15 @@ def _resident_lines(request: StepRequest, candidate: Candidate) -> list[Explaine
     ]
 
 
+def _waiting_lines(request: StepRequest, peaks: StepPeaks) -> list[ExplainedLine]:
+    """What other micro-batches of a pipeline have saved."""
+    waiting = num_in_flight(request) - 1
+    if not waiting or peaks.peak_phase not in ("forward", "backward"):
+        return []
+    saved = step_memory(request.rank_model, step_options(request), request.strategy).saved
+    return [explained_line("saved by a waiting micro-batch", saved, request.config.pipeline_schedule, count=waiting)]
+
+
 def _phases(peaks: StepPeaks) -> ExplainedPart:
     lines = [
         explained_line(phase, peak.peak_allocated_bytes, "largest allocated bytes")
@@ -230,6 +258,9 @@ def _gpu(request: StepRequest) -> ExplainedPart:
         explained_line("context and kernels", gpu.context_bytes, f"{gpu.context_basis}: {gpu.context_source}"),
     ]
     source = gpu.source or "the budget given with --memory"
+    if gpu.communication_bytes:
+        formula = f"NCCL, {gpu.communication_basis}: two H200s take 847 MiB for one group of ranks"
+        lines.append(explained_line("communication library", gpu.communication_bytes, formula))
     return ExplainedPart("gpu", f"Usable memory of {gpu.id}: total less context", gpu.usable_bytes, source, lines)
 
 

@@ -347,7 +347,8 @@ def resident_bytes(request: StepRequest) -> dict[Category, int]:
     masters = sum(_rounded(p.numel, policy.master_dtype) for p in updated if policy.master_dtype)
     if strategy is not None:
         parameters = rounded_parameters(strategy, sharded_view(request))
-    return {"parameters": parameters + buffers, "master_weights": masters} | rounded_kept(request)
+    resident: dict[Category, int] = {"parameters": parameters + buffers, "master_weights": masters}
+    return resident | rounded_kept(request)
 
 
 def rounded_kept(request: StepRequest) -> dict[Category, int]:

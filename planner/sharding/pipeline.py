@@ -88,7 +88,7 @@ def stage_part(spec: ModelSpec, stage: Stage) -> ModelSpec:
     if "layer_types" in config:
         config["layer_types"] = config["layer_types"][: stage.num_layers(total)]
     inventory = family_of(spec.model_type).build(config)
-    left_out = () if stage.starts else ("model.embed_tokens.",)
+    left_out: tuple[str, ...] = () if stage.starts else ("model.embed_tokens.",)
     left_out += () if stage.ends else ("model.norm.", "lm_head.")
     parameters = tuple(p for p in inventory.parameters if not p.name.startswith(left_out))
     return msgspec.structs.replace(spec, config=config, parameters=parameters, buffers=tuple(inventory.buffers))

@@ -8,7 +8,8 @@ from optplan.planner.explanation import ExplainedLine, explained_line
 from optplan.planner.footprint import pattern_of
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.optimizers.base import OptimizerContext, OptimizerModel
-from optplan.planner.step.optimizer_step import write_optimizer_step
+from optplan.planner.sharding.base import Strategy
+from optplan.planner.sharding.rank import updated_parameters, write_rank_step
 from optplan.planner.step.rules import StepOptions, write_forward_backward, write_load
 from optplan.planner.timeline import Allocation, Phase, Timeline, TimelineBuilder
 from optplan.planner.units import round_up
@@ -22,13 +23,15 @@ def alive_at_peak(
     optimizer: OptimizerModel,
     context: OptimizerContext,
     master: Dtype | None,
+    strategy: Strategy | None = None,
 ) -> list[ExplainedLine]:
     """The allocations alive at the peak of `phase`, those alike but for the layer in one line; bytes as allocated."""
     timeline = TimelineBuilder("load")
-    write_load(timeline, spec, options)
-    write_forward_backward(timeline, spec, options)
+    write_load(timeline, spec, options, strategy)
+    write_forward_backward(timeline, spec, options, strategy)
     timeline.phase = "step"
-    write_optimizer_step(timeline, optimizer, spec.unique_parameters, context, master=master)
+    updated = updated_parameters(spec.unique_parameters, strategy)
+    write_rank_step(timeline, optimizer, updated, context, master=master, strategy=strategy)
     return _lines(_alive(timeline.events, phase), options.batch_size * options.seq_len)
 
 
@@ -45,7 +48,7 @@ def _alive(events: Timeline, phase: Phase) -> list[Allocation]:
             in_use -= round_up(live.pop(event.id).bytes, ROUNDING)
         if event.phase == phase and in_use > peak:
             peak, at_peak = in_use, list(live.values())
-    return [allocation for allocation in at_peak if allocation.category != "parameters"]
+    return [allocation for allocation in at_peak if (allocation.category, allocation.phase) != ("parameters", "load")]
 
 
 def _lines(alive: list[Allocation], num_tokens: int) -> list[ExplainedLine]:

@@ -66,16 +66,16 @@ class StepModel(ABC, Generic[Config]):
     def run_layer(self, layer: int, run: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
         """The layer's output, checkpointed as the options say."""
         self.t.enter(layer)
-        checkpointing, inner, hooks = self.o.checkpointing, run, self.t.hooks
+        checkpointing, hooks = self.o.checkpointing, self.t.hooks
 
-        def run(x: Tensor) -> Tensor:
-            return hooks.after_layer(self.t, layer, inner(hooks.before_layer(self.t, layer, x)))
+        def wrapped(x: Tensor) -> Tensor:
+            return hooks.after_layer(self.t, layer, run(hooks.before_layer(self.t, layer, x)))
 
         if checkpointing == "full-reentrant":
-            return self.t.checkpoint_whole(run, hidden)
+            return self.t.checkpoint_whole(wrapped, hidden)
         if checkpointing == "full" or self.kinds[layer].endswith(RECOMPUTED):
-            return self.t.checkpoint(run, hidden)
-        return run(hidden)
+            return self.t.checkpoint(wrapped, hidden)
+        return wrapped(hidden)
 
 
 def kind_of(kind: str) -> str:
