@@ -10,6 +10,7 @@ from typing import Any
 from optplan.planner.trainers import hf_fields
 from optplan.planner.trainers.job import LEARNING_RATE, Export, TrainingJob
 from optplan.planner.trainers.optimizer_code import optimizer_code
+from optplan.planner.trainers.shardings import DEEPSPEED, ddp_remark, is_fsdp
 from optplan.planner.trainers.text import yaml_text
 
 TARGET = "accelerate"
@@ -23,20 +24,24 @@ def write(job: TrainingJob) -> Export:
         ConfigError: Its launcher cannot set up the job.
     """
     config = job.config
-    if config.precision == "mixed" and config.sharding not in ("fsdp2", "fsdp2-noreshard"):
-        raise job.refuse(TARGET, "only its FSDP keeps fp32 parameters beside bf16 ones", instead="deepspeed")
-    if config.sharding in ("zero1", "zero2"):
+    if config.sharding in DEEPSPEED:
         raise job.refuse(TARGET, f"{config.sharding} is DeepSpeed's", instead="deepspeed")
+    if config.sharding == "zero1":
+        raise job.refuse(TARGET, "it does not build torch's ZeroRedundancyOptimizer")
+    if config.sharding == "fsdp2-hybrid":
+        raise job.refuse(TARGET, "its FSDP shards over all processes", instead="torchtitan")
+    if config.precision == "mixed" and not is_fsdp(job):
+        raise job.refuse(TARGET, "only its FSDP keeps fp32 parameters beside bf16 ones", instead="deepspeed")
     fields: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
         "distributed_type": _distributed_type(job),
         "mixed_precision": _AUTOCAST[config.precision],
-        "num_machines": 1,
+        "num_machines": config.nodes,
         "num_processes": config.gpus,
         "machine_rank": 0,
         "use_cpu": False,
     }
-    if config.sharding in ("fsdp2", "fsdp2-noreshard"):
+    if is_fsdp(job):
         fields["fsdp_config"] = _fsdp(job)
     by_hand = _by_hand(job)
     return Export(
@@ -49,7 +54,7 @@ def write(job: TrainingJob) -> Export:
 
 
 def _distributed_type(job: TrainingJob) -> str:
-    if job.config.sharding in ("fsdp2", "fsdp2-noreshard"):
+    if is_fsdp(job):
         return "FSDP"
     return "MULTI_GPU" if job.config.gpus > 1 else "NO"
 
@@ -57,10 +62,10 @@ def _distributed_type(job: TrainingJob) -> str:
 def _fsdp(job: TrainingJob) -> dict[str, Any]:
     return {
         "fsdp_version": 2,
-        "fsdp_reshard_after_forward": job.config.sharding == "fsdp2",
+        "fsdp_reshard_after_forward": job.config.sharding != "fsdp2-noreshard",
         "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
         "fsdp_activation_checkpointing": job.config.checkpointing == "full",
-        "fsdp_offload_params": False,
+        "fsdp_offload_params": job.config.sharding == "fsdp2-offload",
         "fsdp_state_dict_type": "SHARDED_STATE_DICT",
     }
 
@@ -88,7 +93,7 @@ def _by_hand(job: TrainingJob) -> list[str]:
 
 def _rest_by_hand(job: TrainingJob) -> list[str]:
     config = job.config
-    lines = []
+    lines = ddp_remark(job, "accelerate")
     if config.checkpointing == "selective":
         lines.append("wrap every second layer with torch.distributed's checkpoint_wrapper")
     if config.fused_loss == "liger":

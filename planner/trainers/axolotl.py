@@ -11,6 +11,7 @@ from typing import Any
 from optplan.planner.trainers import hf_fields
 from optplan.planner.trainers.job import LEARNING_RATE, Export, TrainingJob, is_causal
 from optplan.planner.trainers.optimizer_code import optimizer_code
+from optplan.planner.trainers.shardings import DEEPSPEED, ddp_remark, is_fsdp
 from optplan.planner.trainers.text import yaml_text
 
 TARGET = "axolotl"
@@ -52,7 +53,7 @@ def write(job: TrainingJob) -> Export:
     fields |= _sharding(job)
     if "deepspeed" in fields:
         by_hand.append("write ds_config.json beside it with --export deepspeed")
-    by_hand += [*remarks, *hf_fields.common_remarks(job)]
+    by_hand += [*remarks, *ddp_remark(job, "axolotl"), *hf_fields.common_remarks(job)]
     return Export(
         target=TARGET,
         file_name="axolotl.yaml",
@@ -72,11 +73,13 @@ def _check(job: TrainingJob) -> None:
         raise job.refuse(TARGET, "it trains causal language models only", instead="hf-args")
     if job.config.step_in_backward:
         raise job.refuse(TARGET, "its Trainer takes no optimizer step within backward")
+    if job.config.sharding in ("zero1", "fsdp2-hybrid"):
+        raise job.refuse(TARGET, f"it has no sharding like {job.config.sharding}")
 
 
 def _precision(job: TrainingJob) -> dict[str, Any]:
     precision = job.config.precision
-    if precision == "bf16":
+    if precision == "bf16" or (precision == "mixed" and job.config.sharding in DEEPSPEED):
         return {"bf16": True}
     if precision == "fp32":
         return {"bf16": False, "fp16": False, "tf32": False}
@@ -110,9 +113,9 @@ def _optimizer(job: TrainingJob) -> tuple[dict[str, Any], list[str]]:
 
 def _sharding(job: TrainingJob) -> dict[str, Any]:
     sharding = job.config.sharding
-    if sharding in ("zero1", "zero2"):
+    if sharding in DEEPSPEED:
         return {"deepspeed": "ds_config.json"}
-    if sharding in ("fsdp2", "fsdp2-noreshard"):
-        policy = {"reshard_after_forward": sharding == "fsdp2", "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
-        return {"fsdp_version": 2, "fsdp_config": policy | {"offload_params": False}}
+    if is_fsdp(job):
+        policy = {"reshard_after_forward": sharding != "fsdp2-noreshard", "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+        return {"fsdp_version": 2, "fsdp_config": policy | {"offload_params": sharding == "fsdp2-offload"}}
     return {}

@@ -10,10 +10,10 @@ from typing import Any
 from optplan.planner.trainers import hf_fields
 from optplan.planner.trainers.job import LEARNING_RATE, Export, TrainingJob
 from optplan.planner.trainers.optimizer_code import optimizer_code
+from optplan.planner.trainers.shardings import DEEPSPEED_STAGES
 from optplan.planner.trainers.text import json_text
 
 TARGET = "deepspeed"
-STAGES = {"none": 0, "ddp": 0, "zero1": 1, "zero2": 2}
 _MODEL_DTYPES = {"bf16": "bfloat16", "mixed": "bfloat16", "amp": "float32", "fp16-amp": "float32", "fp32": "float32"}
 
 
@@ -24,8 +24,9 @@ def write(job: TrainingJob) -> Export:
         ConfigError: DeepSpeed has no such step.
     """
     config = job.config
-    if config.sharding not in STAGES:
-        raise job.refuse(TARGET, f"{config.sharding} is torch's own sharding", instead="accelerate")
+    if config.sharding not in DEEPSPEED_STAGES:
+        instead = "python" if config.sharding == "zero1" else "accelerate"
+        raise job.refuse(TARGET, f"{config.sharding} is torch's own sharding", instead=instead)
     if config.step_in_backward:
         raise job.refuse(TARGET, "its engine takes no optimizer step within backward")
     fields: dict[str, Any] = {
@@ -33,7 +34,7 @@ def write(job: TrainingJob) -> Export:
         "gradient_accumulation_steps": config.grad_accum,
         "gradient_clipping": config.clip_grad_norm or 0.0,
         **_precision(job),
-        "zero_optimization": {"stage": STAGES[config.sharding]},
+        "zero_optimization": {"stage": DEEPSPEED_STAGES[config.sharding]},
     }
     optimizer = _optimizer(job)
     fields |= {"optimizer": optimizer} if optimizer else {"zero_allow_untested_optimizer": True}
@@ -42,7 +43,9 @@ def write(job: TrainingJob) -> Export:
         file_name="ds_config.json",
         text=json_text(fields),
         by_hand=_by_hand(job, known=optimizer is not None),
-        command=hf_fields.launch(job, f"deepspeed --num_gpus {config.gpus} train.py --deepspeed_config ds_config.json"),
+        command=hf_fields.launch(
+            job, f"deepspeed --num_gpus {config.gpus // config.nodes} train.py --deepspeed_config ds_config.json"
+        ),
     )
 
 
@@ -50,9 +53,9 @@ def _precision(job: TrainingJob) -> dict[str, Any]:
     """DeepSpeed's `bf16` keeps fp32 master weights; autocast is a setting of its own."""
     precision = job.config.precision
     if precision == "mixed":
-        return {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "bf16"}}
+        return {"bf16": {"enabled": True}}
     if precision == "bf16":
-        if STAGES[job.config.sharding] == 0:
+        if DEEPSPEED_STAGES[job.config.sharding] == 0:
             raise job.refuse(TARGET, "without ZeRO its bf16 engine keeps fp32 master weights, which the step has not")
         return {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}
     autocast = {"amp": "bfloat16", "fp16-amp": "float16"}.get(precision)

@@ -29,6 +29,7 @@ def export(
     implementation: str,
     options: dict[str, Any],
     config: StepConfig,
+    state_dtype: str | None = None,
 ) -> Export:
     """A configuration as the file of a training program.
 
@@ -39,13 +40,21 @@ def export(
         implementation: Its implementation.
         options: Its options as in an estimate; those left out have their defaults.
         config: How the step is run.
+        state_dtype: Dtype asked for the moments, as `--state-dtype` takes it.
 
     Raises:
         ConfigError: The target is unknown, or its program cannot run this configuration; the sentence says which can.
     """
     if target not in _WRITERS:
         raise unknown("target for --export", target, TARGETS)
-    job = training_job(model, optimizer=optimizer, implementation=implementation, options=options, config=config)
+    job = training_job(
+        model,
+        optimizer=optimizer,
+        implementation=implementation,
+        options=options,
+        config=config,
+        state_dtype=state_dtype,
+    )
     return _WRITERS[target](job)
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from optplan.planner.trainers import hf_fields
 from optplan.planner.trainers.job import Export, TrainingJob
+from optplan.planner.trainers.shardings import DEEPSPEED, ddp_remark, is_fsdp, torchrun
 from optplan.planner.trainers.text import yaml_text
 
 TARGET = "hf-args"
-_SHARDED = {"zero1": "deepspeed", "zero2": "deepspeed", "fsdp2": "accelerate", "fsdp2-noreshard": "accelerate"}
 
 
 def write(job: TrainingJob) -> Export:
@@ -21,6 +21,8 @@ def write(job: TrainingJob) -> Export:
     config, by_hand = job.config, [f"load the model with {hf_fields.load_line(job)}"]
     if config.step_in_backward:
         raise job.refuse(TARGET, "the Trainer takes no optimizer step within backward")
+    if config.sharding == "zero1":
+        raise job.refuse(TARGET, "the Trainer does not build torch's ZeroRedundancyOptimizer")
     fields: dict[str, Any] = {"output_dir": "out", **hf_fields.size_fields(job), **precision_fields(job)}
     fields |= hf_fields.checkpointing_fields(job, target=TARGET)
     if config.fused_loss == "liger":
@@ -32,8 +34,11 @@ def write(job: TrainingJob) -> Export:
     else:
         by_hand += hf_fields.hook_lines(job, target=TARGET)
     by_hand += [f"cut or pack the data to {config.seq_len} tokens", *hf_fields.common_remarks(job)]
-    if config.sharding in _SHARDED:
-        by_hand.append(f"the sharding is the launcher's: --export {_SHARDED[config.sharding]} writes its file")
+    by_hand += ddp_remark(job, "the Trainer")
+    if config.sharding in DEEPSPEED:
+        by_hand.append("write ds_config.json with --export deepspeed and add deepspeed: ds_config.json")
+    if is_fsdp(job):
+        by_hand.append("the sharding is the launcher's: --export accelerate writes its file")
     return Export(
         target=TARGET,
         file_name="training_args.yaml",
@@ -50,14 +55,14 @@ def precision_fields(job: TrainingJob) -> dict[str, Any]:
         ConfigError: Master weights are asked for, which the Trainer has through DeepSpeed or FSDP alone.
     """
     precision = job.config.precision
-    if precision == "mixed" and job.config.sharding == "none":
+    if precision == "mixed" and not (is_fsdp(job) or job.config.sharding in DEEPSPEED):
         raise job.refuse(TARGET, "the Trainer keeps no fp32 master weights beside bf16 ones", instead="deepspeed")
     return {"bf16": precision in ("amp", "mixed"), "fp16": precision == "fp16-amp"}
 
 
 def _command(job: TrainingJob) -> str:
-    if job.config.sharding in ("fsdp2", "fsdp2-noreshard"):
+    if is_fsdp(job):
         return "accelerate launch --config_file accelerate.yaml train.py training_args.yaml"
     if job.config.gpus > 1:
-        return f"torchrun --nproc-per-node {job.config.gpus} train.py training_args.yaml"
+        return torchrun(job, "train.py training_args.yaml")
     return "python train.py training_args.yaml"

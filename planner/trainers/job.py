@@ -47,7 +47,7 @@ class TrainingJob(msgspec.Struct, frozen=True, kw_only=True):
         optimizer: Its id.
         implementation: Its implementation.
         options: Every option of it with its value.
-        settings: Those that are not defaults, without the implementation.
+        settings: Those that are not defaults, without the implementation; `state_dtype` if one is asked for.
         config: How the step is run.
     """
 
@@ -66,7 +66,13 @@ class TrainingJob(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def training_job(
-    model: str | ModelSpec, *, optimizer: str, implementation: str, options: dict[str, Any], config: StepConfig
+    model: str | ModelSpec,
+    *,
+    optimizer: str,
+    implementation: str,
+    options: dict[str, Any],
+    config: StepConfig,
+    state_dtype: str | None = None,
 ) -> TrainingJob:
     """The job that a recommendation or an estimate describes.
 
@@ -77,6 +83,7 @@ def training_job(
     given = {key: value for key, value in options.items() if value is not None}
     built = build_optimizer(optimizer, {"implementation": implementation, **given})
     settings = {key: value for key, value in settings_of(built).items() if key != "implementation"}
+    settings |= {"state_dtype": state_dtype} if state_dtype else {}
     return TrainingJob(
         model=_loadable(model, spec),
         spec=spec,

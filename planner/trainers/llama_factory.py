@@ -10,6 +10,7 @@ from typing import Any
 
 from optplan.planner.trainers import hf_fields
 from optplan.planner.trainers.job import LEARNING_RATE, Export, TrainingJob, is_causal
+from optplan.planner.trainers.shardings import DEEPSPEED, ddp_remark, is_fsdp
 from optplan.planner.trainers.text import yaml_text
 
 TARGET = "llama-factory"
@@ -18,6 +19,8 @@ _PRECISIONS: dict[str, dict[str, bool]] = {
     "amp": {"bf16": True},
     "fp16-amp": {"fp16": True},
     "fp32": {"bf16": False, "fp16": False},
+    # DeepSpeed's engine keeps the fp32 master weights.
+    "mixed": {"bf16": True},
 }
 _ATTENTION = {"sdpa": "sdpa", "flash": "fa2", "eager": "disabled"}
 
@@ -30,7 +33,11 @@ def write(job: TrainingJob) -> Export:
     """
     config = job.config
     _check(job)
-    by_hand = ["name your own dataset and the template of your model", *hf_fields.common_remarks(job)]
+    by_hand = [
+        "name your own dataset and the template of your model",
+        *ddp_remark(job, "LLaMA-Factory"),
+        *hf_fields.common_remarks(job),
+    ]
     fields: dict[str, Any] = {
         "model_name_or_path": job.model,
         "stage": "sft",
@@ -70,13 +77,15 @@ def _check(job: TrainingJob) -> None:
         raise job.refuse(TARGET, "it trains causal language models only", instead="hf-args")
     if config.step_in_backward:
         raise job.refuse(TARGET, "its Trainer takes no optimizer step within backward")
-    if config.precision not in _PRECISIONS:
+    if config.sharding == "zero1":
+        raise job.refuse(TARGET, "it does not build torch's ZeroRedundancyOptimizer")
+    if config.precision == "mixed" and config.sharding not in DEEPSPEED:
         raise job.refuse(TARGET, f"it has no precision like {config.precision}", instead="deepspeed")
     if config.fused_loss == "liger":
         raise job.refuse(
             TARGET, "it applies all of Liger's kernels or none, never the fused loss alone", instead="hf-args"
         )
-    if config.sharding in ("fsdp2", "fsdp2-noreshard"):
+    if is_fsdp(job):
         raise job.refuse(TARGET, "its FSDP is set up by accelerate's file", instead="accelerate")
     # Refuses every second layer, which the Trainer cannot do.
     hf_fields.checkpointing_fields(job, target=TARGET)
@@ -98,6 +107,6 @@ def _optimizer(job: TrainingJob) -> dict[str, Any]:
 
 def _sharding(job: TrainingJob) -> dict[str, Any]:
     sharding = job.config.sharding
-    if sharding in ("zero1", "zero2"):
+    if sharding in DEEPSPEED:
         return {"deepspeed": "ds_config.json"}
     return {}

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from optplan.planner.dtypes import SHORT_NAMES
 from optplan.planner.errors import ConfigError
 from optplan.planner.trainers.job import TrainingJob
 
@@ -53,6 +54,15 @@ class OptimizerCode(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.constructor or self.name}({arguments or self.arguments}, lr={rate}{keywords})"
 
 
+class _Written(str):
+    """An expression that stands in the script as it is, without quotes."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
 Builder = Callable[[TrainingJob], OptimizerCode]
 
 
@@ -68,6 +78,9 @@ def optimizer_code(job: TrainingJob, *, target: str) -> OptimizerCode:
             f"--export {target} is not possible: {job.optimizer} ({job.implementation}) is not a single class over the "
             "model's parameters; build it as its documentation says"
         )
+    if "state_dtype" in job.settings and job.implementation != "optplan":
+        why = f"{job.optimizer} ({job.implementation}) has no argument for the dtype of its state"
+        raise job.refuse(target, why, instead=target)
     return builder(job)
 
 
@@ -91,11 +104,17 @@ def _torch_sgd(**fixed: Any) -> Builder:
 
 def _ours(name: str, *, constructor: str | None = None, arguments: str = PARAMETERS) -> Builder:
     def build(job: TrainingJob) -> OptimizerCode:
-        keywords = dict(job.settings)
+        keywords = {key: value for key, value in job.settings.items() if key != "state_dtype"}
         if name == "Adapprox":
             keywords = _adapprox_keywords(job.options)
+        dtype = job.settings.get("state_dtype")
+        if dtype is not None:
+            keywords["state_dtype"] = _Written(f"torch.{SHORT_NAMES[dtype]}")
         return OptimizerCode(
-            imports=(f"from optplan.optim_impls import {name}",),
+            imports=(
+                *(["import torch"] if dtype else []),
+                f"from optplan.optim_impls import {name}",
+            ),
             package="optplan[gpu]",
             name=name,
             keywords=keywords,

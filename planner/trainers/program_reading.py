@@ -143,6 +143,7 @@ def _titan_parallelism(r: Reading) -> None:
         r.gpus = shards * replicas
         if shards > 1 and replicas > 1:
             r.sharding = "fsdp2-hybrid"
+            r.flags["nodes"] = replicas
 
 
 def _titan_precision(r: Reading) -> None:

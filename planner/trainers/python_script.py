@@ -5,10 +5,11 @@ from __future__ import annotations
 from optplan.planner.trainers import hf_fields
 from optplan.planner.trainers.job import LEARNING_RATE, Export, TrainingJob, is_causal
 from optplan.planner.trainers.optimizer_code import OptimizerCode, optimizer_code
+from optplan.planner.trainers.python_sharding import sharding_imports, sharding_lines, zero1_optimizer
+from optplan.planner.trainers.shardings import DEEPSPEED, is_distributed, is_fsdp, torchrun
 from optplan.planner.trainers.text import head
 
 TARGET = "python"
-_SHARDINGS = ("none", "ddp", "fsdp2", "fsdp2-noreshard")
 _AUTOCAST = {"amp": "torch.bfloat16", "fp16-amp": "torch.float16"}
 _INDENT = "    "
 
@@ -34,7 +35,7 @@ def write(job: TrainingJob) -> Export:
         file_name="train.py",
         text=_script(job, code, by_hand),
         by_hand=by_hand,
-        command=hf_fields.launch(job, "python train.py" if gpus == 1 else f"torchrun --nproc-per-node {gpus} train.py"),
+        command=hf_fields.launch(job, "python train.py" if gpus == 1 else torchrun(job, "train.py")),
     )
 
 
@@ -42,14 +43,10 @@ def _check(job: TrainingJob) -> None:
     config = job.config
     if not is_causal(job.spec):
         raise job.refuse(TARGET, "the script trains causal language models only", instead="hf-args")
-    if config.sharding not in _SHARDINGS:
+    if config.sharding in DEEPSPEED:
         raise job.refuse(TARGET, f"{config.sharding} is DeepSpeed's", instead="deepspeed")
-    if config.step_in_backward and (config.precision in ("mixed", "fp16-amp") or _is_sharded(job)):
+    if config.step_in_backward and (config.precision in ("mixed", "fp16-amp") or is_distributed(job)):
         raise job.refuse(TARGET, "the script steps within backward on one GPU, without master weights or loss scaling")
-
-
-def _is_sharded(job: TrainingJob) -> bool:
-    return job.config.sharding != "none" and job.config.gpus > 1
 
 
 def _script(job: TrainingJob, code: OptimizerCode, by_hand: list[str]) -> str:
@@ -74,10 +71,9 @@ def _script(job: TrainingJob, code: OptimizerCode, by_hand: list[str]) -> str:
 
 
 def _imports(job: TrainingJob, code: OptimizerCode) -> list[str]:
-    lines = ["import argparse", *(["import os"] if _is_sharded(job) else []), "", "import torch"]
-    lines += ["import torch.distributed as dist"] if _is_sharded(job) else []
-    if job.config.sharding.startswith("fsdp2") and _is_sharded(job):
-        lines.append("from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard")
+    lines = ["import argparse", *(["import os"] if is_distributed(job) else []), "", "import torch"]
+    lines += ["import torch.distributed as dist"] if is_distributed(job) else []
+    lines += sharding_imports(job)
     if job.config.checkpointing == "selective":
         lines.append("from torch.utils.checkpoint import checkpoint")
     lines += [line for line in code.imports if line != "import torch"]
@@ -87,7 +83,7 @@ def _imports(job: TrainingJob, code: OptimizerCode) -> list[str]:
 def _model_function(job: TrainingJob) -> list[str]:
     config = job.config
     dtype = hf_fields.model_dtype(job)
-    if config.precision == "mixed" and config.sharding.startswith("fsdp2"):
+    if config.precision == "mixed" and is_fsdp(job):
         dtype = "float32"
     attention = hf_fields.ATTENTION[config.attention]
     body = [
@@ -97,7 +93,7 @@ def _model_function(job: TrainingJob) -> list[str]:
     ]
     if config.fused_loss == "liger":
         body = [*_liger(job), *body]
-    return ["def load_model(device):", *(_INDENT + line for line in [*body, *_sharding(job), "return model"])]
+    return ["def load_model(device):", *(_INDENT + line for line in [*body, *sharding_lines(job), "return model"])]
 
 
 def _liger(job: TrainingJob) -> list[str]:
@@ -123,32 +119,15 @@ def _checkpointing(kind: str) -> list[str]:
     return [f'model.gradient_checkpointing_enable({{"use_reentrant": {reentrant}}})']
 
 
-def _sharding(job: TrainingJob) -> list[str]:
-    config = job.config
-    if not _is_sharded(job):
-        return []
-    if config.sharding == "ddp":
-        return ["model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device.index])"]
-    reshard = config.sharding == "fsdp2"
-    policy = "MixedPrecisionPolicy()"
-    if config.precision == "mixed":
-        policy = "MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)"
-    return [
-        "layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))",
-        f"options = dict(mp_policy={policy}, reshard_after_forward={reshard})",
-        "for layer in layers:",
-        "    fully_shard(layer, **options)",
-        "fully_shard(model, **options)",
-    ]
-
-
 def _has_masters(job: TrainingJob) -> bool:
     """Whether the script keeps fp32 copies of the parameters itself; FSDP has them in its shards."""
-    return job.config.precision == "mixed" and not job.config.sharding.startswith("fsdp2")
+    return job.config.precision == "mixed" and not is_fsdp(job)
 
 
 def _optimizer_function(job: TrainingJob, code: OptimizerCode) -> list[str]:
     before = list(code.before)
+    if job.config.sharding == "zero1":
+        return zero1_optimizer(job, code, target=TARGET)
     if job.config.step_in_backward:
         return _optimizers_in_backward(job, code)
     if _has_masters(job):
@@ -189,20 +168,19 @@ def _batches_function(job: TrainingJob) -> list[str]:
 
 
 def _main_function(job: TrainingJob) -> list[str]:
-    config = job.config
     device = 'torch.device("cuda" if torch.cuda.is_available() else "cpu")'
     body = [
         "parser = argparse.ArgumentParser()",
         'parser.add_argument("--steps", type=int, default=1000)',
         "num_steps = parser.parse_args().steps",
     ]
-    if _is_sharded(job):
+    if is_distributed(job):
         device = 'torch.device("cuda", int(os.environ["LOCAL_RANK"]))'
         body += [f"device = {device}", "torch.cuda.set_device(device)", 'dist.init_process_group("nccl")']
     else:
         body.append(f"device = {device}")
     body.append("model = load_model(device)")
-    owner = "model.module" if config.sharding == "ddp" and _is_sharded(job) else "model"
+    owner = "model.module" if is_distributed(job) and not is_fsdp(job) else "model"
     body += _setup(job)
     body += [
         f"data = batches({owner}.config.vocab_size, device)",
@@ -210,7 +188,7 @@ def _main_function(job: TrainingJob) -> list[str]:
         *(_INDENT + line for line in _step(job)),
         '    print(f"step {step + 1}: loss {loss.item():.4f}")',
     ]
-    if _is_sharded(job):
+    if is_distributed(job):
         body.append("dist.destroy_process_group()")
     return ["def main():", *(_INDENT + line for line in body)]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from optplan.planner.trainers import hf_fields
 from optplan.planner.trainers.job import LEARNING_RATE, Export, TrainingJob
+from optplan.planner.trainers.shardings import DEEPSPEED, is_fsdp, torchrun
 from optplan.planner.trainers.text import toml_text
 
 TARGET = "torchtitan"
@@ -52,7 +53,7 @@ def write(job: TrainingJob) -> Export:
         by_hand=by_hand,
         command=hf_fields.launch(
             job,
-            f"torchrun --nproc-per-node {job.config.gpus} -m torchtitan.train --job.config-file train.toml",
+            torchrun(job, "-m torchtitan.train --job.config-file train.toml"),
         ),
     )
 
@@ -78,9 +79,8 @@ def _optimizer(job: TrainingJob) -> dict[str, Any]:
 
 def _training(job: TrainingJob) -> dict[str, Any]:
     config = job.config
-    sharded = config.sharding in ("fsdp2", "fsdp2-noreshard")
     # Its fp32 parameters are under autocast on one GPU, under FSDP's own policy on several.
-    wrong = "amp" if sharded else "mixed"
+    wrong = "amp" if is_fsdp(job) else "mixed"
     if config.precision not in _DTYPES or config.precision == wrong:
         why = f"it has no precision like {config.precision} with --sharding {config.sharding}"
         raise job.refuse(TARGET, why, instead="hf-args")
@@ -92,16 +92,24 @@ def _training(job: TrainingJob) -> dict[str, Any]:
         "max_norm": config.clip_grad_norm or 1.0,
         "dtype": dtype,
         "mixed_precision_param": compute,
+        "enable_cpu_offload": config.sharding == "fsdp2-offload",
     }
 
 
 def _parallelism(job: TrainingJob) -> dict[str, Any]:
     config = job.config
-    if config.sharding in ("zero1", "zero2"):
+    if config.sharding in DEEPSPEED:
         raise job.refuse(TARGET, f"{config.sharding} is DeepSpeed's", instead="deepspeed")
-    if config.sharding in ("fsdp2", "fsdp2-noreshard"):
-        policy = "always" if config.sharding == "fsdp2" else "never"
-        return {"data_parallel_shard_degree": config.gpus, "fsdp_reshard_after_forward": policy}
+    if config.sharding == "zero1":
+        raise job.refuse(TARGET, "it does not build torch's ZeroRedundancyOptimizer")
+    if is_fsdp(job):
+        policy = "never" if config.sharding == "fsdp2-noreshard" else "always"
+        replicas = config.nodes if config.sharding == "fsdp2-hybrid" else 1
+        return {
+            "data_parallel_replicate_degree": replicas,
+            "data_parallel_shard_degree": config.gpus // replicas,
+            "fsdp_reshard_after_forward": policy,
+        }
     return {"data_parallel_replicate_degree": config.gpus, "data_parallel_shard_degree": 1}
 
 

@@ -128,11 +128,18 @@ def test_options_reach_the_optimizer(tiny_model: Path, tmp_path: Path, monkeypat
     assert (type(optimizer).__name__, group["window"], group["density"]) == ("MicroAdam", 4, 0.02)
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp2", "fsdp2-noreshard"])
+@pytest.mark.parametrize(
+    "sharding", ["ddp", "ddp-copies", "zero1", "fsdp2", "fsdp2-noreshard", "fsdp2-offload", "fsdp2-hybrid"]
+)
 @pytest.mark.parametrize("precision", ["bf16", "mixed", "fp16-amp"])
 def test_scripts_for_several_gpus_are_python(sharding: str, precision: str, tiny_model: Path) -> None:
-    text = script(tiny_model, "adamw", "fused", {}, sharding=sharding, gpus=2, precision=precision, fused_loss="liger")
+    step = {"sharding": sharding, "gpus": 4, "nodes": 2, "precision": precision, "fused_loss": "liger"}
+    text = script(tiny_model, "adamw", "fused", {}, **step)
     code = compile(text, "train.py", "exec")
     assert ("fully_shard" in text) == sharding.startswith("fsdp2")
     assert ("reshard_after_forward=False" in text) == (sharding == "fsdp2-noreshard")
+    assert ("ZeroRedundancyOptimizer" in text) == (sharding == "zero1")
+    assert ("CPUOffloadPolicy()" in text) == (sharding == "fsdp2-offload")
+    assert ('init_device_mesh("cuda", (2, 2)' in text) == (sharding == "fsdp2-hybrid")
+    assert ("gradient_as_bucket_view=False" in text) == (sharding == "ddp-copies")
     assert "main" in code.co_names

@@ -144,10 +144,37 @@ def test_torchtitan() -> None:
             "max_norm": 1.0,
             "dtype": "bfloat16",
             "mixed_precision_param": "bfloat16",
+            "enable_cpu_offload": False,
         },
         "parallelism": {"data_parallel_replicate_degree": 1, "data_parallel_shard_degree": 1},
         "activation_checkpoint": {"mode": "selective", "selective_ac_option": "2"},
     }
+
+
+def test_torchtitan_shards_within_nodes() -> None:
+    result = written("torchtitan", precision="mixed", sharding="fsdp2-hybrid", gpus=16, nodes=2, clip_grad_norm=1.0)
+    document = tomllib.loads(result.text)
+    assert document["parallelism"] == {
+        "data_parallel_replicate_degree": 2,
+        "data_parallel_shard_degree": 8,
+        "fsdp_reshard_after_forward": "always",
+    }
+    assert (document["training"]["dtype"], document["training"]["mixed_precision_param"]) == ("float32", "bfloat16")
+    assert result.command.startswith("torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:29500 ")
+
+
+def test_the_dtype_of_the_state_reaches_our_optimizers() -> None:
+    job = {"model": "gpt2", "options": {}, "config": changed(), "state_dtype": "fp32"}
+    result = export("hf-args", optimizer="adamw", implementation="optplan", **job)
+    assert (
+        "build the optimizer in the script: import torch; from optplan.optim_impls import AdamW; "
+        "Trainer(..., optimizer_cls_and_kwargs=(AdamW, {'lr': 1e-05, 'state_dtype': torch.float32}))" in result.by_hand
+    )
+    with pytest.raises(ConfigError) as caught:
+        export("hf-args", optimizer="adamw", implementation="fused", **job)
+    assert str(caught.value) == (
+        "--export hf-args is not possible: adamw (fused) has no argument for the dtype of its state"
+    )
 
 
 def test_axolotl() -> None:
@@ -190,7 +217,6 @@ def test_llama_factory(precision: str, fields: dict[str, bool]) -> None:
             {"precision": "mixed"},
             {
                 "bf16": {"enabled": True},
-                "data_types": {"grad_accum_dtype": "bf16"},
                 "zero_optimization": {"stage": 0},
                 "optimizer": {"type": "AdamW", "params": {"lr": 1e-5}},
             },

@@ -39,7 +39,7 @@ STEPS: list[dict[str, Any]] = [
     {"precision": "fp16-amp", "fused_loss": "liger"},
     {"attention": "flash", "checkpointing": "selective"},
     {"gpus": 4, "sharding": "ddp"},
-    {"gpus": 4, "sharding": "zero2"},
+    {"gpus": 4, "sharding": "zero2", "precision": "mixed"},
     {"gpus": 4, "sharding": "fsdp2", "precision": "mixed", "checkpointing": "full"},
     {"step_in_backward": True},
 ]
