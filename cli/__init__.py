@@ -29,4 +29,5 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module("optplan.profilers.live.callbacks"), _CALLBACKS[name])()
     if name not in _MODULES:
         raise AttributeError(f"module 'optplan' has no attribute {name!r}")
+    import_module("optplan.notebook").show_in_notebooks()
     return getattr(import_module(_MODULES[name]), name)

@@ -25,7 +25,7 @@ from optplan.reports.html.text import exact, shown
 def render(page: Page) -> str:
     """The document."""
     scripts = [_text("plotly.min.js", package="plotly.package_data"), _text("templates/page.js")]
-    return _environment().get_template("page.html").render(
+    return environment().get_template("page.html").render(
         page=page,
         version=VERSION,
         policy=_policy(scripts),
@@ -37,16 +37,17 @@ def render(page: Page) -> str:
 
 
 @cache
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
+def environment() -> jinja2.Environment:
+    """The templates, which take everything that is put into them for text."""
+    found = jinja2.Environment(
         loader=jinja2.FunctionLoader(lambda name: _text(f"templates/{name}")),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"shown": shown, "exact": exact, "is_number": _is_number, "legend": legend}
-    return environment
+    found.globals |= {"shown": shown, "exact": exact, "is_number": _is_number, "legend": legend}
+    return found
 
 
 @cache

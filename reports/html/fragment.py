@@ -1,0 +1,82 @@
+"""A record as a small piece of HTML, without scripts: what a notebook shows for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from optplan.planner.comparison import Comparison, tabulate
+from optplan.planner.comparison_sides import side_of_measurement
+from optplan.planner.errors import ConfigError
+from optplan.planner.expectation import hold_against_rules
+from optplan.planner.measurement import Measurement
+from optplan.planner.records import Estimate, EstimateReport
+from optplan.planner.timeline import Category
+from optplan.planner.units import format_bytes, format_gib
+from optplan.reports.html import theme
+from optplan.reports.html.page import environment
+from optplan.reports.html.sections.verdict import headline, lead
+from optplan.reports.html.text import shown
+from optplan.reports.labels import CATEGORY_NAMES, ROW_NAMES, SECTION_TITLES
+
+_BAR_WIDTH = 360
+"""Pixels of the longest bar."""
+
+Segment = tuple[str, str, int]
+
+
+def estimate_fragment(report: EstimateReport) -> str:
+    """The verdict, and a row an optimizer with what is alive at its peak as a bar."""
+    most = max([report.gpu.usable_bytes, *(row.peak_allocated_bytes or 0 for row in report.estimates)])
+    rows = [(row.optimizer, _cells(row), _segments(row.peak_categories or {}, most)) for row in report.estimates]
+    return _render(
+        headline=headline(report)[0],
+        lead=lead(report),
+        titles=["Optimizer", "State GiB", "Peak GiB", "Headroom GiB", "At the peak"],
+        rows=rows,
+        note=f"GiB = 2^30 bytes, per GPU; {format_gib(report.gpu.usable_bytes)} usable; engine {report.engine}, "
+        f"optplan {report.version}",
+    )
+
+
+def measurement_fragment(record: Measurement) -> str:
+    """Every number of the step beside what the rules say of it."""
+    try:
+        comparison = hold_against_rules(record)
+    except ConfigError:
+        comparison = tabulate([side_of_measurement(record, label="measured")])
+    peak = record.peak_allocated_bytes
+    return _render(
+        headline=f"{record.model.name} with {record.optimizer} ({record.implementation})",
+        lead="" if peak is None else f"Peak {format_gib(peak)} allocated, in {record.peak_phase}.",
+        titles=["", *(side.label for side in comparison.sides), ""],
+        rows=_compared(comparison),
+        note=f"{record.environment.gpu or 'CPU'}, {record.environment.date}, optplan {record.version}",
+    )
+
+
+def _cells(row: Estimate) -> list[str]:
+    return [shown(size, "bytes") for size in (row.bytes.optimizer_state, row.peak_allocated_bytes, row.headroom_bytes)]
+
+
+def _segments(categories: Mapping[Category, int], most_bytes: int) -> list[Segment]:
+    """Label, colour and width in pixels of each part of a bar."""
+    return [
+        (f"{CATEGORY_NAMES[name]}: {categories[name]:,} bytes", theme.CATEGORIES[name][0], width)
+        for name in CATEGORY_NAMES
+        if (width := round(_BAR_WIDTH * categories.get(name, 0) / most_bytes))
+    ]
+
+
+def _compared(record: Comparison) -> list[tuple[str, list[str], list[Segment]]]:
+    rows: list[tuple[str, list[str], list[Segment]]] = []
+    for section, title in SECTION_TITLES.items():
+        for row in record.rows:
+            if row.section == section and row.unit == "bytes":
+                name = f"{title}: {ROW_NAMES.get(row.name, row.name)}"
+                rows.append((name, ["-" if value is None else format_bytes(int(value)) for value in row.values], []))
+    return rows
+
+
+def _render(**parts: Any) -> str:
+    return environment().get_template("fragment.html").render(font=theme.FONT, **parts)
