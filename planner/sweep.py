@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from math import prod
-from typing import Any, Unpack
+from typing import Any
 
 from optplan.planner.candidates import (
     Candidate,
@@ -19,7 +19,7 @@ from optplan.planner.catalog import load_model
 from optplan.planner.errors import ConfigError
 from optplan.planner.gpus import Gpu, custom_gpu, load_gpu
 from optplan.planner.models.spec import ModelSpec
-from optplan.planner.request import StepFlags, StepRequest, check_request, default_attention, default_seq_len
+from optplan.planner.request import StepRequest, check_request, default_attention, default_seq_len
 from optplan.planner.sweep_records import SweepReport, SweepRow
 from optplan.planner.units import parse_size
 from optplan.planner.version import VERSION
@@ -44,7 +44,7 @@ def sweep(
     checkpointings: Sequence[str] = ("none",),
     budget: str | int | None = None,
     progress: Callable[[str], None] = lambda _: None,
-    **step: Unpack[StepFlags],
+    **step: Any,
 ) -> SweepReport:
     """The grid of estimates.
 
@@ -59,7 +59,7 @@ def sweep(
         checkpointings: Values of `--checkpointing`.
         budget: Bytes that a step may allocate, as a number or as text such as `38GiB`.
         progress: Told what is being computed.
-        step: The rest of the step, the same for every row, as in `StepFlags`.
+        step: The rest of the step, the same for every row, as in `StepFlags`; on one GPU.
 
     Raises:
         ConfigError: A name is unknown, a value out of range, the grid is too large, or there is neither GPU nor budget.
@@ -86,7 +86,7 @@ class _Grid:
     """The rows, computed by steps: GPUs that run the same kernels share one."""
 
     def __init__(
-        self, axes: dict[str, list[Any]], step: StepFlags, limit: int | None, progress: Callable[[str], None]
+        self, axes: dict[str, list[Any]], step: dict[str, Any], limit: int | None, progress: Callable[[str], None]
     ) -> None:
         self._axes, self._step, self._limit, self._progress = axes, step, limit, progress
         self._workloads: dict[tuple[Any, ...], Workload] = {}
@@ -207,9 +207,9 @@ class _Grid:
         return found
 
 
-def _request(point: dict[str, Any], step: StepFlags) -> StepRequest:
+def _request(point: dict[str, Any], step: dict[str, Any]) -> StepRequest:
     gpu: Gpu = point["gpu"]
-    target: StepFlags = {"memory": gpu.total_bytes} if gpu.is_budget else {"gpu": gpu.id}
+    target: dict[str, Any] = {"memory": gpu.total_bytes} if gpu.is_budget else {"gpu": gpu.id}
     sizes = {name: point[name] for name in ("precision", "seq_len", "batch_size", "checkpointing")}
     return check_request(point["model"], **{**step, **sizes, **target})
 
@@ -237,7 +237,7 @@ def _check_size(axes: dict[str, list[Any]]) -> None:
         raise ConfigError(f"the grid has {total} combinations ({sizes}); at most {MAX_ROWS} are computed in one sweep")
 
 
-def _check_values(axes: dict[str, list[Any]], step: StepFlags) -> None:
+def _check_values(axes: dict[str, list[Any]], step: dict[str, Any]) -> None:
     """Refuse a value that no combination could have, before anything is computed.
 
     What only some combinations cannot have is said in their rows.

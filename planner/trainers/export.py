@@ -45,8 +45,7 @@ def export(
     Raises:
         ConfigError: The target is unknown, or its program cannot run this configuration; the sentence says which can.
     """
-    if target not in _WRITERS:
-        raise unknown("target for --export", target, TARGETS)
+    check_export_target(target)
     job = training_job(
         model,
         optimizer=optimizer,
@@ -56,6 +55,16 @@ def export(
         state_dtype=state_dtype,
     )
     return _WRITERS[target](job)
+
+
+def check_export_target(target: str) -> None:
+    """Refuse early a target that is not known.
+
+    Raises:
+        ConfigError: It is none of `TARGETS`.
+    """
+    if target not in _WRITERS:
+        raise unknown("target for --export", target, TARGETS)
 
 
 def write_export(written: Export, path: str | None = None) -> Path:

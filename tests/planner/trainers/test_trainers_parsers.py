@@ -178,7 +178,7 @@ def test_llama_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert (training.per_device_train_batch_size, data.cutoff_len) == (2, 1024)
         assert training.gradient_accumulation_steps == step["grad_accum"]
         assert tuning.pure_bf16 is (step["precision"] == "bf16")
-        assert training.bf16 is (step["precision"] == "amp")
+        assert training.bf16 is (step["precision"] in ("amp", "mixed"))
         assert model.disable_gradient_checkpointing is (step["checkpointing"] == "none")
 
 
