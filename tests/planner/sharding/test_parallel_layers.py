@@ -113,8 +113,8 @@ def test_the_largest_stage_is_shown(schedule, stage, count):
         ),
         (
             {"gpus": 2, "tensor_parallel": 2, "sharding": "fsdp2"},
-            "--sharding fsdp2 needs --gpus of at least 4, got 2, which --tensor-parallel and --pipeline-parallel use up "
-            "(2)",
+            "--sharding fsdp2 needs --gpus of at least 4, got 2, which --tensor-parallel and --pipeline-parallel use "
+            "up (2)",
         ),
         (
             {"gpus": 4, "tensor_parallel": 2},
