@@ -11,7 +11,6 @@ from optplan.planner.tensors import Parameter
 from optplan.planner.timeline import Allocation, Timeline, TimelineBuilder
 from optplan.planner.units import round_up
 
-
 COPIED = "gradient in"
 """How the names of the copied gradients begin; the first step makes the optimizer's state after them."""
 

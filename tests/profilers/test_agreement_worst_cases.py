@@ -1,0 +1,120 @@
+"""Rules against trace where sizes are extreme, and the records that `docs/accuracy.md` is written from."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = runpy.run_path(str(ROOT / "benchmarks" / "check_agreement.py"))
+RECORDS = ROOT / "tests" / "records"
+ROWS = json.loads((RECORDS / "agreement.json").read_text(encoding="utf-8"))["rows"]
+MEASURED = json.loads((RECORDS / "agreement_measured.json").read_text(encoding="utf-8"))["rows"]
+SAME_SUMS = {
+    "tiny-opt amp sdpa 5x701",
+    "tiny-llama-gqa fp32 sdpa 3x173",
+    "tiny-gpt2 fp32 sdpa 3x173",
+    "tiny-vit bf16 sdpa 1x122",
+}
+"""Steps in which both engines are equally far from the measured bytes."""
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "one-layer-256k-words-tied", "one-layer-256k-words-untied", "layers-126", "heads-of-256", "odd-heads",
+        "biases", "dropout", "phi-3-dropout", "gpt2-dry", "bert-dry",
+    ],
+)  # fmt: skip
+def test_rules_and_trace_agree(model):
+    assert SCRIPT["disagreements"](SCRIPT["check_cases"](model), mean=0.002, worst=0.01) == []
+
+
+def test_the_record_holds_every_configuration():
+    recorded = [(row["model"], row["step"], row["optimizer"]) for row in ROWS]
+    assert recorded == [(c.model, c.step, name) for c in SCRIPT["read_cases"]() for name in c.optimizers]
+    assert len(set(recorded)) >= 600
+    assert len({(model, step) for model, step, _ in recorded}) >= 500
+
+
+def test_the_tests_run_three_hundred_configurations_anew():
+    cases, half = SCRIPT["read_cases"](), SCRIPT["half_of"](SCRIPT["read_cases"]())
+    assert len(half) >= 300
+    assert {case.step for case in half} == {case.step for case in cases}
+    assert {case.model for case in half} == {case.model for case in cases}
+
+
+def test_every_option_is_among_the_configurations():
+    configs = [case.request.config for case in SCRIPT["read_cases"]()]
+    assert {c.precision for c in configs} == {"bf16", "fp32", "amp", "mixed", "fp16-amp"}
+    assert {c.checkpointing for c in configs} == {"none", "full", "full-reentrant", "selective"}
+    assert {c.attention for c in configs} == {"sdpa", "eager", "flash"}
+    for name in ("padding_mask", "keep_grads", "step_in_backward", "empty_cache", "clip_grad_norm"):
+        assert any(getattr(c, name) for c in configs), name
+    assert {c.grad_accum for c in configs} == {1, 2, 3}
+    assert {(c.batch_size, c.seq_len) for c in configs} >= {(1, 1), (7, 1), (5, 701), (1, 1021)}
+
+
+def test_the_recorded_engines_agree():
+    assert SCRIPT["disagreements"](ROWS, mean=0.0001, worst=0.0092) == []
+
+
+def test_a_disagreement_is_a_sentence():
+    row = {
+        "model": "m",
+        "step": "s",
+        "optimizer": "sgd",
+        "rules": {"phases": {"forward": 103}, "peak_bytes": 103, "reserved_bytes": 104},
+        "trace": {"phases": {"forward": 100}, "peak_bytes": 100, "reserved_bytes": 104},
+    }
+    assert SCRIPT["disagreements"]([row], mean=0.02, worst=0.01) == [
+        "m s sgd: peak is +3.000% from the trace",
+        "m s sgd: forward is +3.000% from the trace",
+        "peak: 3.000% from the trace in the mean of 1",
+        "forward: 3.000% from the trace in the mean of 1",
+    ]
+
+
+def cases_of(row):
+    return json.loads((RECORDS / row["record"]).read_text(encoding="utf-8").splitlines()[row["line"] - 1])
+
+
+def errors_of(engine):
+    """Each measured step's name and how far the engine's recorded peak is from it."""
+    for row in MEASURED:
+        if row[engine] is not None:
+            case = cases_of(row)
+            name = f"{case['model']} {case['precision']} {case['attention']} {case['batch']}x{case['seq']}"
+            yield name, row[engine]["peak_bytes"] / SCRIPT["measured_bytes"](case) - 1
+
+
+def test_the_record_holds_every_measured_step():
+    lines = {
+        (name, number)
+        for name in ("public_h200_cases.jsonl", "h200_steps.jsonl")
+        for number, line in enumerate((RECORDS / name).read_text(encoding="utf-8").splitlines(), start=1)
+        if "error" not in json.loads(line)
+    }
+    assert {(row["record"], row["line"]) for row in MEASURED} == lines
+
+
+def test_traced_steps_are_within_a_thousandth_of_the_measured():
+    errors = list(errors_of("trace"))
+    assert {name for name, error in errors if abs(error) > 0.001} <= SAME_SUMS | {"tiny-mixtral bf16 sdpa 5x701"}
+    assert max(abs(error) for name, error in errors if name != "tiny-vit bf16 sdpa 1x122") <= 0.006
+
+
+def test_ruled_steps_are_near_the_measured():
+    errors = {name: abs(error) for name, error in errors_of("rules")}
+    assert sum(errors.values()) / len(errors) <= 0.005
+    assert {name for name, error in errors.items() if error > 0.001} <= SAME_SUMS
+    assert max(error for name, error in errors.items() if name != "tiny-vit bf16 sdpa 1x122") <= 0.02
+
+
+@pytest.mark.parametrize("model", ["tiny-t5", "tiny-flan-t5", "tiny-bert", "tiny-opt", "tiny-llama-drop", "tiny-vit"])
+def test_a_step_traced_today_is_the_recorded_one(model):
+    rows = [row for row in MEASURED if cases_of(row)["model"] == model]
+    for row in rows:
+        traced = SCRIPT["measured_figures"](cases_of(row))["trace"]
+        assert traced["peak_bytes"] == pytest.approx(row["trace"]["peak_bytes"], rel=0.001)
