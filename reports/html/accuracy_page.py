@@ -33,5 +33,6 @@ def _about(report: AccuracyReport) -> Section:
         "Error: predicted over measured, less one. Where cached blocks of one size tie, the addresses that the driver"
         " chose decide how much is reserved, which nobody can know beforehand.",
         "Families without step rules have no predicted peak and no error.",
+        "Other estimators are left out: no figures of theirs on these steps are on record with a source.",
     ]  # fmt: skip
     return Section("about", "What was compared?", f"optplan {report.version}.", [Points(sentences)])

@@ -73,7 +73,9 @@ def visit(chromium: Browser) -> Iterator[Callable[..., Visit]]:
 @pytest.fixture(scope="module")
 def drawn(chromium: Browser, pages: dict[str, Path]) -> Iterator[dict[str, Visit]]:
     """The module's pages, opened once with every figure drawn, for tests that only read."""
-    context = chromium.new_context(viewport={"width": 1280, "height": 900})
+    context = chromium.new_context(
+        viewport={"width": 1280, "height": 900}, permissions=["clipboard-read", "clipboard-write"]
+    )
     _refuse_network(context)
     visits = {name: Visit(context, path, runs=True) for name, path in pages.items()}
     for seen in visits.values():
