@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+from ranks_page import ranks_section
+
 RECORDS = Path(__file__).resolve().parent.parent / "tests" / "records"
 OPTIMIZERS: dict[str, tuple[str, dict[str, str]]] = {
     "adamw": ("adamw", {"implementation": "fused"}),
@@ -68,7 +70,7 @@ def accuracy_page() -> str:
         " | predicted GiB | error | reserved error |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    return "\n".join([*lines, *(_line(row) for row in rows)]) + "\n"
+    return "\n".join([*lines, *(_line(row) for row in rows), *ranks_section()]) + "\n"
 
 
 def _cases(name: str) -> Iterator[dict[str, Any]]:
