@@ -87,6 +87,24 @@ class StepTime(msgspec.Struct, frozen=True, kw_only=True):
     copy_bandwidth_bytes_per_second: float | None = None
 
 
+class RankRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One of the processes that took the step together; its own figures, as the record has them for rank 0.
+
+    Attributes:
+        rank: Its number, from 0.
+    """
+
+    rank: int
+    bytes: ResidentBytes
+    state_tensors: dict[str, int]
+    phases: dict[Phase, PhasePeak] = {}
+    peak_allocated_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    device_bytes: int | None = None
+    step_seconds: float | None = None
+    out_of_memory: OutOfMemory | None = None
+
+
 class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     """One steady step as it was; bytes per GPU, peaks in allocated bytes.
 
@@ -104,6 +122,7 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
         losses: Loss of every step, warm-up included.
         out_of_memory: Set where the step did not finish; the peaks are then those reached until that moment.
         history: The steady step event by event, None where it was not recorded.
+        ranks: Every process's figures, where several took the step together; all else is of rank 0.
     """
 
     schema: Literal["optplan.measurement/1"] = MEASUREMENT_SCHEMA
@@ -132,3 +151,4 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     environment: Environment
     history: PackedHistory | None = None
     notes: list[str] = []
+    ranks: list[RankRow] = []

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
         "engine",
         "gpus",
         "nodes",
-        "sharding",
         "tensor_parallel",
         "sequence_parallel",
         "pipeline_parallel",
@@ -56,7 +55,8 @@ def profile(
 
     Trains a few steps of the model with random weights, records the third event by event, times the rest, and prints
     every figure beside what the rules predict. With --script, a training script of your own is run instead and the
-    first optimizer that it steps is followed; --model then only names its model. The exit status is 0 if the step ran,
+    first optimizer that it steps is followed; --model then only names its model. Started by torchrun with --sharding,
+    every process measures its part of one step and the first has the record. The exit status is 0 if the step ran,
     1 if the memory did not suffice (the record says where), 2 for bad input.
     """
     from optplan.planner.record_files import save_record
@@ -70,9 +70,12 @@ def profile(
             script, arguments or [], num_steps=steps, name=model, gpu=step["gpu"]
         )
     else:
-        record = _measure(
+        measured = _measure(
             model, arguments, optimizer=optimizer, options=settings, device=device, num_steps=steps, **step
         )
+        if measured is None:
+            return  # one of several processes, of which the first has the record
+        record = measured
     # Shown first: what was measured is not lost if it cannot be saved.
     _show(record, json=json)
     if out is not None:
@@ -85,8 +88,8 @@ def profile(
         raise KeyboardInterrupt
 
 
-def _measure(model: str | None, arguments: list[str] | None, **request: Any) -> Measurement:
-    """A catalogue model's step."""
+def _measure(model: str | None, arguments: list[str] | None, **request: Any) -> Measurement | None:
+    """A catalogue model's step; None in all but the first of several processes that take it together."""
     from optplan.planner.errors import ConfigError, shorten
 
     if arguments:
@@ -95,7 +98,10 @@ def _measure(model: str | None, arguments: list[str] | None, **request: Any) -> 
         raise ConfigError("nothing to profile: give --model NAME, or a training script with --script FILE")
     measuring = output.import_torch_part("optplan.profilers.live.command")
     with output.progress() as tell:
-        record: Measurement = measuring.profile(model, progress=tell, **request)
+        try:
+            record: Measurement | None = measuring.profile(model, progress=tell, **request)
+        except measuring.Silent:
+            raise typer.Exit(1) from None
     return record
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from optplan.planner.candidates import choose_optimizers
+from optplan.planner.candidates import OptimizerChoice, choose_optimizers
 from optplan.planner.catalog import load_model
-from optplan.planner.errors import ConfigError, shorten
+from optplan.planner.errors import ConfigError, OptplanError, shorten
 from optplan.planner.gpus import Gpu, find_gpu
 from optplan.planner.measurement import Measurement
-from optplan.planner.request import check_request
+from optplan.planner.request import StepRequest, check_request
 from optplan.profilers.live.measure import Progress, measure
+from optplan.profilers.live.sharded import Launch, Silent, check_launch, find_launch, measure_together
 
 _DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?")
 CPU_GPU = "h200-141g"
@@ -31,8 +32,10 @@ def profile(
     gpu: str | None = None,
     progress: Progress = lambda _: None,
     **step: Any,
-) -> Measurement:
+) -> Measurement | None:
     """Measure one training step of a catalogue model on this machine.
+
+    Started by `torchrun`, every process measures its part of the step and the first has the record; the others None.
 
     Args:
         model: As `optplan estimate` takes it.
@@ -46,13 +49,57 @@ def profile(
 
     Raises:
         ConfigError: Something is unknown, out of range, or not on this machine.
+        Silent: This process is one of several and another tells what is wrong.
     """
-    target = check_device(device)
+    launch = find_launch()
+    if launch is None:
+        work = _prepare(model, optimizer, options, device=device, num_steps=num_steps, gpu=gpu, launch=None, step=step)
+        return work.measure(progress)
+    try:
+        work = _prepare(
+            model, optimizer, options, device=device, num_steps=num_steps, gpu=gpu, launch=launch, step=step
+        )
+    except OptplanError:
+        # Every rank finds the same; the first tells of it.
+        if launch.rank == 0:
+            raise
+        raise Silent from None
+    told = progress if launch.rank == 0 else lambda _: None
+    return measure_together(launch, work.device, lambda: work.measure(told))
+
+
+class _Work(NamedTuple):
+    """What is measured, once it is checked."""
+
+    request: StepRequest
+    choice: OptimizerChoice
+    device: torch.device
+    num_steps: int
+
+    def measure(self, progress: Progress) -> Measurement:
+        """Measure it."""
+        return measure(self.request, self.choice, device=self.device, num_steps=self.num_steps, progress=progress)
+
+
+def _prepare(
+    model: str,
+    optimizer: str,
+    options: Mapping[str, object] | Sequence[str] | None,
+    *,
+    device: str,
+    num_steps: int,
+    gpu: str | None,
+    launch: Launch | None,
+    step: dict[str, Any],
+) -> _Work:
+    check_launch(launch, step.get("sharding", "none"))
+    target = check_device(device if launch is None or device != "cuda" else f"cuda:{launch.local_rank}")
     if gpu is None:
         gpu = this_gpu(target).id if target.type == "cuda" else CPU_GPU
-    request = check_request(load_model(model), gpu=gpu, **step)
+    ranks = {} if launch is None else {"gpus": launch.num_ranks, "nodes": launch.num_nodes}
+    request = check_request(load_model(model), gpu=gpu, **ranks, **step)
     (choice,) = choose_optimizers(optimizer, options)
-    return measure(request, choice, device=target, num_steps=num_steps, progress=progress)
+    return _Work(request, choice, target, num_steps)
 
 
 def check_device(name: str) -> torch.device:

@@ -16,6 +16,7 @@ from optplan.planner.precision import PRECISIONS
 from optplan.planner.records import StepConfig
 from optplan.profilers.workloads.catalogue import model_class_and_config, quiet
 from optplan.profilers.workloads.real_optimizers import build_optimizer
+from optplan.profilers.workloads.sharded_modules import FULLY_SHARDED, REPLICATED
 
 _AUTOCAST = {"amp": torch.bfloat16, "fp16-amp": torch.float16}
 _CHECKPOINTING: dict[str, dict[str, Any]] = {
@@ -24,7 +25,7 @@ _CHECKPOINTING: dict[str, dict[str, Any]] = {
     "selective": {"gradient_checkpointing_kwargs": {"use_reentrant": False}, "every_n_layers": 2},
 }
 _SUPPORTED: dict[str, tuple[object, ...]] = {
-    "sharding": ("none",), "step_in_backward": (False,), "fused_loss": ("none", "liger"),
+    "sharding": ("none", *REPLICATED, *FULLY_SHARDED), "step_in_backward": (False,), "fused_loss": ("none", "liger"),
 }  # fmt: skip
 _STANDARD_DEVIATION = 0.02
 
@@ -56,21 +57,45 @@ def build_real_step(
             flag, listed = name.replace("_", "-"), ", ".join(map(str, allowed))
             raise ConfigError(f"--{flag} {getattr(config, name)} cannot be profiled in this version; allowed: {listed}")
     torch.manual_seed(seed)
+    if config.sharding != "none":
+        from optplan.profilers.workloads.sharded_real_step import build_sharded_step
+
+        return build_sharded_step(spec, config, description, device)
     model = build_real_model(spec, config, device)
-    inputs = _inputs(model, config, device)
+    inputs = make_inputs(model, config, device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    masters = [nn.Parameter(p.detach().float()) for p in trained] if PRECISIONS[config.precision].master_dtype else []
+    masters = master_weights(trained, config)
     optimizer = build_optimizer(description, model, masters or trained, spec)
-    step = _Step(model, optimizer, trained, masters, inputs, config)
+    step = Step(model, optimizer, trained, masters, inputs, config)
     return RealStep(model, optimizer, step.take)
 
 
-def build_real_model(spec: ModelSpec, config: StepConfig, device: torch.device) -> Any:
-    """The transformers model with random weights, made on the host and moved, as users load a checkpoint."""
+def master_weights(trained: list[nn.Parameter], config: StepConfig) -> list[nn.Parameter]:
+    """The fp32 copies that the optimizer steps instead, where the precision asks for them."""
+    return [nn.Parameter(p.detach().float()) for p in trained] if PRECISIONS[config.precision].master_dtype else []
+
+
+def build_real_model(
+    spec: ModelSpec,
+    config: StepConfig,
+    device: torch.device,
+    *,
+    dtype: torch.dtype | None = None,
+    place: Callable[[Any], Any] | None = None,
+) -> Any:
+    """The transformers model with random weights, made on the host and moved, as users load a checkpoint.
+
+    Args:
+        spec: The model.
+        config: How the step is run.
+        device: Where it is trained.
+        dtype: Of the parameters; what the precision says if None.
+        place: Puts it there; `module.to(device)` if None.
+    """
     from transformers.initialization import no_init_weights
 
     cls, settings = model_class_and_config(spec)
-    dtype = getattr(torch, PRECISIONS[config.precision].parameter_dtype)
+    dtype = dtype or getattr(torch, PRECISIONS[config.precision].parameter_dtype)
     with quiet(), no_init_weights():
         try:
             model = cls._from_config(settings, attn_implementation=_attention(config.attention), dtype=dtype)
@@ -78,10 +103,13 @@ def build_real_model(spec: ModelSpec, config: StepConfig, device: torch.device) 
             sentence = " ".join(str(error).split()).split(". ")[0]
             raise ConfigError(f"transformers cannot build {spec.name}: {sentence}") from None
         model.tie_weights()
-    model.to(device)
+    if place is None:
+        model.to(device)
+    else:
+        place(model)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(0, _STANDARD_DEVIATION)
+            getattr(parameter, "_local_tensor", parameter).normal_(0, _STANDARD_DEVIATION)
     if config.checkpointing != "none":
         _enable_checkpointing(model, config.checkpointing)
     if config.fused_loss == "liger":
@@ -112,7 +140,7 @@ def _attention(name: str) -> str:
     return "flash_attention_2" if name == "flash" else name
 
 
-def _inputs(model: Any, config: StepConfig, device: torch.device) -> dict[str, torch.Tensor]:
+def make_inputs(model: Any, config: StepConfig, device: torch.device) -> dict[str, torch.Tensor]:
     """Random tokens that are their own labels, or random images with random classes."""
     settings, batch = model.config, config.batch_size
     if hasattr(settings, "image_size"):
@@ -127,7 +155,7 @@ def _inputs(model: Any, config: StepConfig, device: torch.device) -> dict[str, t
     return inputs
 
 
-class _Step:
+class Step:
     """Forward and backward of each micro-batch, then the optimizer."""
 
     def __init__(

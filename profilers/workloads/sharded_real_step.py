@@ -1,0 +1,93 @@
+"""A catalogue model divided among the processes of a group, and one rank's training step."""
+
+from __future__ import annotations
+
+import gc
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from optplan.planner.errors import ConfigError
+from optplan.planner.models.spec import ModelSpec
+from optplan.planner.optimizers.base import OptimizerModel
+from optplan.planner.records import StepConfig
+from optplan.profilers.workloads.real_optimizers import build_optimizer
+from optplan.profilers.workloads.real_step import (
+    RealStep,
+    Step,
+    build_real_model,
+    make_inputs,
+    master_weights,
+)
+from optplan.profilers.workloads.sharded_modules import FULLY_SHARDED, fully_shard_module
+
+
+def build_sharded_step(
+    spec: ModelSpec, config: StepConfig, description: OptimizerModel, device: torch.device
+) -> RealStep:
+    """Build this rank's part of the model, its own inputs, and its optimizer; the process group is there.
+
+    Raises:
+        ConfigError: The model or the optimizer cannot be run here, or not on a part.
+    """
+    build = _fully_sharded if config.sharding in FULLY_SHARDED else _replicated
+    return build(spec, config, description, device)
+
+
+def _fully_sharded(spec: ModelSpec, config: StepConfig, description: OptimizerModel, device: torch.device) -> RealStep:
+    mixed = config.precision == "mixed"
+    divide = partial(
+        fully_shard_module,
+        mesh=init_device_mesh(device.type, (dist.get_world_size(),)),
+        reshards=FULLY_SHARDED[config.sharding],
+        mixed=mixed,
+        # It leaves cycles that keep the undivided parameters alive.
+        after_each=gc.collect,
+    )
+    model = build_real_model(spec, config, device, dtype=torch.float32 if mixed else None, place=divide)
+    # The list is made before the first forward: later the root's parameters are the gathered ones.
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = build_optimizer(description, model, trained, spec)
+    step = Step(model, optimizer, trained, [], _own_inputs(model, config, device), config)
+    return RealStep(model, optimizer, step.take)
+
+
+def _replicated(spec: ModelSpec, config: StepConfig, description: OptimizerModel, device: torch.device) -> RealStep:
+    model = build_real_model(spec, config, device)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    wrapped = nn.parallel.DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        gradient_as_bucket_view=config.sharding != "ddp-copies",
+    )
+    masters = master_weights(trained, config)
+    inputs = _own_inputs(model, config, device)
+    if config.sharding == "zero1":
+        whole = _zero1(spec, description, model, trained)
+        # The rank's own optimizer has the state; its step is within the whole one's.
+        return RealStep(model, whole.optim, Step(wrapped, whole, trained, [], inputs, config).take)
+    optimizer = build_optimizer(description, model, masters or trained, spec)
+    return RealStep(model, optimizer, Step(wrapped, optimizer, trained, masters, inputs, config).take)
+
+
+def _zero1(spec: ModelSpec, description: OptimizerModel, model: Any, trained: list[nn.Parameter]) -> Any:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    if description.id == "adam-mini":
+        raise ConfigError(
+            "adam-mini reads its partition from the whole model and cannot be one rank's part of "
+            "ZeroRedundancyOptimizer; use --sharding ddp or fsdp2"
+        )
+    return ZeroRedundancyOptimizer(
+        trained, optimizer_class=lambda groups, **_: build_optimizer(description, model, groups, spec)
+    )
+
+
+def _own_inputs(model: Any, config: StepConfig, device: torch.device) -> dict[str, torch.Tensor]:
+    """Every rank draws its own."""
+    torch.manual_seed(1 + dist.get_rank())
+    return make_inputs(model, config, device)
