@@ -47,7 +47,7 @@ class DeviceReader:
         self._handle: Any = None
         self._nvml: Any = None
         try:
-            import pynvml  # type: ignore[import-untyped]
+            import pynvml
         except ImportError:
             self.remark = "device memory is not read: the package nvidia-ml-py is not installed"
             return
