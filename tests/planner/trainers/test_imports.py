@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from optplan.planner.errors import ConfigError
-from optplan.planner.trainers.importing import FORMATS, JobRequest, read_job, request_of
-from optplan.planner.trainers.reading import ImportedJob
+from optplan.planner.trainers.importing import _READERS, FORMATS, JobRequest, read_job, request_of
+from optplan.planner.trainers.reading import ImportedJob, Reading
 
 STEP = {"gpus": 1, "sharding": "none"}
 
@@ -391,3 +391,72 @@ def test_nothing_that_a_file_names_is_imported_or_opened(tmp_path: Path) -> None
 
 def test_the_programs() -> None:
     assert FORMATS == ("axolotl", "torchtune", "torchtitan", "deepspeed", "llama-factory", "hf-args")
+
+
+WHOLE: dict[str, dict[str, Any]] = {
+    "hf-args": {
+        "output_dir": "a", "model_name_or_path": "gpt2", "per_device_train_batch_size": 1, "max_grad_norm": 1.0,
+        "gradient_accumulation_steps": 1, "block_size": 8, "optim": "sgd", "optim_args": "momentum=0.9",
+        "bf16": True, "fp16": False, "dtype": "float32", "gradient_checkpointing": True, "fsdp": "full_shard",
+        "gradient_checkpointing_kwargs": {"use_reentrant": True}, "fsdp_config": {"version": 2}, "deepspeed": "a",
+        "use_liger_kernel": True, "liger_kernel_config": {"rope": False}, "attn_implementation": "sdpa",
+        "use_peft": False,
+    },
+    "axolotl": {
+        "base_model": "gpt2", "micro_batch_size": 1, "sequence_len": 8, "optimizer": "came_pytorch", "bf16": True,
+        "fp16": False, "gradient_checkpointing": True, "flash_attention": True, "adapter": None,
+        "liger_fused_linear_cross_entropy": True, "deepspeed": {"zero_optimization": {"stage": 2}},
+    },
+    "llama-factory": {
+        "model_name_or_path": "gpt2", "finetuning_type": "full", "cutoff_len": 8, "pure_bf16": True, "bf16": False,
+        "use_adam_mini": False, "use_galore": True, "galore_rank": 8, "flash_attn": "fa2", "use_reentrant_gc": True,
+        "disable_gradient_checkpointing": False, "enable_liger_kernel": True, "quantization_bit": None,
+    },
+    "deepspeed": {
+        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 1.0,
+        "bf16": {"enabled": True, "bf16_master_weights_and_grads": True}, "fp16": {"enabled": "auto"},
+        "torch_autocast": {"enabled": True, "dtype": "float16"}, "optimizer": {"type": "Adam"},
+        "zero_optimization": {"stage": 1, "offload_param": {"device": "cpu"}},
+    },
+    "torchtune": {
+        "model": {"_component_": "torchtune.models.llama3.llama3_8b"}, "tokenizer": {"max_seq_len": 8},
+        "optimizer": {"_component_": "torch.optim.SGD", "momentum": 0.9, "fused": True}, "batch_size": 1,
+        "gradient_accumulation_steps": 1, "clip_grad_norm": 1.0, "dtype": "bf16", "optimizer_in_bwd": True,
+        "enable_activation_checkpointing": True, "fsdp_cpu_offload": True,
+    },
+    "torchtitan": {
+        "model": {"name": "llama3", "flavor": "8B"}, "optimizer": {"name": "AdamW", "implementation": "fused"},
+        "training": {"local_batch_size": 1, "global_batch_size": 8, "seq_len": 8, "max_norm": 1.0,
+                     "dtype": "float32", "mixed_precision_param": "bfloat16", "enable_cpu_offload": True},
+        "parallelism": {"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": 4,
+                        "fsdp_reshard_after_forward": "never"},
+        "activation_checkpoint": {"mode": "selective", "selective_ac_option": "2"},
+    },
+}  # fmt: skip
+
+
+def places(document: dict[str, Any], before: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    found = []
+    for key, value in document.items():
+        found.append((*before, key))
+        if isinstance(value, dict):
+            found += places(value, (*before, key))
+    return found
+
+
+def with_value(document: dict[str, Any], place: tuple[str, ...], value: Any) -> dict[str, Any]:
+    first, *rest = place
+    return document | {first: with_value(document[first], tuple(rest), value) if rest else value}
+
+
+@pytest.mark.parametrize("program", WHOLE)
+@pytest.mark.parametrize("value", [None, True, -1, 0, 2.5, "surprise", "", [], [1], {}, {"a": 1}], ids=repr)
+def test_a_value_of_any_kind_is_read_or_refused(program: str, value: Any) -> None:
+    document = WHOLE[program]
+    for place in places(document):
+        reading = Reading(with_value(document, place, value), path="job", format=program)
+        try:
+            _READERS[program](reading)
+            request_of(reading.finish(), model="gpt2", optimizers=None, settings=None, step=dict(STEP), given=())
+        except ConfigError as error:
+            assert "\n" not in str(error)
