@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = (
     "estimate",
+    "recommend",
+    "sweep",
     "explain",
     "timeline",
     "profile",
@@ -82,6 +84,8 @@ def command_reference() -> str:
 
 SCHEMAS = {
     "estimate": "optplan.planner.records:EstimateReport",
+    "recommend": "optplan.planner.search.records:SearchReport",
+    "sweep": "optplan.planner.sweep_records:SweepReport",
     "explain": "optplan.planner.explanation:Explanation",
     "compare": "optplan.planner.comparison:Comparison",
     "measurement": "optplan.planner.measurement:Measurement",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _FREE = "searched"
 _SEARCHED = (
     "precision", "batch_size", "grad_accum", "checkpointing", "fused_loss", "step_in_backward",
-    "gpus", "nodes", "sharding",
+    "gpus", "nodes", "sharding", "tensor_parallel", "sequence_parallel", "pipeline_parallel", "pipeline_schedule",
 )  # fmt: skip
 
 

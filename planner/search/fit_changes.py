@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from optplan.planner.errors import ConfigError
-from optplan.planner.gpus import load_gpus
+from optplan.planner.gpus import Gpu, load_gpus
 from optplan.planner.recommend import ROOM
 from optplan.planner.search.describe import title_of
 from optplan.planner.search.explore import Exploration
@@ -19,6 +19,7 @@ Answer = Callable[[Question], Configuration | None]
 
 _SHORTEST = 128
 _MOST_GPUS_TRIED = 4
+_DEFAULTS = (("gpus", "1"), ("gpus", 1), ("prefer", "quality"))
 _NAMES = {"precision": "number formats", "checkpointing": "checkpointing", "batch_size": "the micro-batch"}
 
 
@@ -30,7 +31,7 @@ def fit_changes(question: Question, exploration: Exploration, answer: Answer) ->
         exploration: What was found.
         answer: Gives the recommendation for another question, None if nothing fits either.
     """
-    found = [_released(question, answer), _larger_limit(question, answer)]
+    found = [_more_gpus(question, answer), _released(question, answer), _larger_limit(question, answer)]
     if any(member.resident_bytes <= exploration.limit_of(member.frame) for member in exploration.pool.bound):
         found.append(_shorter(question, answer))
     return [*_larger_gpu(question, exploration, answer), *(change for part in found for change in part)]
@@ -42,7 +43,7 @@ def _larger_gpu(question: Question, exploration: Exploration, answer: Answer) ->
         return
     own = question.base.gpu
     larger = sorted(
-        (gpu for gpu in load_gpus().values() if gpu.usable_bytes * (1 - ROOM) > max(needed, own.usable_bytes)),
+        (gpu for gpu in load_gpus().values() if _is_larger(gpu, own, needed)),
         key=lambda gpu: (gpu.usable_bytes, gpu.id),
     )
     for gpu in larger[:_MOST_GPUS_TRIED]:
@@ -54,10 +55,30 @@ def _larger_gpu(question: Question, exploration: Exploration, answer: Answer) ->
             return
 
 
+def _is_larger(gpu: Gpu, own: Gpu, needed: int) -> bool:
+    """Whether a GPU of the same make has room for what is needed and more than the one at hand."""
+    same_make = gpu.vendor == (own.vendor or "nvidia")
+    return same_make and gpu.usable_bytes * (1 - ROOM) > needed and gpu.usable_bytes > own.usable_bytes
+
+
+def _more_gpus(question: Question, answer: Answer) -> Iterator[FitChange]:
+    """The fewest of the same GPU, fully sharded, up to one machine of eight."""
+    most = max(question.space.micro_batches)
+    for count in (2, 4, 8):
+        if count > most:
+            changed = question.asked | {"gpus": count, "sharding": "fsdp2"}
+            text = f"{count} of {question.base.gpu.id} with --sharding fsdp2"
+            change = _try(question, changed, "gpus", text, answer)
+            if change:
+                yield change
+                return
+
+
 def _released(question: Question, answer: Answer) -> Iterator[FitChange]:
     for name, value in question.fixed.items():
         changed = {key: given for key, given in question.asked.items() if key != name}
-        text = f"leave {_NAMES.get(name, name.replace('_', ' '))} free instead of {value}"
+        given_value = ", ".join(value) if isinstance(value, list) else value
+        text = f"leave {_NAMES.get(name, name.replace('_', ' '))} free instead of {given_value}"
         change = _try(question, changed, name, text, answer, frees_optimizer=name == "optimizer")
         if change:
             yield change
@@ -109,7 +130,8 @@ def command_for(question: Question) -> str:
         words += ["--optimizer", name]
     for text in question.settings or ():
         words += ["--set", text]
-    for name, value in question.asked.items():
+    asked = {name: value for name, value in question.asked.items() if (name, value) not in _DEFAULTS}
+    for name, value in asked.items():
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             words += [flag] if value else ["--no-step-in-backward"] if name == "step_in_backward" else []

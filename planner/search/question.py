@@ -185,7 +185,7 @@ def gpu_counts(text: int | str) -> tuple[int, ...]:
     if not 1 <= low <= high:
         raise ConfigError(f"--gpus takes a number or a range such as 1..8, got {shorten(text)}")
     if high > MOST_GPUS:
-        raise ConfigError(f"--gpus {text} is beyond the {MOST_GPUS} GPU that are searched")
+        raise ConfigError(f"--gpus {text} is beyond the {MOST_GPUS} that are searched")
     return tuple(count for count in range(low, high + 1) if count in (low, high) or count & (count - 1) == 0)
 
 
@@ -198,11 +198,14 @@ def _layouts(count: int, gpu: Gpu, sharding: str | None) -> tuple[Layout, ...]:
 
 
 def _sequences(base: StepRequest, asked: dict[str, Any], counts: tuple[int, ...], fixed: dict[str, Any]) -> int:
-    """Sequences of one step: those that `--tokens-per-step` holds, rounded up to a multiple of every number of GPUs."""
+    """Sequences of one step: what `--tokens-per-step` holds, or a power of two; a multiple of all micro-batches."""
     tokens = asked.get("tokens_per_step", DEFAULT_TOKENS_PER_STEP)
     if type(tokens) is not int or not 1 <= tokens <= _MOST_TOKENS:
         raise ConfigError(f"--tokens-per-step must be an integer between 1 and {_MOST_TOKENS}, got {shorten(tokens)}")
-    sequences, seq_len = max(1, tokens // base.config.seq_len), base.config.seq_len
+    seq_len = base.config.seq_len
+    sequences = max(1, tokens // seq_len)
+    if "tokens_per_step" not in asked:
+        sequences = 1 << (sequences.bit_length() - 1)
     if "tokens_per_step" in asked and tokens % seq_len:
         raise ConfigError(f"--tokens-per-step {tokens} is not a whole number of sequences of {seq_len} tokens")
     largest = counts[-1] * int(fixed.get("batch_size", 1))
