@@ -1,4 +1,4 @@
-"""`docs/accuracy.md`: every committed training step measured on a GPU beside today's estimate of it."""
+"""`docs/accuracy.md`: every committed training step measured on a GPU beside both engines' estimates of it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
-from typing import Any, NamedTuple
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from agreement_section import GAPS, agreement_section, trace_versions, traced_figures
 from ranks_page import ranks_section
+
+if TYPE_CHECKING:
+    from optplan.planner.records import EstimateReport
 
 RECORDS = Path(__file__).resolve().parent.parent / "tests" / "records"
 OPTIMIZERS: dict[str, tuple[str, dict[str, str]]] = {
@@ -25,57 +29,77 @@ FLAGS = ("fused_loss", "keep_grads", "padding_mask", "step_in_backward", "clip_g
 """Options of an estimate that a record may name."""
 
 
+class Figures(NamedTuple):
+    """What an engine predicts, less what was measured, as shares of that."""
+
+    peak: float
+    reserved: float
+
+
 class Row(NamedTuple):
-    """One measured step and its estimate; None where the family has no step rules."""
+    """One measured step and its estimates; None where an engine does not describe the step."""
 
     case: dict[str, Any]
     measured_bytes: int
-    predicted_bytes: int | None
-    reserved_bytes: int | None
-    state_is_exact: bool
-
-    @property
-    def error(self) -> float | None:
-        """Predicted over measured peak, less one."""
-        return None if self.predicted_bytes is None else self.predicted_bytes / self.measured_bytes - 1
-
-    @property
-    def reserved_error(self) -> float | None:
-        """Predicted over measured reserved bytes, less one."""
-        return None if self.reserved_bytes is None else self.reserved_bytes / self.case["reserved"] - 1
+    rules: Figures | None
+    trace: Figures | None
+    state_is_exact: bool | None
 
 
 def accuracy_page() -> str:
     """The whole page."""
-    rows = [_row(case) for name in ("public_h200_cases.jsonl", "h200_steps.jsonl") for case in _cases(name)]
-    errors = [abs(row.error) for row in rows if row.error is not None]
-    reserved = [abs(row.reserved_error) for row in rows if row.reserved_error is not None]
-    exact = sum(row.state_is_exact for row in rows)
+    traced = traced_figures()
+    names = "public_h200_cases.jsonl", "h200_steps.jsonl"
+    rows = [_row(case, traced[name, number]) for name in names for number, case in _cases(name)]
+    compared = [row.state_is_exact for row in rows if row.state_is_exact is not None]
     num_steps = len(list(_cases("h200_optimizers.jsonl")))
     lines = [
         "# Accuracy",
         "",
         "Written by `make docs` from the measurement records in `tests/records/`: training steps of transformers models"
-        " on one H200 (torch 2.11), the third step of each, peak allocated bytes; the tests hold the estimates to them.",
+        " on one H200 (torch 2.11), the third step of each, peak allocated bytes; the tests hold the estimates to them."
+        f" The rules are asked anew; the trace was made without a GPU by `python benchmarks/check_agreement.py --measured`"
+        f" ({trace_versions()}, the measured version of transformers).",
         "",
-        f"- **State and parameters**: {exact} of {len(rows)} measured steps equal the estimate to the byte.",
+        f"- **State and parameters**: {sum(compared)} of {len(compared)} measured steps equal the estimate to the byte.",
         f"- **Optimizer steps**: {num_steps} more records hold one step of one optimizer each: its state by name and every"
         " temporary that it requests; the models equal them to the byte.",
-        f"- **Peak allocated**: of {len(errors)} steps in families with step rules, the median error is {median(errors):.3%},"
-        f" the largest {max(errors):.2%}.",
-        f"- **Peak reserved**: the median error is {median(reserved):.3%}, the largest {max(reserved):.2%}; where cached"
-        " blocks of one size tie, the addresses that the driver chose decide, which nobody can know beforehand.",
+        _summary("Rules, peak allocated", [row.rules.peak for row in rows if row.rules]),
+        _summary("Trace, peak allocated", [row.trace.peak for row in rows if row.trace]),
+        _summary("Rules, peak reserved", [row.rules.reserved for row in rows if row.rules]),
+        _summary("Trace, peak reserved", [row.trace.reserved for row in rows if row.trace]),
+        "- Where cached blocks of one size tie, the addresses that the driver chose decide what is reserved, which nobody"
+        " can know beforehand.",
+        "",
+        *agreement_section(),
+        "",
+        "## What the gaps are",
+        "",
+        *(f"- {gap}" for gap in GAPS),
+        "",
+        "## Measured steps",
         "",
         "| model | precision | optimizer | batch x tokens | accumulated | checkpointing | attention | more | measured GiB"
-        " | predicted GiB | error | reserved error |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        " | rules | trace | rules, reserved | trace, reserved |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     return "\n".join([*lines, *(_line(row) for row in rows), *ranks_section()]) + "\n"
 
 
-def _cases(name: str) -> Iterator[dict[str, Any]]:
-    cases = map(json.loads, (RECORDS / name).read_text(encoding="utf-8").splitlines())
-    return (case for case in cases if "error" not in case and not _is_beyond_rules(case))
+def _summary(what: str, errors: list[float]) -> str:
+    sizes = [abs(error) for error in errors]
+    near = sum(size <= 0.001 for size in sizes)
+    return (
+        f"- **{what}**: of {len(sizes)} steps, {near} within 0.1 %; median error {median(sizes):.3%}, mean"
+        f" {fmean(sizes):.3%}, largest {max(sizes):.2%}."
+    )
+
+
+def _cases(name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The steps of a record that ran, each with its line."""
+    lines = (RECORDS / name).read_text(encoding="utf-8").splitlines()
+    cases = enumerate(map(json.loads, lines), start=1)
+    return ((number, case) for number, case in cases if "error" not in case)
 
 
 def _is_beyond_rules(case: dict[str, Any]) -> bool:
@@ -90,12 +114,29 @@ def _checkpointing(case: dict[str, Any]) -> str:
     return named.get(case["checkpointing"], str(case["checkpointing"]))
 
 
-def _row(case: dict[str, Any]) -> Row:
+def _row(case: dict[str, Any], traced: dict[str, Any] | None) -> Row:
+    measured = _measured_bytes(case)
+    trace = _figures(case, traced["peak_bytes"], traced["reserved_bytes"]) if traced else None
+    if _is_beyond_rules(case):
+        return Row(case, measured, None, trace, None)
+    report = _estimate(case)
+    (row,) = report.estimates
+    exact = row.bytes.optimizer_state == case["state"] and report.model.num_parameters == case["params"]
+    assert row.peak_allocated_bytes is not None
+    assert row.peak_reserved_bytes is not None
+    return Row(case, measured, _figures(case, row.peak_allocated_bytes, row.peak_reserved_bytes), trace, exact)
+
+
+def _figures(case: dict[str, Any], peak_bytes: int, reserved_bytes: int) -> Figures:
+    return Figures(peak_bytes / _measured_bytes(case) - 1, reserved_bytes / case["reserved"] - 1)
+
+
+def _estimate(case: dict[str, Any]) -> EstimateReport:
     import optplan
 
     optimizer, options = OPTIMIZERS[case["optimizer"]]
     with tempfile.TemporaryDirectory() as folder:
-        report = optplan.estimate(
+        return optplan.estimate(
             _model(case, Path(folder)),
             gpu="h200-141g",
             optimizer=optimizer,
@@ -108,9 +149,6 @@ def _row(case: dict[str, Any]) -> Row:
             attention=case["attention"],
             **{name: case[name] for name in FLAGS if name in case},
         )
-    (row,) = report.estimates
-    exact = row.bytes.optimizer_state == case["state"] and report.model.num_parameters == case["params"]
-    return Row(case, _measured_bytes(case), row.peak_allocated_bytes, row.peak_reserved_bytes, exact)
 
 
 def _model(case: dict[str, Any], folder: Path) -> str:
@@ -140,8 +178,7 @@ def _line(row: Row) -> str:
         case["attention"],
         ", ".join(name.replace("_", " ") for name in FLAGS if case.get(name)) or "-",
         f"{row.measured_bytes / 2**30:.3f}",
-        "-" if row.predicted_bytes is None else f"{row.predicted_bytes / 2**30:.3f}",
-        "no step rules" if row.error is None else f"{row.error:+.3%}",
-        "-" if row.reserved_error is None else f"{row.reserved_error:+.2%}",
+        *(f"{engine.peak:+.3%}" if engine else "-" for engine in (row.rules, row.trace)),
+        *(f"{engine.reserved:+.2%}" if engine else "-" for engine in (row.rules, row.trace)),
     ]
     return f"| {' | '.join(cells)} |"

@@ -1,4 +1,4 @@
-"""Rules against trace: other architectures and mixtures of experts, under half of the steps of `agreement_cases.toml`."""
+"""Rules against trace: other architectures and mixtures of experts, under half of the steps of the cases."""
 
 import runpy
 from pathlib import Path
