@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -61,7 +62,8 @@ def profile(
     """
     from optplan.planner.record_files import save_record
 
-    output.check_targets(out, html, md)
+    if os.environ.get("RANK", "0") == "0":  # of several processes the first alone writes
+        output.check_targets(out, html, md)
     # The command line switches it off for its own short life; a training loop needs it.
     gc.enable()
     if script is not None:
@@ -100,7 +102,7 @@ def _measure(model: str | None, arguments: list[str] | None, **request: Any) -> 
     with output.progress() as tell:
         try:
             record: Measurement | None = measuring.profile(model, progress=tell, **request)
-        except measuring.Silent:
+        except measuring.OtherRankError:
             raise typer.Exit(1) from None
     return record
 

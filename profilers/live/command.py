@@ -15,7 +15,7 @@ from optplan.planner.gpus import Gpu, find_gpu
 from optplan.planner.measurement import Measurement
 from optplan.planner.request import StepRequest, check_request
 from optplan.profilers.live.measure import Progress, measure
-from optplan.profilers.live.sharded import Launch, Silent, check_launch, find_launch, measure_together
+from optplan.profilers.live.sharded import Launch, OtherRankError, check_launch, find_launch, measure_together
 
 _DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?")
 CPU_GPU = "h200-141g"
@@ -49,7 +49,7 @@ def profile(
 
     Raises:
         ConfigError: Something is unknown, out of range, or not on this machine.
-        Silent: This process is one of several and another tells what is wrong.
+        OtherRankError: This process is one of several and another tells what is wrong.
     """
     launch = find_launch()
     if launch is None:
@@ -63,7 +63,7 @@ def profile(
         # Every rank finds the same; the first tells of it.
         if launch.rank == 0:
             raise
-        raise Silent from None
+        raise OtherRankError from None
     told = progress if launch.rank == 0 else lambda _: None
     return measure_together(launch, work.device, lambda: work.measure(told))
 

@@ -91,7 +91,7 @@ def measure_together(launch: Launch, device: torch.device, measure: Callable[[],
 
     Raises:
         OptplanError: This rank failed.
-        Silent: It failed because another one did.
+        OtherRankError: It failed because another one did.
     """
     with _process_group(launch, device) as store:
         record = measure()
@@ -123,12 +123,12 @@ def _process_group(launch: Launch, device: torch.device) -> Iterator[Any]:
         # The first that fails speaks; the others fail because of it. The group is left to the process's end: to leave
         # it in order would be to wait for them.
         if own.add("failures", 1) > 1:
-            raise Silent from error
+            raise OtherRankError from error
         raise _with_rank(error, launch) from error
     dist.destroy_process_group()
 
 
-class Silent(OptplanError):
+class OtherRankError(OptplanError):
     """A failure of which another rank tells."""
 
 

@@ -11,7 +11,7 @@ from optplan.planner.allocator_choice import make_allocator
 from optplan.planner.allocator_settings import AllocatorSettings
 from optplan.planner.replay import LiveTensor
 from optplan.planner.step_history import StepHistory
-from optplan.planner.timeline import Allocation, Event, Free, Timeline
+from optplan.planner.timeline import Event, Free, Timeline
 from optplan.profilers.tracing.runs import NUM_STEPS, OptimizerPart, Pieces, run_timeline
 
 

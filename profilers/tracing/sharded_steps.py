@@ -161,7 +161,7 @@ class ShardedStepTracer(StepTracer):
         wrapped._pre_forward = named  # type: ignore[method-assign]
         return wrapped
 
-    def _reduce(self, _, bucket):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202 - DDP reads the annotations
+    def _reduce(self, _, bucket):  # type: ignore[no-untyped-def]  # DDP reads annotations
         """DDP's communication hook: the bucket holds the sum already."""
         if self._num_backwards == 0:
             self._first_buckets.append(bucket.buffer())
@@ -245,5 +245,3 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a tensor."""
     part = getattr(tensor, "_local_tensor", tensor)
     return part.detach()  # type: ignore[no-any-return]
-
-
