@@ -13,11 +13,12 @@ RECORDS = Path(__file__).resolve().parent.parent / "tests" / "records"
 Figures = dict[str, Any]
 
 GAPS = (
-    "`tiny-opt` amp 5 x 701, `tiny-llama-gqa` fp32 with a padding mask and `tiny-gpt2` fp32 with clipping: both engines"
-    " request the measured bytes exactly. What differs is how much of a cached block stays unsplit (up to 1 MiB each, of"
-    " a few hundred MiB), which the addresses of equally large free blocks decide.",
-    "`tiny-vit` 1 x 122: cuDNN's convolution takes a workspace of its own choice (more than 2 MiB of 105), which neither"
-    " engine knows. Larger batches hide it.",
+    "`tiny-opt` amp 5 x 701, `tiny-llama-gqa` fp32 with a padding mask and `tiny-gpt2` fp32 with clipping: the driver put"
+    " segments at ascending addresses, where the engines assume descending ones. Of equally large free blocks the lowest"
+    " is taken, so the addresses decide which block is cut and how much of it stays unsplit; with ascending addresses"
+    " the trace equals the measured peaks of all phases to the byte.",
+    "`tiny-vit` 1 x 122: cuDNN's convolution takes a workspace of its own choice (2,161,424 bytes in the backward), which"
+    " neither engine knows. Larger batches hide it.",
     "`tiny-mixtral` bf16 5 x 701 by trace, `bert-base` eager, `t5-base` amp and `flan-t5-large` by rules: the same bytes"
     " are requested, but of several tensors that end at once another is freed first, so that other blocks are cut.",
     "T5: the rules describe attention `sdpa` without checkpointing and without a padding mask; the trace describes all."

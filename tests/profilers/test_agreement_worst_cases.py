@@ -5,6 +5,11 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
+
+from optplan.planner.workload import step_options
+from optplan.profilers.tracing.trace import RunSettings, TracedStep
+from optplan.profilers.workloads.catalogue import build_subject
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = runpy.run_path(str(ROOT / "benchmarks" / "check_agreement.py"))
@@ -110,6 +115,21 @@ def test_ruled_steps_are_near_the_measured():
     assert sum(errors.values()) / len(errors) <= 0.005
     assert {name for name, error in errors.items() if error > 0.001} <= SAME_SUMS
     assert max(error for name, error in errors.items() if name != "tiny-vit bf16 sdpa 1x122") <= 0.02
+
+
+@pytest.mark.parametrize("line", [53, 92, 109])
+def test_segments_at_ascending_addresses_explain_three_gaps(line):
+    case = cases_of({"record": "h200_steps.jsonl", "line": line})
+    assert any(case["model"] in name for name in SAME_SUMS)
+    request = SCRIPT["check_request"](SCRIPT["measured_spec"](case), gpu="h200-141g", **SCRIPT["measured_flags"](case))
+    options = step_options(request)
+    step = TracedStep(
+        build_subject(request.model, options), options, RunSettings(clip_grad_norm=case.get("clip_grad_norm"))
+    )
+    part = step.part(lambda parameters: torch.optim.AdamW(parameters, lr=1e-4, fused=True))
+    (run,) = step.simulate(part, ("ascending",))
+    measured = {name: phase["peak"] for name, phase in case["steps"][-1].items() if name in run.phases}
+    assert {name: run.phases[name] for name in measured} == measured
 
 
 @pytest.mark.parametrize("model", ["tiny-t5", "tiny-flan-t5", "tiny-bert", "tiny-opt", "tiny-llama-drop", "tiny-vit"])
