@@ -183,7 +183,7 @@ def bind_candidate(request: StepRequest, optimizer: OptimizerModel) -> Candidate
     Raises:
         ConfigError: The implementation cannot run on these parameters or keep the state dtype asked for.
     """
-    parameters, context = request.rank_model.unique_parameters, optimizer_context(request)
+    parameters, context = request.rank_model.trained_parameters, optimizer_context(request)
     bound = optimizer.bind(parameters)
     reason = bound.unsupported_reason(parameters, context)
     if reason:

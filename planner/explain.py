@@ -125,8 +125,8 @@ def _buffers(request: StepRequest) -> list[ExplainedPart]:
 
 
 def _gradients(request: StepRequest) -> ExplainedPart:
-    dtype, count = request.policy.gradient_dtype, request.rank_model.num_parameters
-    size = ITEMSIZE_BYTES[dtype]
+    dtype, size = request.policy.gradient_dtype, ITEMSIZE_BYTES[request.policy.gradient_dtype]
+    count = sum(parameter.numel for parameter in request.rank_model.trained_parameters)
     lines = [explained_line("one for each parameter", count * size, f"{count} x {size} B")]
     if request.strategy is not None:
         view = sharded_view(request)

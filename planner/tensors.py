@@ -63,6 +63,7 @@ class Parameter(msgspec.Struct, frozen=True):
             GPT-2's `Conv1D` `[in, out]`, (0, 1) for stacked experts `[expert, out, in]`.
         heads: For attention projections, how the output neurons divide into heads.
         tied_to: Name of the parameter whose storage this one shares; such a parameter occupies nothing.
+        is_used: Whether the forward uses it; one that it never uses gets no gradient, and so no optimizer's state.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Parameter(msgspec.Struct, frozen=True):
     output_axes: tuple[int, ...] = (0,)
     heads: HeadLayout | None = None
     tied_to: str | None = None
+    is_used: bool = True
 
     @property
     def numel(self) -> int:

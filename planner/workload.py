@@ -77,7 +77,7 @@ class Workload:
         self._parameter_step_cache: dict[OptimizerModel, dict[str, ParameterStep]] = {}
         self._baseline: Candidate | None = None
         self._strategy = request.strategy
-        self._parameters = updated_parameters(request.rank_model.unique_parameters, self._strategy)
+        self._parameters = updated_parameters(request.rank_model.trained_parameters, self._strategy)
         self._context = optimizer_context(request)
 
     def at(self, request: StepRequest) -> Workload:
@@ -105,7 +105,8 @@ class Workload:
         policy, count = self.request.policy, self.request.rank_model.num_parameters
         updated = sum(parameter.numel for parameter in self._parameters)
         parameters = count * ITEMSIZE_BYTES[policy.parameter_dtype]
-        gradients = 0 if self.request.config.step_in_backward else count * ITEMSIZE_BYTES[policy.gradient_dtype]
+        trained = sum(parameter.numel for parameter in self.request.rank_model.trained_parameters)
+        gradients = 0 if self.request.config.step_in_backward else trained * ITEMSIZE_BYTES[policy.gradient_dtype]
         if self._strategy is not None:
             parameters, gradients = resident_sizes(self._strategy, sharded_view(self.request))
         return ResidentBytes(
@@ -234,7 +235,7 @@ class Workload:
 
     def state_variants(self, candidate: Candidate) -> dict[str, int]:
         """Bytes of device state under each of the optimizer's variants, such as the ends of Adapprox's rank."""
-        parameters = self.request.rank_model.unique_parameters
+        parameters = self.request.rank_model.trained_parameters
         return {
             name: rank_footprint(variant, parameters, self._context, self._strategy).device_bytes
             for name, variant in candidate.optimizer.variants().items()

@@ -102,7 +102,8 @@ def _head(inventory: Inventory, name: str, transform: tuple[str, str], model: st
     """The head: its own bias, a dense layer and its norm, then a decoder tied to the embedding and to that bias."""
     hidden, vocab_size, tied = config["hidden_size"], config["vocab_size"], config["tie_word_embeddings"]
     dense, norm = transform
-    inventory.add(f"{name}.bias", (vocab_size,), "bias", "parameter")
+    # A decoder of its own has a bias of its own: the head's is then left over from the class, and never used.
+    inventory.add(f"{name}.bias", (vocab_size,), "bias", "parameter", is_used=tied)
     inventory.linear(f"{name}.{dense}", hidden, hidden, "other", bias=True)
     inventory.layer_norm(f"{name}.{norm}", hidden)
     embedding = f"{model}.embeddings.word_embeddings.weight" if tied else None

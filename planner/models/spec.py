@@ -43,6 +43,11 @@ class ModelSpec(msgspec.Struct, frozen=True, dict=True):
         return tuple(p for p in self.parameters if p.tied_to is None)
 
     @cached_property
+    def trained_parameters(self) -> tuple[Parameter, ...]:
+        """Those of them that get gradients."""
+        return tuple(p for p in self.unique_parameters if p.is_used)
+
+    @cached_property
     def num_parameters(self) -> int:
         """Elements of all parameters, tied ones counted once."""
         return sum(p.numel for p in self.unique_parameters)
@@ -74,9 +79,10 @@ class Inventory:
         output_axes: tuple[int, ...] = (0,),
         heads: HeadLayout | None = None,
         tied_to: str | None = None,
+        is_used: bool = True,
     ) -> None:
         """Append one parameter."""
-        self.parameters.append(Parameter(name, shape, role, module, output_axes, heads, tied_to))
+        self.parameters.append(Parameter(name, shape, role, module, output_axes, heads, tied_to, is_used))
 
     def linear(
         self,

@@ -86,7 +86,7 @@ def gradient_tensors(
     if strategy is not None:
         return strategy.gradients(model_view(spec, options))
     itemsize = ITEMSIZE_BYTES[options.parameter_dtype]
-    return ((parameter.name, parameter.numel * itemsize) for parameter in spec.unique_parameters)
+    return ((parameter.name, parameter.numel * itemsize) for parameter in spec.trained_parameters)
 
 
 def surrounding_use(spec: ModelSpec, options: StepOptions, strategy: Strategy | None = None) -> dict[Category, int]:

@@ -220,7 +220,7 @@ def _kept(spec: ModelSpec, options: StepOptions, strategy: Strategy) -> tuple[li
 
 def _clip_events(spec: ModelSpec, options: StepOptions) -> list[SimulatedEvent]:
     timeline = TimelineBuilder("clip")
-    write_clipping(timeline, spec.unique_parameters, dtype=options.parameter_dtype)
+    write_clipping(timeline, spec.trained_parameters, dtype=options.parameter_dtype)
     return _events(timeline.events)
 
 
