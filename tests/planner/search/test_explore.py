@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise, product
+from time import process_time
 
 import pytest
 
@@ -32,6 +33,13 @@ def test_the_rules_decide_all_of_the_space(model: str, gpu: str, gpus: int) -> N
 
 def test_the_space_of_the_readme_holds_more_than_twenty_thousand() -> None:
     assert check_question("llama-7b", gpu="a100-40g").space.size >= 20_000
+
+
+def test_twenty_thousand_are_decided_within_two_seconds_of_one_core() -> None:
+    question, start = check_question("llama-7b", gpu="a100-40g"), process_time()
+    exploration = explore(question)
+    assert process_time() - start < 2
+    assert sum(exploration.counts.values()) >= 20_000
 
 
 def test_a_front_without_pruning_is_the_same() -> None:
