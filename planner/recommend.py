@@ -102,8 +102,6 @@ def command_of(workload: Workload, candidate: Candidate) -> str:
         ("--seq-len", config.seq_len, default_seq_len(request.model)),
         ("--grad-accum", config.grad_accum, 1),
         ("--checkpointing", config.checkpointing, "none"),
-        ("--gpus", config.gpus, 1),
-        ("--sharding", config.sharding, "none"),
         ("--attention", config.attention, default_attention(request.model)),
         ("--engine", request.engine, "rules"),
         ("--fused-loss", config.fused_loss, "none"),
