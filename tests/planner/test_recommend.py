@@ -10,6 +10,7 @@ import pytest
 
 import optplan
 from optplan.planner.records import EstimateReport, Recommendation
+from optplan.planner.search.recommend import recommend
 
 
 def follow(advice: Recommendation) -> EstimateReport:
@@ -90,3 +91,23 @@ def test_a_model_from_a_file_is_named_by_its_path(tmp_path: Path) -> None:
 def test_what_no_rule_describes_is_not_recommended() -> None:
     # T5 has no rules for checkpointing: where nothing fits without it, nothing is recommended.
     assert optplan.estimate("t5-11b", gpu="l4-24g").recommendation is None
+
+
+@pytest.mark.parametrize(
+    ("model", "gpu", "optimizer"),
+    [
+        ("llama-7b", "a100-40g", "micro-adam"),
+        ("tinyllama-1.1b", "h200-141g", "adamw"),
+        ("llama-3.2-3b", "l40s-48g", "adamw"),
+        ("llama-2-7b", "l40s-48g", "adam-mini"),
+    ],
+)
+def test_the_search_takes_the_same_optimizer_for_the_same_step(model: str, gpu: str, optimizer: str) -> None:
+    advice = optplan.estimate(model, gpu=gpu).recommendation
+    assert advice is not None
+    step = {"precision": "bf16", "batch_size": 1, "fused_loss": "none", "step_in_backward": False}
+    # An option that is the default anyway takes every optimizer with its defaults alone, as estimate does.
+    report = recommend(model, options={"window": 10}, gpu=gpu, tokens_per_step=advice.config.seq_len, **step)  # type: ignore[arg-type]
+    found = report.recommendation
+    assert found is not None
+    assert (advice.optimizer, found.optimizer) == (optimizer, optimizer)
