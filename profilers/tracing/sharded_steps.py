@@ -152,6 +152,7 @@ class ShardedStepTracer(StepTracer):
         with self._world.labelled(*bucket):
             wrapped = nn.parallel.DistributedDataParallel(self.subject.module, gradient_as_bucket_view=views)
         wrapped.register_comm_hook(None, self._reduce)  # type: ignore[no-untyped-call]
+        wrapped.logger = _NoTimes()  # the real one warns that this device has no clock
         before_forward = wrapped._pre_forward  # it makes the buckets anew, once
 
         def named(*args: Any, **kwargs: Any) -> Any:
@@ -231,6 +232,13 @@ class ShardedStepTracer(StepTracer):
     def _end_gradients(self) -> None:
         for parameter in self._parameters.values():
             parameter.grad = None
+
+
+class _NoTimes:
+    """DDP's record of its own times, of which there are none."""
+
+    def set_runtime_stats_and_log(self) -> None:
+        """Do nothing."""
 
 
 def _states(module: nn.Module) -> Iterator[Any]:

@@ -103,6 +103,16 @@ class World:
         yield torch.UntypedStorage, "resize_", self._resizing(torch.UntypedStorage.resize_)
         ddp = import_module("torch.nn.parallel.distributed")
         yield ddp, "_verify_param_shape_across_processes", lambda *_: None
+        yield ddp, "_sync_module_states", self._sending(ddp._sync_module_states)
+
+    def _sending(self, original: Callable[..., None]) -> Callable[..., None]:
+        """DDP's start, where rank 0 sends the others its parameters, many in one piece."""
+
+        def send(*args: Any, **kwargs: Any) -> None:
+            with self.labelled("communication", "broadcast of parameters"):
+                original(*args, **kwargs)
+
+        return send
 
     def _naming(self, original: Callable[..., None]) -> Callable[..., None]:
         """A method of FSDP2's parameter that makes room for what is gathered."""
