@@ -6,7 +6,7 @@ from optplan.planner.estimate_details import EstimateDetails
 from optplan.planner.records import EstimateReport
 from optplan.reports.html.page import render
 from optplan.reports.html.parts import Page, Section
-from optplan.reports.html.sections.certainty import certainty
+from optplan.reports.html.sections.certainty import certainty, evidence
 from optplan.reports.html.sections.run import run
 from optplan.reports.html.sections.state import state
 from optplan.reports.html.sections.step import step
@@ -31,7 +31,11 @@ def estimate_page(report: EstimateReport, details: EstimateDetails | None = None
             tone=tone,
             lead=lead(report),
             sections=_sections(report, details),
-            records={"estimate": report, "what_if": details.what_if if details else None},
+            records={
+                "estimate": report,
+                "what_if": details.what_if if details else None,
+                "evidence": evidence(),
+            },
         )
     )
 
