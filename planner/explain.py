@@ -18,6 +18,7 @@ from optplan.planner.optimizers.facts import load_facts
 from optplan.planner.records import ModelRow
 from optplan.planner.request import StepFlags, StepRequest, check_request
 from optplan.planner.sharding.rank import updated_parameters
+from optplan.planner.sharding.report import rank_notes
 from optplan.planner.step.alive import alive_at_peak
 from optplan.planner.step.rules import step_memory
 from optplan.planner.tensors import StateTensor
@@ -68,7 +69,7 @@ def explain(
         peak_allocated_bytes=None if peaks is None else peaks.peak_bytes,
         peak_phase=None if peaks is None else peaks.peak_phase,
         fits=workload.fits(candidate),
-        notes=[*request.notes, *workload.notes(candidate)],
+        notes=[*request.notes, *rank_notes(request)],
     )
 
 

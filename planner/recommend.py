@@ -109,10 +109,13 @@ def command_of(workload: Workload, candidate: Candidate) -> str:
         ("--gpus", config.gpus, 1),
         ("--nodes", config.nodes, usual_num_nodes(config.gpus, request.gpu.id)),
         ("--sharding", config.sharding, "none"),
+        ("--tensor-parallel", config.tensor_parallel, 1),
+        ("--pipeline-parallel", config.pipeline_parallel, 1),
+        ("--pipeline-schedule", config.pipeline_schedule, "1f1b"),
         ("--alloc-conf", config.alloc_conf, ""),
     ):
         flags += [name, str(value)] if value != default else []
-    switches = ("step_in_backward", "keep_grads", "padding_mask", "empty_cache")
+    switches = ("step_in_backward", "keep_grads", "padding_mask", "empty_cache", "sequence_parallel")
     flags += ["--" + name.replace("_", "-") for name in switches if getattr(config, name)]
     return shlex.join(flags)
 

@@ -85,5 +85,5 @@ def _report(workload: Workload, candidate: Candidate, history: StepHistory) -> T
         curve=curve(history),
         changes=peak_changes(workload, candidate, peak_bytes=peak_bytes),
         fits=peak_bytes <= gpu.usable_bytes,
-        notes=[*request.notes, *workload.findings(), *workload.notes(candidate)],
+        notes=[*request.notes, *workload.findings()],
     )

@@ -87,12 +87,12 @@ class Workload:
     def notes(self, candidate: Candidate) -> list[str]:
         """What is to be known about the candidate's row besides the figures."""
         del candidate
-        return rank_notes(self.request)
+        return []
 
     def findings(self) -> list[str]:
         """What is to be known about the step besides the figures."""
         if self.has_rules:
-            return []
+            return rank_notes(self.request)
         family = self.request.model.model_type
         return [f"{family} models have no step rules in this version: their peak is not predicted; try --engine trace"]
 

@@ -82,10 +82,10 @@ def test_waiting_micro_batches_are_saved_once_each():
 
 @pytest.mark.parametrize(("schedule", "stage", "count"), [("1f1b", 0, 4), ("gpipe", 3, 8)])
 def test_the_largest_stage_is_shown(schedule, stage, count):
-    (row,) = estimate(
+    report = estimate(
         LLAMA, gpu="h200", gpus=4, pipeline_parallel=4, grad_accum=8, pipeline_schedule=schedule, optimizer="sgd"
-    ).estimates
-    assert row.notes == [f"stage {stage} of 0 to 3 is shown, the largest: it holds what {count} micro-batches saved"]
+    )
+    assert report.notes == [f"stage {stage} of 0 to 3 is shown, the largest: it holds what {count} micro-batches saved"]
 
 
 @pytest.mark.parametrize(
@@ -174,5 +174,10 @@ def test_a_model_of_another_family_is_not_divided():
 def test_an_optimizer_that_is_not_described_on_parts_is_refused(optimizer, flags):
     with pytest.raises(ConfigError) as error:
         estimate(LLAMA, gpu="h200", gpus=2, optimizer=optimizer, **flags)
-    assert "is not modelled on" in str(error.value)
-    assert str(error.value).endswith("; --sharding ddp and zero1 take every optimizer")
+    what = "rows of parameters" if "sharding" in flags else "pieces of tensors"
+    flag = "--sharding fsdp2" if "sharding" in flags else "--tensor-parallel 2"
+    implementation = {"galore": "galore_torch", "adam-mini": "optplan"}[optimizer]
+    assert str(error.value) == (
+        f"{optimizer} with implementation={implementation} is not modelled on {what}, as {flag} hands it; "
+        "--sharding ddp and zero1 take every optimizer"
+    )
