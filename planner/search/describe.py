@@ -53,7 +53,7 @@ class Describer:
             evidence=describe_evidence(
                 candidate.optimizer,
                 request.config.precision,
-                state_dtype=found.bound.member.state_dtype,
+                state_dtype=request.state_dtype,
                 step_in_backward=found.manner.step_in_backward,
             ),
             command=command_of(Workload(request), candidate),

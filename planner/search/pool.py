@@ -96,7 +96,7 @@ class BoundMember:
         return evidence_key(
             self.candidate.optimizer,
             self.precision,
-            state_dtype=self.member.state_dtype,
+            state_dtype=self.workload.request.state_dtype,
             step_in_backward=step_in_backward,
         )
 

@@ -9,6 +9,7 @@ from typing import Any, TypedDict, Unpack
 import msgspec
 
 from optplan.planner.catalog import load_model
+from optplan.planner.dtypes import Dtype
 from optplan.planner.errors import ConfigError, shorten, unknown
 from optplan.planner.gpus import Gpu
 from optplan.planner.models.spec import ModelSpec
@@ -21,6 +22,7 @@ from optplan.planner.search.space import (
     FUSED_LOSSES,
     PRECISIONS,
     Layout,
+    Member,
     Space,
     all_members,
     divisors,
@@ -142,7 +144,7 @@ def check_question(
         model=model,
         base=base,
         space=Space(
-            members=all_members(names, settings),
+            members=_members(names, settings, base.state_dtype),
             precisions=_one(fixed.get("precision"), _usable_precisions(base.gpu)),
             checkpointing=_one(fixed.get("checkpointing"), CHECKPOINTING),
             fused_losses=_one(fixed.get("fused_loss"), FUSED_LOSSES),
@@ -159,6 +161,14 @@ def check_question(
         optimizers=names,
         settings=settings,
     )
+
+
+def _members(
+    names: tuple[str, ...] | None, settings: tuple[str, ...] | None, state_dtype: Dtype | None
+) -> tuple[Member, ...]:
+    """The optimizers to search; with a state dtype given, in that one alone."""
+    members = all_members(names, settings)
+    return members if state_dtype is None else tuple(member for member in members if member.state_dtype is None)
 
 
 def _checked(fixed: dict[str, Any]) -> dict[str, Any]:

@@ -61,6 +61,15 @@ def test_what_is_fixed_is_not_searched(capsys: pytest.CaptureFixture[str]) -> No
     assert report.space.fixed["precision"] == "amp"
 
 
+def test_a_state_dtype_that_is_given_counts_as_evidence(capsys: pytest.CaptureFixture[str]) -> None:
+    _, report = ask("recommend -m tinyllama-1.1b -g l4-24g -o adamw --precision amp --state-dtype bf16", capsys)
+    best = report.recommendation
+    assert best is not None
+    # A second moment in bf16 cannot decay with beta2 = 0.999.
+    assert (best.state_dtype, best.evidence.class_title) == ("bfloat16", "own recipe")
+    assert "--state-dtype bf16" in best.command
+
+
 @pytest.mark.parametrize("prefer", ["speed", "quality", "memory"])
 def test_preferences_pick_from_one_front(prefer: str, capsys: pytest.CaptureFixture[str]) -> None:
     _, report = ask(f"recommend -m tinyllama-1.1b -g l4-24g --prefer {prefer} {shlex.join(QUICK)}", capsys)
