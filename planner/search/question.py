@@ -137,22 +137,11 @@ def check_question(
         raise ConfigError(f"{spec.model_type} models have no step rules in this version: nothing can be searched")
     names = (optimizer,) if isinstance(optimizer, str) else tuple(optimizer) if optimizer else None
     settings = _texts(options)
-    counts = gpu_counts(asked.get("gpus", 1))
-    sequences = _sequences(base, asked, counts, fixed)
     reserve = _size(asked.get("reserve", 0))
     return Question(
         model=model,
         base=base,
-        space=Space(
-            members=_members(names, settings, base.state_dtype),
-            precisions=_one(fixed.get("precision"), _usable_precisions(base.gpu)),
-            checkpointing=_one(fixed.get("checkpointing"), CHECKPOINTING),
-            fused_losses=_one(fixed.get("fused_loss"), FUSED_LOSSES),
-            backward_steps=_one(fixed.get("step_in_backward"), (False, True)),
-            sequences=sequences,
-            micro_batches={count: _micro_batches(fixed, sequences, count) for count in counts},
-            layouts=tuple(layout for count in counts for layout in _layouts(count, base.gpu, fixed.get("sharding"))),
-        ),
+        space=_space(base, asked, fixed, _members(names, settings, base.state_dtype)),
         limit_bytes=_limit(base.gpu, asked.get("budget"), reserve),
         reserve_bytes=reserve,
         prefer=prefer,
@@ -160,6 +149,23 @@ def check_question(
         asked=asked,
         optimizers=names,
         settings=settings,
+    )
+
+
+def _space(base: StepRequest, asked: dict[str, Any], fixed: dict[str, Any], members: tuple[Member, ...]) -> Space:
+    """The space that is left once some options are fixed."""
+    counts = gpu_counts(asked.get("gpus", 1))
+    sequences = _sequences(base, asked, counts, fixed)
+    sharding = fixed.get("sharding")
+    return Space(
+        members=members,
+        precisions=_one(fixed.get("precision"), _usable_precisions(base.gpu)),
+        checkpointing=_one(fixed.get("checkpointing"), CHECKPOINTING),
+        fused_losses=_one(fixed.get("fused_loss"), FUSED_LOSSES),
+        backward_steps=_one(fixed.get("step_in_backward"), (False, True)),
+        sequences=sequences,
+        micro_batches={count: _micro_batches(fixed, sequences, count) for count in counts},
+        layouts=tuple(layout for count in counts for layout in _layouts(count, base.gpu, sharding)),
     )
 
 
