@@ -236,8 +236,8 @@ def _efficient_backward_scratch(t: Tape, shape: AttentionShape, itemsize: int) -
 def _math(t: Tape, q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape, *, drops: bool) -> Tensor:
     """The unfused attention, in fp32, that remains where no kernel applies."""
     dtype = q.dtype
-    q, k, v = (cast(t, x, "float32") for x in (q, k, v))
-    q = scale(t, q, "scaled queries")
+    wide_q, k, v = (cast(t, x, "float32") for x in (q, k, v))
+    q = scale(t, wide_q, "scaled queries")
     mask = _triangle(t, shape.seq)
     grouped = shape.copies > 1
     all_k = repeat_heads(t, k, shape, "keys") if grouped else k
@@ -250,12 +250,14 @@ def _math(t: Tape, q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape, *, dr
     weights = safe_softmax(t, scores, shape)
     del scores
     weights = dropout(t, weights, float(drops))
+    returned = t.new(shape.num_scores if dtype != "float32" else 0, dtype, f"attention weights in {dtype}")
     right = all_v if grouped else by_head(t, all_v, shape, "values")
     out = batched_product(
         t, weights, right, shape.numel, "attention output by head", joined=shape.heads > 1 and shape.batch > 1
     )
-    del all_k, q, mask, all_v, weights, right
-    return clone(t, cast(t, out, dtype), "attention output")
+    result = cast(t, out, dtype)
+    del returned, all_k, wide_q, q, k, v, mask, all_v, weights, right, out
+    return clone(t, result, "attention output")
 
 
 def _triangle(t: Tape, seq: int) -> Tensor:
