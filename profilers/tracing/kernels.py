@@ -139,7 +139,7 @@ def accumulating_index_put(call: Call) -> None:
     if not any(accumulates):
         return
     chosen = [index for index in indices if index is not None]
-    count = math.prod(torch.broadcast_shapes(*(index.shape for index in chosen)))
+    count = torch.broadcast_tensors(*chosen)[0].numel()  # type: ignore[no-untyped-call]
     num_rows = math.prod(size for size, index in zip(source.shape, indices, strict=False) if index is not None)
     in_range, linear = call.hold(8 * count), call.hold(8 * count)
     call.release(in_range)
