@@ -97,12 +97,11 @@ def measure_together(launch: Launch, device: torch.device, measure: Callable[[],
         record = measure()
         store.set(f"rank {launch.rank}", msgspec.json.encode(rank_row(launch.rank, record)))
         if launch.rank == 0:
-            whole = _gathered(store, launch, record)
-            store.set("done", "")
-            return whole
+            return _gathered(store, launch, record)
         # A rank that ran out of memory and left at once would take rank 0 with it.
         if not _wait_for(store, "done", _deadline()):
             raise OptplanError(f"rank 0 of {launch.num_ranks} did not end: {_how_it_ended(launch, record)}")
+        store.set(f"rank {launch.rank} left", "")
     return None
 
 
@@ -153,6 +152,10 @@ def _gathered(store: Any, launch: Launch, record: Measurement) -> Measurement:
             rows.append(msgspec.json.decode(store.get(key), type=RankRow))
         else:
             missing.append(f"rank {rank} told nothing within {_PATIENCE_SECONDS:.0f} s of the end of rank 0")
+    store.set("done", "")
+    # The store is rank 0's, and the others still ask it.
+    for row in rows[1:]:
+        _wait_for(store, f"rank {row.rank} left", deadline)
     return msgspec.structs.replace(record, ranks=rows, notes=[*record.notes, *missing])
 
 

@@ -1,0 +1,174 @@
+"""Two processes profile one step together over gloo: every rank's bytes, one record, one sentence when it fails.
+
+The ranks run `sharded_profile_case.py` as a script. The figures are of a Llama of two layers, written out below.
+"""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from optplan.planner.errors import ConfigError
+from optplan.planner.measurement import Measurement
+from optplan.profilers.live.sharded import Launch, check_launch, find_launch
+
+SCRIPT = Path(__file__).with_name("sharded_profile_case.py")
+TINY = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "intermediate_size": 72,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 99,
+    "max_position_embeddings": 64, "tie_word_embeddings": False,
+}  # fmt: skip
+LAYER = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 72 * 32 + 2 * 32
+WHOLE = 2 * LAYER + 32 + 2 * 99 * 32
+NUM_TENSORS = 2 * 9 + 3
+# Rows are dealt out in halves; of the 99 rows of the vocabulary rank 0 has 50 and rank 1 has 49, stored as 50.
+STORED = LAYER + 16 + 2 * 50 * 32
+OWNED = (STORED, LAYER + 16 + 2 * 49 * 32)
+
+
+def run_ranks(folder, what, *, timeout=110):
+    """Exit statuses and outputs of the two ranks."""
+    (folder / "config.json").write_text(json.dumps(TINY))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), rank, port, str(folder), what],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    try:
+        outputs = [rank.communicate(timeout=timeout) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return [rank.returncode for rank in ranks], outputs
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """The record of each case by name."""
+    folder = tmp_path_factory.mktemp("measured")
+    statuses, outputs = run_ranks(folder, "measure")
+    assert statuses == [0, 0], outputs
+    return {
+        path.stem: msgspec.json.decode(path.read_bytes(), type=Measurement)
+        for path in folder.glob("*.json")
+        if path.stem != "config"
+    }
+
+
+def bytes_of(record):
+    return [
+        (row.bytes.parameters, row.bytes.gradients, row.bytes.master_weights, row.bytes.optimizer_state)
+        for row in record.ranks
+    ]
+
+
+STEPS = 4 * NUM_TENSORS
+EXPECTED = {
+    "fsdp2-bf16-adamw": [(2 * STORED, 2 * STORED, 0, 4 * owned + STEPS) for owned in OWNED],
+    "fsdp2-noreshard-bf16-adamw": [(2 * STORED, 2 * STORED, 0, 4 * owned + STEPS) for owned in OWNED],
+    "fsdp2-mixed-adamw": [(4 * STORED, 4 * STORED, 0, 8 * owned + STEPS) for owned in OWNED],
+    "ddp-bf16-adamw": [(2 * WHOLE, 2 * WHOLE, 0, 4 * WHOLE + STEPS)] * 2,
+    # Master weights have gradients of their own, in fp32, beside the parameters'.
+    "ddp-copies-mixed-adamw": [(2 * WHOLE, (2 + 4) * WHOLE, 4 * WHOLE, 8 * WHOLE + STEPS)] * 2,
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_every_rank_tells_what_it_keeps(records, name):
+    record = records[name]
+    assert bytes_of(record) == EXPECTED[name]
+    assert [row.rank for row in record.ranks] == [0, 1]
+    assert record.bytes == record.ranks[0].bytes
+    assert (record.config.gpus, record.environment.world_size, record.environment.rank) == (2, 2, 0)
+    assert record.notes == [] or all("observing took" in note for note in record.notes)
+
+
+def test_zero1_ranks_share_the_state(records):
+    rows = records["zero1-bf16-adamw"].ranks
+    assert sum(row.state_tensors["exp_avg"] for row in rows) == 2 * WHOLE
+    assert sum(row.state_tensors["step"] for row in rows) == STEPS
+    # Largest first to the rank that has the fewest: the two can differ by no more than the largest tensor.
+    assert abs(rows[0].state_tensors["exp_avg"] - rows[1].state_tensors["exp_avg"]) <= 2 * 99 * 32
+
+
+def test_adam_mini_keeps_its_first_moment_on_shards(records):
+    rows = records["fsdp2-bf16-adam-mini"].ranks
+    assert all(
+        row.bytes.optimizer_state < 0.75 * adamw for row, adamw in zip(rows, (4 * n for n in OWNED), strict=True)
+    )
+
+
+def test_whether_layers_reshard_changes_no_loss(records):
+    resharded, kept = (records[f"{name}-bf16-adamw"].losses for name in ("fsdp2", "fsdp2-noreshard"))
+    assert resharded == kept
+    assert len(set(resharded)) == len(resharded) == 4
+
+
+@pytest.mark.parametrize(
+    ("what", "statuses", "told"),
+    [
+        ("refuse", [1, 3], ["2 processes were started, but --sharding says none; allowed: ddp, ddp-copies, zero1, "
+                            "fsdp2, fsdp2-noreshard", ""]),
+    ],
+)  # fmt: skip
+def test_what_all_ranks_find_the_first_tells(tmp_path, what, statuses, told):
+    found, outputs = run_ranks(tmp_path, what, timeout=60)
+    assert found == statuses
+    assert [out.strip() for out, _ in outputs] == told
+
+
+def test_the_rank_that_fails_tells_and_the_other_ends(tmp_path):
+    statuses, outputs = run_ranks(tmp_path, "fail", timeout=60)
+    assert statuses == [3, 1]
+    assert [out.strip() for out, _ in outputs] == [
+        "",
+        "rank 1 of 2 failed: RuntimeError: the disk of this rank is gone",
+    ]
+
+
+def test_running_out_of_memory_is_a_row_of_the_record(tmp_path):
+    statuses, outputs = run_ranks(tmp_path, "exhaust", timeout=60)
+    assert statuses == [0, 0], outputs
+    record = msgspec.json.decode((tmp_path / "exhaust.json").read_bytes(), type=Measurement)
+    assert [row.out_of_memory.phase for row in record.ranks] == ["backward", "backward"]
+
+
+def test_a_launch_is_read_from_torchruns_variables():
+    variables = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
+    assert find_launch(variables) == Launch(rank=5, local_rank=1, num_ranks=8, num_nodes=2)
+    assert find_launch({}) is None
+    assert find_launch({"RANK": "0", "WORLD_SIZE": "1"}) is None
+
+
+@pytest.mark.parametrize(
+    ("launch", "sharding", "sentence"),
+    [
+        (
+            None,
+            "fsdp2",
+            "--sharding fsdp2 is measured by several processes: start them with "
+            "torchrun --nproc-per-node 2 -m optplan profile ...",
+        ),
+        (
+            Launch(0, 0, 2, 1),
+            "zero2",
+            "--sharding zero2 cannot be profiled in this version; allowed: ddp, ddp-copies, zero1, fsdp2, "
+            "fsdp2-noreshard",
+        ),
+    ],
+)
+def test_a_launch_that_does_not_go_with_the_sharding_is_refused(launch, sharding, sentence):
+    with pytest.raises(ConfigError) as raised:
+        check_launch(launch, sharding)
+    assert str(raised.value) == sentence
