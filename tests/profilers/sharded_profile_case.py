@@ -1,7 +1,7 @@
 """One rank that profiles; run as a script: rank, first port, folder, and what to do.
 
-`measure` profiles under every sharding in turn and rank 0 saves the records; `fail` lets rank 1 break in its step;
-`exhaust` lets rank 1 run out of memory while rank 0 waits for it.
+`measure` profiles under every sharding in turn and rank 0 saves the records. `fail` asks for what is refused, lets both
+ranks run out of memory, and at last lets rank 1 break while rank 0 waits for it.
 """
 
 import os
@@ -57,42 +57,46 @@ def broken(*args, **kwargs):
 
 
 def exhausted(original):
-    """Stands for a measurement whose rank has no memory left, and which therefore joins no collective."""
+    """Stands for a measurement whose rank runs out of memory, so that it joins no collective."""
 
     def measure(request, choice, **kwargs):
-        import torch.distributed as dist
-
-        dist.is_initialized()
-        small = msgspec.structs.replace(request, config=msgspec.structs.replace(request.config, sharding="none"))
-        record = original(small, choice, **kwargs)
+        alone = msgspec.structs.replace(request, config=msgspec.structs.replace(request.config, sharding="none"))
+        record = original(alone, choice, **kwargs)
         return msgspec.structs.replace(record, out_of_memory=OutOfMemory("backward", 1024, 2048, "out of memory"))
 
     return measure
 
 
+def try_failures(folder, port):
+    """One failure after the other, and for each a line of what this rank tells."""
+    rank, original = os.environ["RANK"], command.measure
+    stand_ins = {"refuse": original, "exhaust": exhausted(original), "fail": broken if rank == "1" else original}
+    for number, (what, stand_in) in enumerate(stand_ins.items()):
+        os.environ["MASTER_PORT"] = str(port + number)
+        command.measure = stand_in
+        try:
+            record = profile(folder, "none" if what == "refuse" else "fsdp2")
+        except sharded.OtherRankError:
+            told = "(another rank tells)"
+        except OptplanError as error:
+            told = str(error)
+        else:
+            told = "" if record is None else str([row.out_of_memory.phase for row in record.ranks])
+        sys.stdout.write(f"{what}: {told}\n")
+        sys.stdout.flush()
+
+
 def main():
-    """Do as told; the exit status is 1 after an error, 3 after one of which another rank tells."""
+    """Do as told."""
     rank, port, folder, what = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
     torch.set_num_threads(1)
     os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
     if what == "measure":
         measure_all(folder, port)
-        return
-    sharded._PATIENCE_SECONDS = 3.0
-    if what == "fail" and rank == "1":
-        command.measure = broken
-    if what == "exhaust":
-        command.measure = exhausted(command.measure)
-    try:
-        record = profile(folder, "none" if what == "refuse" else "fsdp2")
-    except sharded.OtherRankError:
-        os._exit(3)
-    except OptplanError as error:
-        print(error, flush=True)
-        os._exit(1)
-    if record is not None:
-        (folder / f"{what}.json").write_bytes(msgspec.json.encode(record))
+    else:
+        try_failures(folder, port)
+        os._exit(0)  # as a failed rank's process ends: without waiting for the others
 
 
 if __name__ == "__main__":
