@@ -96,7 +96,7 @@ def _prepare(
     target = check_device(device if launch is None or device != "cuda" else f"cuda:{launch.local_rank}")
     if gpu is None:
         gpu = this_gpu(target).id if target.type == "cuda" else CPU_GPU
-    ranks = {} if launch is None else {"gpus": launch.num_ranks, "nodes": launch.num_nodes}
+    ranks: dict[str, Any] = {} if launch is None else {"gpus": launch.num_ranks, "nodes": launch.num_nodes}
     request = check_request(load_model(model), gpu=gpu, **ranks, **step)
     (choice,) = choose_optimizers(optimizer, options)
     return _Work(request, choice, target, num_steps)

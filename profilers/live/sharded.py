@@ -108,6 +108,7 @@ def measure_together(launch: Launch, device: torch.device, measure: Callable[[],
 @contextmanager
 def _process_group(launch: Launch, device: torch.device) -> Iterator[Any]:
     """The ranks' group; what is yielded is a store that all of them see."""
+    from torch._C._distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     if device.type == "cuda":
@@ -115,7 +116,7 @@ def _process_group(launch: Launch, device: torch.device) -> Iterator[Any]:
     store, rank, num_ranks = next(rendezvous("env://", timeout=datetime.timedelta(seconds=_PATIENCE_SECONDS)))
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=_TIMEOUT)
-    own = dist.PrefixStore("optplan", store)
+    own = PrefixStore("optplan", store)
     try:
         yield own
     except Exception as error:

@@ -151,9 +151,9 @@ class ShardedStepTracer(StepTracer):
         bucket: tuple[Category, str] = ("gradients" if views else "communication", "gradient bucket")
         with self._world.labelled(*bucket):
             wrapped = nn.parallel.DistributedDataParallel(self.subject.module, gradient_as_bucket_view=views)
-        wrapped.register_comm_hook(None, self._reduce)  # type: ignore[no-untyped-call]
+        wrapped.register_comm_hook(None, self._reduce)
         wrapped.logger = _NoTimes()  # the real one warns that this device has no clock
-        before_forward = wrapped._pre_forward  # it makes the buckets anew, once
+        before_forward: Any = wrapped._pre_forward  # it makes the buckets anew, once
 
         def named(*args: Any, **kwargs: Any) -> Any:
             with self._world.labelled(*bucket):
@@ -166,7 +166,7 @@ class ShardedStepTracer(StepTracer):
         """DDP's communication hook: the bucket holds the sum already."""
         if self._num_backwards == 0:
             self._first_buckets.append(bucket.buffer())
-        answer = torch.futures.Future()  # type: ignore[no-untyped-call]
+        answer: Any = torch.futures.Future()
         answer.set_result(bucket.buffer())
         return answer
 
@@ -252,4 +252,4 @@ def _states(module: nn.Module) -> Iterator[Any]:
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a tensor."""
     part = getattr(tensor, "_local_tensor", tensor)
-    return part.detach()  # type: ignore[no-any-return]
+    return part.detach()

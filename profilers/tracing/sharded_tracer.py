@@ -14,7 +14,7 @@ from optplan.profilers.tracing.tracer import Tracer
 aten = torch.ops.aten
 
 
-class ShardedTracer(Tracer):
+class ShardedTracer(Tracer):  # type: ignore[no-untyped-call]
     """Records the operations of one rank."""
 
     def __init__(self, world: World, *args: Any, **kwargs: Any) -> None:

@@ -47,5 +47,7 @@ def fully_shard_module(
     for layer in layers_of(module):
         fully_shard(layer, mesh=mesh, reshard_after_forward=reshards, mp_policy=policy)
         after_each()
-    fully_shard(module, mesh=mesh, mp_policy=policy, **({} if reshards else {"reshard_after_forward": False}))
+    # Left out, it is torch's own choice, which for the root is to keep what it gathered.
+    root: dict[str, Any] = {} if reshards else {"reshard_after_forward": False}
+    fully_shard(module, mesh=mesh, mp_policy=policy, **root)
     after_each()

@@ -82,9 +82,9 @@ def _zero1(spec: ModelSpec, description: OptimizerModel, model: Any, trained: li
             "adam-mini reads its partition from the whole model and cannot be one rank's part of "
             "ZeroRedundancyOptimizer; use --sharding ddp or fsdp2"
         )
-    return ZeroRedundancyOptimizer(
-        trained, optimizer_class=lambda groups, **_: build_optimizer(description, model, groups, spec)
-    )
+    # It calls the class with this rank's groups; anything that makes an optimizer of them will do.
+    make: Any = lambda groups, **_: build_optimizer(description, model, groups, spec)  # noqa: E731
+    return ZeroRedundancyOptimizer(trained, optimizer_class=make)
 
 
 def _own_inputs(model: Any, config: StepConfig, device: torch.device) -> dict[str, torch.Tensor]:
