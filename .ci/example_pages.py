@@ -39,8 +39,8 @@ def estimate_example() -> str:
 
 def measurement_example() -> str:
     """A step measured on an H200 over what the rules say of it."""
-    from optplan.planner.measurement import Measurement
-    from optplan.planner.record_files import load_record
+    from optplan.planner.measured.measurement import Measurement
+    from optplan.planner.measured.record_files import load_record
     from optplan.reports.html.comparison_page import measurement_page
 
     record = load_record(EXAMPLES / "h200_step.json.gz")

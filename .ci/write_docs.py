@@ -87,15 +87,15 @@ SCHEMAS = {
     "recommend": "optplan.planner.search.records:SearchReport",
     "sweep": "optplan.planner.sweep_records:SweepReport",
     "explain": "optplan.planner.explanation:Explanation",
-    "compare": "optplan.planner.comparison:Comparison",
-    "measurement": "optplan.planner.measurement:Measurement",
-    "validation": "optplan.planner.validation:ValidationReport",
+    "compare": "optplan.planner.measured.comparison:Comparison",
+    "measurement": "optplan.planner.measured.measurement:Measurement",
+    "validation": "optplan.planner.measured.validation:ValidationReport",
     "timeline": "optplan.planner.timeline_report:TimelineReport",
     "models": "optplan.planner.listings:ModelListing",
     "gpus": "optplan.planner.listings:GpuListing",
     "optimizers": "optplan.planner.listings:OptimizerListing",
     "published": "optplan.planner.published:PublishedReport",
-    "replay": "optplan.planner.history_report:HistoryReport",
+    "replay": "optplan.planner.history.report:HistoryReport",
 }
 
 

@@ -18,7 +18,7 @@ def register(shell: Any) -> None:
     """Tell IPython how to show records; their modules are loaded when one is shown."""
     formatter = shell.display_formatter.formatters["text/html"]
     formatter.for_type_by_name("optplan.planner.records", "EstimateReport", _estimate)
-    formatter.for_type_by_name("optplan.planner.measurement", "Measurement", _measurement)
+    formatter.for_type_by_name("optplan.planner.measured.measurement", "Measurement", _measurement)
 
 
 def _estimate(record: Any) -> str:

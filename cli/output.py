@@ -42,7 +42,7 @@ def check_targets(*paths: str | None) -> None:
     Raises:
         OptplanError: A folder is missing or may not be written.
     """
-    from optplan.planner.record_files import check_target
+    from optplan.planner.measured.record_files import check_target
 
     for path in paths:
         if path is not None:
@@ -60,7 +60,7 @@ def write_page(path: str | None, make: Callable[[], str]) -> None:
     from pathlib import Path
 
     from optplan.planner.errors import printable
-    from optplan.planner.record_files import write_atomically
+    from optplan.planner.measured.record_files import write_atomically
 
     write_atomically(Path(path), make().encode())
     print(f"wrote {printable(path)}", file=sys.stderr)

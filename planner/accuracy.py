@@ -10,9 +10,9 @@ from typing import Literal
 import msgspec
 
 from optplan.planner.errors import ConfigError, shorten
-from optplan.planner.expectation import expect
-from optplan.planner.measurement import Measurement
-from optplan.planner.record_files import load_record
+from optplan.planner.measured.expectation import expect
+from optplan.planner.measured.measurement import Measurement
+from optplan.planner.measured.record_files import load_record
 from optplan.planner.timeline import Phase
 from optplan.planner.version import VERSION
 

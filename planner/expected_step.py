@@ -6,10 +6,10 @@ import msgspec
 
 from optplan.planner.candidates import bind_candidate, choose_optimizers
 from optplan.planner.catalog import load_model
-from optplan.planner.comparison_sides import Side, side_of_estimate
 from optplan.planner.errors import ConfigError
 from optplan.planner.estimate import estimate_request
-from optplan.planner.measurement import Measurement
+from optplan.planner.measured.measurement import Measurement
+from optplan.planner.measured.sides import Side, side_of_estimate
 from optplan.planner.records import StepConfig
 from optplan.planner.request import check_request
 from optplan.planner.workload import Workload

@@ -8,7 +8,7 @@ from functools import cache, cached_property
 
 import msgspec
 
-from optplan.planner.allocator import ROUNDING
+from optplan.planner.allocator.caching import ROUNDING
 from optplan.planner.optimizers.base import OptimizerContext, OptimizerModel
 from optplan.planner.tensors import Parameter, StateTensor
 from optplan.planner.units import round_up

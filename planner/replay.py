@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from optplan.planner.allocator import ROUNDING, CachingAllocator
+from optplan.planner.allocator.caching import ROUNDING, CachingAllocator
 from optplan.planner.timeline import Allocation, Category, Event, Phase
 from optplan.planner.units import round_up
 

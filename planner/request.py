@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 
 import msgspec
 
-from optplan.planner.allocator_settings import AllocatorSettings, parse_alloc_conf
+from optplan.planner.allocator.settings import AllocatorSettings, parse_alloc_conf
 from optplan.planner.dtypes import SHORT_NAMES, Dtype
 from optplan.planner.errors import ConfigError, shorten, unknown
 from optplan.planner.gpus import Gpu, custom_gpu, load_gpu

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from optplan.planner.allocator import ROUNDING
+from optplan.planner.allocator.caching import ROUNDING
 from optplan.planner.candidates import (
     BASELINE,
     Candidate,

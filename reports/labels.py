@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from optplan.planner.comparison import Section
+from optplan.planner.measured.comparison import Section
 from optplan.planner.timeline import Category
 
 CATEGORY_NAMES: dict[Category, str] = {

@@ -9,8 +9,8 @@ import typer
 from optplan import options, output
 
 if TYPE_CHECKING:
-    from optplan.planner.comparison import Comparison
-    from optplan.planner.comparison_sides import Side
+    from optplan.planner.measured.comparison import Comparison
+    from optplan.planner.measured.sides import Side
 
 
 def compare(
@@ -26,8 +26,8 @@ def compare(
     Prints every number with its difference in bytes and percent from the measurement among them, or else from the first
     record; the first event at which two timelines part; and the largest differences by name at the peak.
     """
-    from optplan.planner.comparison import compare as compare_sides
-    from optplan.planner.comparison_sides import sides_of
+    from optplan.planner.measured.comparison import compare as compare_sides
+    from optplan.planner.measured.sides import sides_of
 
     output.check_targets(html, md)
     sides = sides_of(list(records))

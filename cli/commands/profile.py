@@ -12,7 +12,7 @@ from optplan import options, output
 from optplan.step_options import takes_step
 
 if TYPE_CHECKING:
-    from optplan.planner.measurement import Measurement
+    from optplan.planner.measured.measurement import Measurement
 
 
 @takes_step(
@@ -60,7 +60,7 @@ def profile(
     every process measures its part of one step and the first has the record. The exit status is 0 if the step ran,
     1 if the memory did not suffice (the record says where), 2 for bad input.
     """
-    from optplan.planner.record_files import save_record
+    from optplan.planner.measured.record_files import save_record
 
     if os.environ.get("RANK", "0") == "0":  # of several processes the first alone writes
         output.check_targets(out, html, md)

@@ -34,7 +34,7 @@ def replay(
     the same came of it, and with --alloc-conf or --memory what would have come of it elsewhere. A snapshot is only
     read: nothing in it is executed. The exit status is 1 if memory runs out under --memory, 2 for bad input.
     """
-    from optplan.planner.replay_history import replay_history
+    from optplan.planner.history.replay import replay_history
 
     report = replay_history(history, alloc_conf=alloc_conf, memory=memory, device=device)
     if json:

@@ -9,7 +9,7 @@ import typer
 from optplan import options, output
 
 if TYPE_CHECKING:
-    from optplan.planner.record_files import Record
+    from optplan.planner.measured.record_files import Record
 
 
 def show(
@@ -22,8 +22,8 @@ def show(
 
     An estimate as it was printed; a measured or traced step beside today's estimate of it, with the differences.
     """
-    from optplan.planner.measurement import Measurement
-    from optplan.planner.record_files import load_record
+    from optplan.planner.measured.measurement import Measurement
+    from optplan.planner.measured.record_files import load_record
 
     output.check_targets(html, md)
     loaded = load_record(record)

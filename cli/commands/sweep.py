@@ -97,7 +97,7 @@ def _deliver(report: SweepReport, *, csv: str | None, json: bool, ci: bool) -> N
 
 
 def _write_csv(report: SweepReport, target: str) -> None:
-    from optplan.planner.record_files import write_atomically
+    from optplan.planner.measured.record_files import write_atomically
     from optplan.reports.sweep_csv import sweep_csv
 
     text = sweep_csv(report)

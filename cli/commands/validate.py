@@ -11,7 +11,7 @@ from optplan import options, output
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from optplan.planner.validation import ValidationReport
+    from optplan.planner.measured.validation import ValidationReport
 
 
 def validate(
@@ -58,7 +58,7 @@ def _page(records: str) -> str:
 
 
 def _judge(records: str) -> ValidationReport:
-    from optplan.planner.validation import validate_records
+    from optplan.planner.measured.validation import validate_records
 
     return validate_records(_paths(records))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from optplan.planner.allocator import ROUNDING
+from optplan.planner.allocator.caching import ROUNDING
 from optplan.planner.request import StepRequest
 from optplan.planner.sharding.base import ModelView, Strategy
 from optplan.planner.sharding.ddp import Ddp

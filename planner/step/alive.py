@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from optplan.planner.allocator import ROUNDING
+from optplan.planner.allocator.caching import ROUNDING
 from optplan.planner.dtypes import Dtype
 from optplan.planner.explanation import ExplainedLine, explained_line
 from optplan.planner.footprint import pattern_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from optplan.planner.allocator import ROUNDING
+from optplan.planner.allocator.caching import ROUNDING
 from optplan.planner.dtypes import ITEMSIZE_BYTES, Dtype
 from optplan.planner.optimizers.base import OptimizerContext, OptimizerModel
 from optplan.planner.tensors import Parameter

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, get_args
 
-from optplan.planner.allocator import ROUNDING
+from optplan.planner.allocator.caching import ROUNDING
 from optplan.planner.step.graph import Record, Segment
 from optplan.planner.step.tape import Tape
 from optplan.planner.timeline import Category, Phase, TimelineBuilder

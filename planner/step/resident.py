@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import prod
 
-from optplan.planner.allocator import ROUNDING
+from optplan.planner.allocator.caching import ROUNDING
 from optplan.planner.dtypes import ITEMSIZE_BYTES
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.sharding.base import Strategy

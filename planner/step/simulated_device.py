@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from optplan.planner.allocator_choice import copy_of, make_allocator
-from optplan.planner.allocator_settings import AllocatorSettings
+from optplan.planner.allocator.choice import copy_of, make_allocator
+from optplan.planner.allocator.settings import AllocatorSettings
 from optplan.planner.replay import LiveTensor
 from optplan.planner.step_history import StepHistory
 from optplan.planner.timeline import Allocation, Category, Event, Free, Phase

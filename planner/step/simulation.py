@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from optplan.planner.allocator_settings import AllocatorSettings
+from optplan.planner.allocator.settings import AllocatorSettings
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.sharding.base import Resident, Strategy
 from optplan.planner.step.clipping import write_clipping

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from optplan.planner.errors import unknown
+from optplan.planner.measured.record_files import write_atomically
 from optplan.planner.models.spec import ModelSpec
-from optplan.planner.record_files import write_atomically
 from optplan.planner.records import StepConfig
 from optplan.planner.trainers import accelerate, axolotl, deepspeed, hf_args, llama_factory, python_script, torchtitan
 from optplan.planner.trainers.job import Export, TrainingJob, training_job

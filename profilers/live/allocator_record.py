@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from optplan.planner.history import DeviceHistory, HistoryEvent
-from optplan.planner.history_limits import find_limits
-from optplan.planner.history_reader import parse_history
-from optplan.planner.history_replay import RecordedReplay
-from optplan.planner.history_start import start_state
+from optplan.planner.history.events import DeviceHistory, HistoryEvent
+from optplan.planner.history.limits import find_limits
+from optplan.planner.history.reader import parse_history
+from optplan.planner.history.recorded import RecordedReplay
+from optplan.planner.history.start import start_state
 from optplan.profilers.live.live_history import StartingBlock
 
 MAX_ENTRIES = 2_000_000

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from optplan.planner.errors import ConfigError
-from optplan.planner.measurement import Measurement
+from optplan.planner.measured.measurement import Measurement
 from optplan.profilers.live.session import StepProfile
 
 

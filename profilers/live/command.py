@@ -12,7 +12,7 @@ from optplan.planner.candidates import OptimizerChoice, choose_optimizers
 from optplan.planner.catalog import load_model
 from optplan.planner.errors import ConfigError, OptplanError, shorten
 from optplan.planner.gpus import Gpu, find_gpu
-from optplan.planner.measurement import Measurement
+from optplan.planner.measured.measurement import Measurement
 from optplan.planner.request import StepRequest, check_request
 from optplan.profilers.live.measure import Progress, measure
 from optplan.profilers.live.sharded import Launch, OtherRankError, check_launch, find_launch, measure_together

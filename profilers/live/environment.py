@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from optplan.planner.measurement import Environment
+from optplan.planner.measured.measurement import Environment
 from optplan.planner.version import VERSION
 
 ALLOC_CONF_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from optplan.planner.history import HistoryEvent
+from optplan.planner.history.events import HistoryEvent
 from optplan.planner.replay import LiveTensor
 from optplan.planner.step_history import StepHistory
 from optplan.planner.timeline import Allocation, Category, Event, Free, Phase

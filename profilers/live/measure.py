@@ -10,8 +10,8 @@ import torch
 
 from optplan.planner.candidates import OptimizerChoice
 from optplan.planner.errors import ConfigError
-from optplan.planner.measurement import Measurement, OutOfMemory, StepTime
-from optplan.planner.packed_history import pack
+from optplan.planner.measured.measurement import Measurement, OutOfMemory, StepTime
+from optplan.planner.measured.packed_history import pack
 from optplan.planner.records import GpuRow, ModelRow, PhasePeak, ResidentBytes, StepConfig
 from optplan.planner.request import StepRequest
 from optplan.planner.step_history import StepHistory

@@ -136,9 +136,8 @@ class ModuleFollower:
         self._model = model
         self._count_events = count_events
         self._paths = {module: path for path, module in model.named_modules()}
-        self._head: nn.Module | None = (
-            model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        )
+        find_head: Any = getattr(model, "get_output_embeddings", None)
+        self._head: nn.Module | None = find_head() if find_head else None
         self._in_loss = True
         self._stack: list[str] = []
         self._phase: Phase = "forward"

@@ -15,8 +15,8 @@ import msgspec
 import torch
 from torch import nn
 
-from optplan.planner.history import DeviceHistory
-from optplan.planner.measurement import OutOfMemory
+from optplan.planner.history.events import DeviceHistory
+from optplan.planner.measured.measurement import OutOfMemory
 from optplan.planner.records import ResidentBytes
 from optplan.planner.step_history import StepHistory
 from optplan.planner.timeline import Phase
@@ -45,12 +45,12 @@ class Call(NamedTuple):
     Attributes:
         shapes: Shapes of the tensors given to its forward.
         autocast: Dtype of autocast around it, None without.
-        count: Forwards since the step began.
+        num_forwards: Forwards since the step began.
     """
 
     shapes: tuple[torch.Size, ...]
     autocast: torch.dtype | None
-    count: int
+    num_forwards: int
 
 
 class LiveProfile:
@@ -168,7 +168,7 @@ class LiveProfile:
         shapes = tuple(tensor.shape for tensor in self._watcher.inputs)
         kind = self.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        earlier = 0 if begins_step or self.call is None else self.call.count
+        earlier = 0 if begins_step or self.call is None else self.call.num_forwards
         self.call = Call(shapes, autocast, earlier + 1)
 
     def _begin_record(self) -> None:

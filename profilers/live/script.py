@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from optplan.planner.errors import ConfigError, OptplanError, shorten
-from optplan.planner.measurement import Measurement
+from optplan.planner.measured.measurement import Measurement
 from optplan.profilers.live.measure import MIN_STEPS
 from optplan.profilers.live.session import StepProfile
 

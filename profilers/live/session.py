@@ -13,8 +13,8 @@ from torch import nn
 
 from optplan.planner.errors import ConfigError
 from optplan.planner.gpus import Gpu, load_gpu
-from optplan.planner.measurement import Measurement
-from optplan.planner.record_files import check_target, save_record
+from optplan.planner.measured.measurement import Measurement
+from optplan.planner.measured.record_files import check_target, save_record
 from optplan.planner.records import GpuRow, StepConfig
 from optplan.planner.version import VERSION
 from optplan.profilers.live.command import this_gpu
@@ -123,7 +123,7 @@ class StepProfile:
             self._model,
             inputs=call.shapes,
             autocast=call.autocast,
-            num_forwards=call.count,
+            num_forwards=call.num_forwards,
             masters=self.live.has_masters,
         )
 

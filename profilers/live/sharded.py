@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from optplan.planner.errors import ConfigError, OptplanError
-from optplan.planner.measurement import Measurement, RankRow
+from optplan.planner.measured.measurement import Measurement, RankRow
 from optplan.profilers.workloads.sharded_modules import FULLY_SHARDED, REPLICATED
 
 PROFILED_SHARDINGS = (*REPLICATED, *FULLY_SHARDED)

@@ -12,11 +12,11 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from optplan.planner.allocator import CachingAllocator
-from optplan.planner.allocator_choice import Allocator, copy_of
-from optplan.planner.allocator_device import DeviceAllocator
-from optplan.planner.allocator_driver import Driver
-from optplan.planner.allocator_settings import AllocatorSettings
+from optplan.planner.allocator.caching import CachingAllocator
+from optplan.planner.allocator.choice import Allocator, copy_of
+from optplan.planner.allocator.device import DeviceAllocator
+from optplan.planner.allocator.driver import Driver
+from optplan.planner.allocator.settings import AllocatorSettings
 from optplan.planner.timeline import Allocation, Category, Free, Phase, Timeline
 
 Order = Literal["ascending", "descending"]

@@ -15,7 +15,7 @@ import msgspec
 import torch
 from torch import nn
 
-from optplan.planner.allocator_settings import AllocatorSettings
+from optplan.planner.allocator.settings import AllocatorSettings
 from optplan.planner.dtypes import Dtype
 from optplan.planner.errors import ConfigError
 from optplan.planner.models.spec import ModelSpec

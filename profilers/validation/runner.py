@@ -11,8 +11,8 @@ from pathlib import Path
 import msgspec
 
 from optplan.planner.errors import OptplanError, shorten
-from optplan.planner.measurement import Measurement
-from optplan.planner.record_files import load_record, save_record
+from optplan.planner.measured.measurement import Measurement
+from optplan.planner.measured.record_files import load_record, save_record
 from optplan.profilers.validation.matrix import ValidationCase
 
 _LAST_LINE = 300

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import msgspec
 
-from optplan.planner.comparison import Comparison, compare, tabulate
-from optplan.planner.comparison_sides import Side, side_of_measurement
 from optplan.planner.errors import ConfigError
 from optplan.planner.expected_step import expected_side
-from optplan.planner.measurement import Measurement
+from optplan.planner.measured.comparison import Comparison, compare, tabulate
+from optplan.planner.measured.measurement import Measurement
+from optplan.planner.measured.sides import Side, side_of_measurement
 from optplan.planner.units import format_bytes, format_gib
 from optplan.reports.html.page import render
 from optplan.reports.html.parts import Page

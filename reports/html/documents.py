@@ -7,11 +7,11 @@ from pathlib import Path
 
 import msgspec
 
-from optplan.planner.comparison_sides import sides_of
 from optplan.planner.errors import ConfigError, shorten
 from optplan.planner.estimate_details import details_of
-from optplan.planner.measurement import Measurement
-from optplan.planner.record_files import Record, load_record
+from optplan.planner.measured.measurement import Measurement
+from optplan.planner.measured.record_files import Record, load_record
+from optplan.planner.measured.sides import sides_of
 from optplan.reports.html.comparison_page import comparison_page, measurement_page
 from optplan.reports.html.estimate_page import estimate_page
 from optplan.reports.html.training_page import training_page

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from optplan.planner.comparison import Comparison, tabulate
-from optplan.planner.comparison_sides import side_of_measurement
 from optplan.planner.errors import ConfigError
-from optplan.planner.expectation import hold_against_rules
-from optplan.planner.measurement import Measurement
+from optplan.planner.measured.comparison import Comparison, tabulate
+from optplan.planner.measured.expectation import hold_against_rules
+from optplan.planner.measured.measurement import Measurement
+from optplan.planner.measured.sides import side_of_measurement
 from optplan.planner.records import Estimate, EstimateReport
 from optplan.planner.timeline import Category
 from optplan.planner.units import format_bytes, format_gib

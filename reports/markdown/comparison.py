@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from optplan.planner.comparison import ComparedRow, Comparison
+from optplan.planner.measured.comparison import ComparedRow, Comparison
 from optplan.planner.units import format_bytes
 from optplan.reports.labels import ROW_NAMES, SECTION_TITLES
 from optplan.reports.markdown.tables import escaped, table

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from optplan.planner.comparison import tabulate
-from optplan.planner.comparison_sides import side_of_measurement
 from optplan.planner.errors import ConfigError
-from optplan.planner.expectation import hold_against_rules
-from optplan.planner.measurement import Measurement
-from optplan.planner.record_files import Record
+from optplan.planner.measured.comparison import tabulate
+from optplan.planner.measured.expectation import hold_against_rules
+from optplan.planner.measured.measurement import Measurement
+from optplan.planner.measured.record_files import Record
+from optplan.planner.measured.sides import side_of_measurement
 from optplan.reports.markdown.comparison import comparison_markdown
 from optplan.reports.markdown.estimate import estimate_markdown
 

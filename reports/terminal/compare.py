@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from optplan.planner.comparison import ComparedRow, Comparison, EventDifference, Section
 from optplan.planner.errors import printable
+from optplan.planner.measured.comparison import ComparedRow, Comparison, EventDifference, Section
 from optplan.planner.units import format_bytes
 from optplan.reports.terminal.bars import LABELS
 from optplan.reports.terminal.console import Glyphs, glyphs_of

@@ -5,11 +5,11 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
-from optplan.planner.comparison import tabulate
-from optplan.planner.comparison_sides import side_of_measurement
 from optplan.planner.errors import ConfigError, printable
-from optplan.planner.expectation import hold_against_rules
-from optplan.planner.measurement import Measurement
+from optplan.planner.measured.comparison import tabulate
+from optplan.planner.measured.expectation import hold_against_rules
+from optplan.planner.measured.measurement import Measurement
+from optplan.planner.measured.sides import side_of_measurement
 from optplan.planner.units import format_bytes, format_gib
 from optplan.reports.terminal.compare import render_comparison
 from optplan.reports.terminal.console import Glyphs, glyphs_of

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from optplan.planner.errors import printable
-from optplan.planner.history_report import Agreement, HistoryReport, Outcome
+from optplan.planner.history.report import Agreement, HistoryReport, Outcome
 from optplan.planner.units import format_bytes
 from optplan.reports.terminal.console import Glyphs, glyphs_of
 

@@ -7,8 +7,8 @@ from rich.table import Table
 from rich.text import Text
 
 from optplan.planner.errors import printable
+from optplan.planner.measured.validation import Judgement, Spread, ValidationReport
 from optplan.planner.units import format_bytes, format_gib
-from optplan.planner.validation import Judgement, Spread, ValidationReport
 from optplan.reports.terminal.console import Glyphs, glyphs_of
 
 _METRICS = {

@@ -18,8 +18,8 @@ from axe_playwright_python.sync_playwright import Axe
 
 import optplan
 from optplan.planner.estimate_details import EstimateDetails, details_of
-from optplan.planner.measurement import Measurement
-from optplan.planner.record_files import load_record
+from optplan.planner.measured.measurement import Measurement
+from optplan.planner.measured.record_files import load_record
 from optplan.planner.records import EstimateReport
 from optplan.reports.html.comparison_page import measurement_page
 from optplan.reports.html.documents import load_runs

@@ -7,8 +7,8 @@ import pytest
 
 from optplan.app import app
 from optplan.boundary import run
-from optplan.planner.measurement import Measurement
-from optplan.planner.record_files import load_record
+from optplan.planner.measured.measurement import Measurement
+from optplan.planner.measured.record_files import load_record
 
 TINY = {
     "architectures": ["LlamaForCausalLM"],

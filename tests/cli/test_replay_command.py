@@ -12,7 +12,7 @@ import pytest
 
 from optplan.app import app
 from optplan.boundary import run
-from optplan.planner.history_report import HistoryReport
+from optplan.planner.history.report import HistoryReport
 
 ROOT = Path(__file__).parents[2]
 TRAINING = str(ROOT / "tests" / "records" / "h200_histories" / "training.json.gz")

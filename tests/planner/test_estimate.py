@@ -160,7 +160,8 @@ def test_a_family_without_rules_has_no_peak() -> None:
         assert (row.headroom_bytes, row.max_batch_size, row.peak_reserved_bytes, row.device_bytes) == (None,) * 4
     assert report.recommendation is None
     assert report.notes == [
-        "bloom-560m adds ALiBi to its attention scores, which sdpa cannot: eager attention is taken, as transformers does",
+        "bloom-560m adds ALiBi to its attention scores, which sdpa cannot: "
+        "eager attention is taken, as transformers does",
         "bloom models have no step rules in this version: their peak is not predicted; try --engine trace",
     ]
 

@@ -1,6 +1,6 @@
 import pytest
 
-from optplan.planner.allocator import CachingAllocator
+from optplan.planner.allocator.caching import CachingAllocator
 from optplan.planner.replay import LiveTensor, replay, replay_blocks
 from optplan.planner.timeline import TimelineBuilder
 from optplan.planner.units import MIB

@@ -12,7 +12,7 @@ import msgspec
 import torch
 
 from optplan.planner.errors import OptplanError
-from optplan.planner.measurement import OutOfMemory
+from optplan.planner.measured.measurement import OutOfMemory
 from optplan.profilers.live import command, sharded
 
 CASES = (

@@ -1,6 +1,6 @@
 """A recorded step named event by event, on a record short enough to follow by hand."""
 
-from optplan.planner.history import HistoryEvent
+from optplan.planner.history.events import HistoryEvent
 from optplan.planner.replay import LiveTensor
 from optplan.planner.timeline import Allocation, Free
 from optplan.profilers.live.live_history import Ownership, StartingBlock, phase_peaks, step_history

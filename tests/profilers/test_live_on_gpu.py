@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from optplan.planner.measurement import Measurement
+from optplan.planner.measured.measurement import Measurement
 from optplan.profilers.live.command import profile
 from optplan.profilers.live.profile import LiveProfile
 

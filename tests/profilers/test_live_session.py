@@ -16,8 +16,8 @@ import optplan
 from optplan.app import app
 from optplan.boundary import run
 from optplan.planner.errors import ConfigError, OptplanError
-from optplan.planner.measurement import Measurement
-from optplan.planner.record_files import load_record
+from optplan.planner.measured.measurement import Measurement
+from optplan.planner.measured.record_files import load_record
 from optplan.profilers.live.describe import OptimizerRow, describe_optimizer
 
 NUMEL = 6 * 3 + 3

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from optplan.planner.errors import ConfigError
-from optplan.planner.measurement import Measurement
+from optplan.planner.measured.measurement import Measurement
 from optplan.profilers.live.sharded import Launch, check_launch, find_launch
 
 SCRIPT = Path(__file__).with_name("sharded_profile_case.py")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from plotly.graph_objects import Bar, Figure
 
-from optplan.planner.comparison import ComparedRow, Comparison
+from optplan.planner.measured.comparison import ComparedRow, Comparison
 from optplan.reports.html import theme
 from optplan.reports.html.text import gib, plain
 from optplan.reports.labels import ROW_NAMES

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from plotly.graph_objects import Figure, Scatter
 
-from optplan.planner.comparison_sides import Side
+from optplan.planner.measured.sides import Side
 from optplan.planner.timeline_report import curve
 from optplan.reports.html import theme
 from optplan.reports.html.text import gib, plain

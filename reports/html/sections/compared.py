@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from optplan.planner.comparison import ComparedRow, Comparison
-from optplan.planner.comparison import Section as Group
-from optplan.planner.comparison_sides import Side
+from optplan.planner.measured.comparison import ComparedRow, Comparison
+from optplan.planner.measured.comparison import Section as Group
+from optplan.planner.measured.sides import Side
 from optplan.planner.units import format_bytes
 from optplan.reports.html.figures.differences import compared_bars
 from optplan.reports.html.figures.overlay import overlay

@@ -10,8 +10,8 @@ import pytest
 from optplan.app import app
 from optplan.boundary import run
 from optplan.planner.errors import ConfigError
-from optplan.planner.measurement import Measurement
-from optplan.planner.record_files import load_record
+from optplan.planner.measured.measurement import Measurement
+from optplan.planner.measured.record_files import load_record
 from optplan.profilers.validation.matrix import ValidationCase, fitting, matrix_names, read_matrix
 from optplan.profilers.validation.runner import Progress, run_cases
 

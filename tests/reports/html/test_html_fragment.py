@@ -12,8 +12,8 @@ import msgspec
 import pytest
 
 import optplan
-from optplan.planner.measurement import Measurement
-from optplan.planner.record_files import load_record
+from optplan.planner.measured.measurement import Measurement
+from optplan.planner.measured.record_files import load_record
 from optplan.reports.html.fragment import estimate_fragment, measurement_fragment
 
 RECORD = Path(__file__).resolve().parents[3] / "docs" / "examples" / "h200_step.json.gz"
@@ -54,5 +54,8 @@ def test_notebooks_are_told_how_to_show_records(monkeypatch: pytest.MonkeyPatch)
     shell = SimpleNamespace(display_formatter=SimpleNamespace(formatters={"text/html": formatter}))
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
     report = optplan.estimate("gpt2", gpu="a100-40g", optimizer="adamw")
-    assert set(told) == {("optplan.planner.records", "EstimateReport"), ("optplan.planner.measurement", "Measurement")}
+    assert set(told) == {
+        ("optplan.planner.records", "EstimateReport"),
+        ("optplan.planner.measured.measurement", "Measurement"),
+    }
     assert told["optplan.planner.records", "EstimateReport"](report) == estimate_fragment(report)

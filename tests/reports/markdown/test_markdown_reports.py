@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 import optplan
-from optplan.planner.record_files import load_record
+from optplan.planner.measured.record_files import load_record
 from optplan.reports.markdown.documents import record_markdown
 from optplan.reports.markdown.tables import code, escaped, table
 

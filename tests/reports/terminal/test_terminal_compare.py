@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from optplan.planner.comparison import ComparedRow, ComparedSide, Comparison, EventDifference, TensorDifference
+from optplan.planner.measured.comparison import ComparedRow, ComparedSide, Comparison, EventDifference, TensorDifference
 from optplan.reports.terminal.compare import render_comparison
 
 GIB = 2**30

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from optplan.planner.allocator_pools import Statistics
-from optplan.planner.history_report import Agreement, Comparison, Failure, HistoryFacts, HistoryReport, Outcome
+from optplan.planner.allocator.pools import Statistics
+from optplan.planner.history.report import Agreement, Comparison, Failure, HistoryFacts, HistoryReport, Outcome
 from optplan.reports.terminal.replay import render_replay
 
 MIB = 2**20

@@ -1,0 +1,1 @@
+"""torch's CUDA caching allocator, simulated."""

@@ -1,0 +1,1 @@
+"""Recorded allocator histories: read, replayed, tried under other settings."""

@@ -1,0 +1,1 @@
+"""Records of measured steps: saved, compared, held against the rules."""

@@ -1,0 +1,174 @@
+"""Measured steps held against today's estimates: the accuracy that the product may claim."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Literal
+
+import msgspec
+
+from optplan.planner.errors import ConfigError, shorten
+from optplan.planner.measured.expectation import expect
+from optplan.planner.measured.measurement import Measurement
+from optplan.planner.measured.record_files import load_record
+from optplan.planner.timeline import Phase
+from optplan.planner.version import VERSION
+
+
+class Judgement(msgspec.Struct, frozen=True, kw_only=True):
+    """One measured step beside the estimate of it; errors are predicted less measured, as a share of measured.
+
+    Attributes:
+        record: Name of the record.
+        model: Model; likewise `optimizer`, `implementation`, `precision`, `batch_size`, `seq_len`, `checkpointing`,
+            `attention`, `gpu`.
+        state_difference_bytes: Predicted less measured bytes of optimizer state, unrounded; 0 is what is promised.
+        parameters_difference_bytes: The same for the parameters.
+        peak_allocated_bytes: Measured.
+        peak_error: Error of peak allocated; likewise `reserved_error`, `device_error`, `step_seconds_error`, None
+            where one of the two sides does not say.
+        phase_errors: Error of the peak of each phase that both sides know.
+        out_of_memory: Whether the step ran out of memory, which leaves no peaks to compare.
+        verdict_right: For a step that ran out of memory, whether the estimate says that it does not fit.
+    """
+
+    record: str
+    model: str
+    optimizer: str
+    implementation: str
+    precision: str
+    batch_size: int
+    seq_len: int
+    checkpointing: str
+    attention: str
+    gpu: str
+    state_difference_bytes: int | None
+    parameters_difference_bytes: int
+    peak_allocated_bytes: int | None
+    peak_error: float | None
+    reserved_error: float | None
+    device_error: float | None
+    step_seconds_error: float | None
+    phase_errors: dict[Phase, float]
+    out_of_memory: bool = False
+    verdict_right: bool | None = None
+
+
+class Spread(msgspec.Struct, frozen=True):
+    """How large one error is over all records, regardless of its sign."""
+
+    metric: str
+    count: int
+    median: float
+    worst: float
+    worst_record: str
+
+
+class ValidationReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer of `optplan validate`.
+
+    Attributes:
+        state_exact: Records whose state bytes are predicted to the byte.
+        state_known: Records that tell state bytes.
+        skipped: Records that cannot be estimated, with the reason.
+    """
+
+    schema: Literal["optplan.validation/1"] = "optplan.validation/1"
+    version: str
+    state_exact: int
+    state_known: int
+    spreads: list[Spread]
+    judgements: list[Judgement]
+    skipped: dict[str, str] = {}
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the state of every record is predicted to the byte."""
+        return self.state_exact == self.state_known
+
+
+def validate_records(paths: Iterable[str | Path]) -> ValidationReport:
+    """Hold saved measurements against today's rules.
+
+    Raises:
+        ConfigError: A file is no measurement.
+    """
+    judgements, skipped = [], {}
+    for path in sorted(map(Path, paths)):
+        record = load_record(path)
+        if not isinstance(record, Measurement):
+            raise ConfigError(f"{shorten(str(path))} is no measurement but {record.schema}")
+        try:
+            judgements.append(judge(record, name=path.name.removesuffix(".gz").removesuffix(".json")))
+        except ConfigError as error:
+            skipped[path.name] = str(error)
+    known = [row for row in judgements if row.state_difference_bytes is not None]
+    return ValidationReport(
+        version=VERSION,
+        state_exact=sum(row.state_difference_bytes == 0 for row in known),
+        state_known=len(known),
+        spreads=_spreads(judgements),
+        judgements=judgements,
+        skipped=skipped,
+    )
+
+
+def judge(record: Measurement, *, name: str) -> Judgement:
+    """One measurement beside today's estimate.
+
+    Raises:
+        ConfigError: The step cannot be estimated.
+    """
+    row = expect(record).estimates[0]
+    config, time = record.config, record.time
+    stopped = record.out_of_memory is not None
+    phases: dict[Phase, float] = {}
+    for phase, peak in ({} if stopped else record.phases).items():
+        if row.phases and phase in row.phases:
+            phases[phase] = _error(row.phases[phase].peak_allocated_bytes, peak.peak_allocated_bytes) or 0.0
+    return Judgement(
+        record=name,
+        model=record.model.name,
+        optimizer=record.optimizer,
+        implementation=record.implementation,
+        precision=config.precision,
+        batch_size=config.batch_size,
+        seq_len=config.seq_len,
+        checkpointing=config.checkpointing,
+        attention=config.attention,
+        gpu=record.gpu.name if record.gpu else "",
+        state_difference_bytes=row.bytes.optimizer_state - record.bytes.optimizer_state
+        if record.state_tensors or not stopped
+        else None,
+        parameters_difference_bytes=row.bytes.parameters - record.bytes.parameters,
+        peak_allocated_bytes=record.peak_allocated_bytes,
+        peak_error=None if stopped else _error(row.peak_allocated_bytes, record.peak_allocated_bytes),
+        reserved_error=None if stopped else _error(row.peak_reserved_bytes, record.peak_reserved_bytes),
+        device_error=None if stopped else _error(row.device_bytes, record.device_bytes),
+        step_seconds_error=_error((row.step_seconds or {}).get("step"), time.step_seconds if time else None),
+        phase_errors=phases,
+        out_of_memory=stopped,
+        verdict_right=row.fits is False if stopped else None,
+    )
+
+
+def _error(predicted: float | None, measured: float | None) -> float | None:
+    return None if predicted is None or not measured else predicted / measured - 1
+
+
+def _spreads(rows: Sequence[Judgement]) -> list[Spread]:
+    metrics = ("peak_error", "reserved_error", "device_error", "step_seconds_error")
+    values = {metric: [(row, getattr(row, metric)) for row in rows] for metric in metrics}
+    for phase in dict.fromkeys(phase for row in rows for phase in row.phase_errors):
+        values[f"{phase}_error"] = [(row, row.phase_errors.get(phase)) for row in rows]
+    return [spread for metric, pairs in values.items() if (spread := _spread(metric, pairs)) is not None]
+
+
+def _spread(metric: str, pairs: Sequence[tuple[Judgement, float | None]]) -> Spread | None:
+    known = [(abs(error), row.record) for row, error in pairs if error is not None]
+    if not known:
+        return None
+    worst, name = max(known)
+    return Spread(metric, len(known), median(error for error, _ in known), worst, name)
