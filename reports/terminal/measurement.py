@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from optplan.planner.errors import ConfigError, printable
@@ -29,6 +30,9 @@ def render_measurement(record: Measurement, console: Console) -> None:
         comparison = tabulate([side_of_measurement(record, label="measured")])
         console.print(f"{glyphs.bullet} no estimate to hold it against: {error}", style="yellow")
     render_comparison(comparison, console)
+    if record.ranks:
+        console.print()
+        console.print(_ranks(record, glyphs))
     if record.losses:
         shown = ", ".join(f"{loss:.4f}" for loss in record.losses[:8])
         console.print(f"Losses: {shown}{' ...' if len(record.losses) > 8 else ''}")
@@ -50,6 +54,25 @@ def _headline(record: Measurement) -> Text:
     return Text(
         f"{name}: peak {format_gib(record.peak_allocated_bytes)} allocated, in {record.peak_phase}", "bold green"
     )
+
+
+def _ranks(record: Measurement, glyphs: Glyphs) -> Table:
+    """Every rank's own figures."""
+    table = Table(box=glyphs.box, pad_edge=False, show_edge=False, header_style="bold")
+    table.add_column("Rank", no_wrap=True)
+    for title in ("State", "Peak allocated", "Peak reserved", "Step"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in record.ranks:
+        peak = "out of memory" if row.out_of_memory else _gib(row.peak_allocated_bytes)
+        seconds = "-" if row.step_seconds is None else f"{row.step_seconds * 1000:,.2f} ms"
+        table.add_row(
+            str(row.rank), format_bytes(row.bytes.optimizer_state), peak, _gib(row.peak_reserved_bytes), seconds
+        )
+    return table
+
+
+def _gib(num_bytes: int | None) -> str:
+    return "-" if num_bytes is None else format_gib(num_bytes)
 
 
 def _setting(record: Measurement, glyphs: Glyphs) -> str:
