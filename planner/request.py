@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, TypedDict
+from typing import Any, TypedDict, Unpack
 
 import msgspec
 
@@ -32,6 +32,10 @@ ENGINES = ("rules", "trace")
 
 _LIMITS = {"batch_size": 2**20, "seq_len": 2**24, "grad_accum": 2**20, "gpus": 2**16, "nodes": 2**16}
 _LIMITS |= {"tensor_parallel": 2**10, "pipeline_parallel": 2**10}
+_CHOICES: dict[str, Iterable[str]] = {
+    "precision": PRECISIONS, "checkpointing": CHECKPOINTING, "attention": ATTENTION, "fused-loss": FUSED_LOSS,
+    "sharding": SHARDINGS, "engine": ENGINES, "pipeline-schedule": SCHEDULES,
+}  # fmt: skip
 _PLANNED = {
     "fused-loss": {"chunked"},
 }
@@ -134,86 +138,56 @@ class StepFlags(TypedDict, total=False):
     alloc_conf: str | None
 
 
-def check_request(
-    model: ModelSpec,
-    *,
-    gpu: str | None = None,
-    memory: str | int | None = None,
-    precision: str = "bf16",
-    batch_size: int = 1,
-    seq_len: int | None = None,
-    grad_accum: int = 1,
-    checkpointing: str = "none",
-    attention: str | None = None,
-    fused_loss: str = "none",
-    step_in_backward: bool = False,
-    clip_grad_norm: float | None = None,
-    keep_grads: bool = False,
-    padding_mask: bool = False,
-    empty_cache: bool = False,
-    gpus: int = 1,
-    nodes: int | None = None,
-    sharding: str = "none",
-    tensor_parallel: int = 1,
-    sequence_parallel: bool = False,
-    pipeline_parallel: int = 1,
-    pipeline_schedule: str = "1f1b",
-    engine: str = "rules",
-    state_dtype: str | None = None,
-    alloc_conf: str | None = None,
-) -> StepRequest:
+def check_request(model: ModelSpec, **flags: Unpack[StepFlags]) -> StepRequest:
     """The request that these flags make.
 
     Args:
-        model: The model to train; for the rest see `StepFlags`.
+        model: The model to train.
+        flags: As `StepFlags` describes them; what is left out has its default.
 
     Raises:
         ConfigError: A name is unknown, a number out of range, or two flags contradict each other.
+        TypeError: A flag is none of `StepFlags`.
     """
-    _one_of("precision", precision, PRECISIONS)
-    _one_of("checkpointing", checkpointing, CHECKPOINTING)
-    notes = () if attention is not None else _attention_note(model)
-    attention = default_attention(model) if attention is None else attention
-    _one_of("attention", attention, ATTENTION)
-    _one_of("fused-loss", fused_loss, FUSED_LOSS)
-    _one_of("sharding", sharding, SHARDINGS)
-    _one_of("engine", engine, ENGINES)
-    seq_len = default_seq_len(model) if seq_len is None else seq_len
-    counts = {"batch_size": batch_size, "seq_len": seq_len, "grad_accum": grad_accum, "gpus": gpus}
-    counts |= {"tensor_parallel": tensor_parallel, "pipeline_parallel": pipeline_parallel}
-    _one_of("pipeline-schedule", pipeline_schedule, SCHEDULES)
-    for name, count in counts.items():
-        _in_range(name, count)
-    if nodes is not None:
-        _in_range("nodes", nodes)
-    config = StepConfig(
-        precision=precision,
-        batch_size=batch_size,
-        seq_len=seq_len,
-        grad_accum=grad_accum,
-        checkpointing=checkpointing,
-        attention=attention,
-        gpus=gpus,
-        sharding=sharding,
-        alloc_conf=alloc_conf or "",
-        fused_loss=fused_loss,
-        step_in_backward=step_in_backward,
-        clip_grad_norm=clip_grad_norm,
-        keep_grads=keep_grads,
-        padding_mask=padding_mask,
-        empty_cache=empty_cache,
-        nodes=usual_num_nodes(gpus, gpu or "") if nodes is None else nodes,
-        tensor_parallel=tensor_parallel,
-        sequence_parallel=sequence_parallel,
-        pipeline_parallel=pipeline_parallel,
-        pipeline_schedule=pipeline_schedule,
-    )
-    target = _target(gpu, memory)
-    _no_contradiction(config, engine)
-    check_sharding(config, model, engine=engine)
+    asked = _with_defaults(model, flags)
+    for flag, allowed in _CHOICES.items():
+        _one_of(flag, asked[flag.replace("-", "_")], allowed)
+    for name in _LIMITS:
+        _in_range(name, asked[name])
+    config = StepConfig(**{name: asked[name] for name in StepConfig.__struct_fields__})
+    target = _target(asked["gpu"], asked["memory"])
+    _no_contradiction(config, asked["engine"])
+    check_sharding(config, model, engine=asked["engine"])
     target = _with_communication(target, config)
-    notes = (*notes, *_check_length(model, seq_len), *_check_hardware(config, target), *_check_allocator(config))
-    return at_stage(StepRequest(model, target, config, engine, _state_dtype(state_dtype), notes), 0)
+    notes = () if flags.get("attention") is not None else _attention_note(model)
+    notes = (*notes, *_check_length(model, config.seq_len), *_check_hardware(config, target), *_check_allocator(config))
+    return at_stage(StepRequest(model, target, config, asked["engine"], _state_dtype(asked["state_dtype"]), notes), 0)
+
+
+_DEFAULTS: dict[str, Any] = {
+    "gpu": None, "memory": None, "precision": "bf16", "batch_size": 1, "seq_len": None, "grad_accum": 1,
+    "checkpointing": "none", "attention": None, "fused_loss": "none", "step_in_backward": False,
+    "clip_grad_norm": None, "keep_grads": False, "padding_mask": False, "empty_cache": False, "gpus": 1, "nodes": None,
+    "sharding": "none", "tensor_parallel": 1, "sequence_parallel": False, "pipeline_parallel": 1,
+    "pipeline_schedule": "1f1b", "engine": "rules", "state_dtype": None, "alloc_conf": None,
+}  # fmt: skip
+
+
+def _with_defaults(model: ModelSpec, flags: StepFlags) -> dict[str, Any]:
+    """Every flag with its value, those that depend on the model or on other flags worked out."""
+    strange = flags.keys() - _DEFAULTS.keys()
+    if strange:
+        raise TypeError(f"a step has no flag {min(strange)!r}")
+    asked = _DEFAULTS | dict(flags)
+    if asked["attention"] is None:
+        asked["attention"] = default_attention(model)
+    if asked["seq_len"] is None:
+        asked["seq_len"] = default_seq_len(model)
+    if asked["nodes"] is None:
+        _in_range("gpus", asked["gpus"])
+        asked["nodes"] = usual_num_nodes(asked["gpus"], asked["gpu"] or "")
+    asked["alloc_conf"] = asked["alloc_conf"] or ""
+    return asked
 
 
 def change_request(request: StepRequest, settings: Mapping[str, Any]) -> StepRequest:
