@@ -14,3 +14,10 @@ settings.load_profile("optplan")
 def _no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands print as into a pipe, however wide the terminal is that the tests run in."""
     monkeypatch.delenv("COLUMNS", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _no_interpreted_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only tests of the kernels interpret them: elsewhere the optimizers run in plain torch, thousands of times faster."""
+    if "optim_impls" not in request.path.parts:
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)

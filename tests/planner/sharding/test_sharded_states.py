@@ -55,14 +55,17 @@ def stepped(optimizer, model):
 
 OPTIMIZERS = {
     "adamw": (build_optimizer("adamw"), lambda m: torch.optim.AdamW(m.parameters(), fused=True)),
-    "adamw-optplan": (build_optimizer("adamw", {"implementation": "optplan"}), lambda m: AdamW(m.parameters())),
+    "adamw-optplan": (
+        build_optimizer("adamw", {"implementation": "optplan"}),
+        lambda m: AdamW(m.parameters(), backend="torch"),
+    ),
     "sgd": (build_optimizer("sgd"), lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9)),
-    "adam-mini": (build_optimizer("adam-mini"), lambda m: AdamMini.from_module(m)),
+    "adam-mini": (build_optimizer("adam-mini"), lambda m: AdamMini.from_module(m, backend="torch")),
     "micro-adam": (
         build_optimizer("micro-adam", {"block": 256}),
-        lambda m: MicroAdam(m.parameters(), block=256),
+        lambda m: MicroAdam(m.parameters(), block=256, backend="torch"),
     ),
-    "adapprox": (build_optimizer("adapprox", {"rank": 8}), lambda m: Adapprox(m.parameters(), rank=8)),
+    "adapprox": (build_optimizer("adapprox", {"rank": 8}), lambda m: Adapprox(m.parameters(), rank=8, backend="torch")),
 }
 
 
