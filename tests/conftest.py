@@ -18,6 +18,6 @@ def _no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_interpreted_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only tests of the kernels interpret them: elsewhere the optimizers run in plain torch, thousands of times faster."""
+    """Only tests of the kernels interpret them; elsewhere the optimizers run in plain torch, far quicker."""
     if "optim_impls" not in request.path.parts:
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
