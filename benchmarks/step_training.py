@@ -33,7 +33,7 @@ CHECKPOINTING: dict[Any, dict[str, Any]] = {
 
 
 def build_model(case: dict[str, Any]) -> Any:
-    """The case's model on the GPU, parameters placed one by one as `module.to("cuda")` does."""
+    """The case's model on the GPU, parameters placed one by one as `module.to("cuda")` does, but not copied."""
     fields = dict(case["config"])
     auto = MODEL_CLASSES.get(fields["model_type"], AutoModelForCausalLM)
     model_type = fields.pop("model_type")
@@ -43,7 +43,7 @@ def build_model(case: dict[str, Any]) -> Any:
     with no_init_weights():
         model = auto.from_config(config, attn_implementation=case["attention"], dtype=dtype)
     model.tie_weights()
-    model.to("cuda")
+    model._apply(lambda tensor: _placed(tensor, torch.device("cuda", torch.cuda.current_device())))
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.02)
     if case["checkpointing"]:
@@ -54,6 +54,13 @@ def build_model(case: dict[str, Any]) -> Any:
         kept = dict.fromkeys(("rope", "rms_norm", "swiglu", "geglu", "cross_entropy"), False)
         _apply_liger_kernel_to_instance(model, **kept, fused_linear_cross_entropy=True)
     return model.train()
+
+
+def _placed(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A parameter gets its values afterwards, a buffer has them."""
+    if tensor.device == device or not isinstance(tensor, torch.nn.Parameter):
+        return tensor.to(device)
+    return torch.empty_like(tensor, device=device)
 
 
 def build_optimizer(case: dict[str, Any], parameters: Any) -> torch.optim.Optimizer:

@@ -18,7 +18,7 @@ def validate(
     records: Annotated[
         str, typer.Option("--records", metavar="FOLDER", help="Where the records are kept; those there already count.")
     ],
-    matrix: Annotated[str, typer.Option(help="Which steps: quick or full.")] = "quick",
+    matrix: Annotated[str, typer.Option(help="Which steps: quick, full or sharded.")] = "quick",
     minutes: Annotated[float, typer.Option(help="Begin no step after so many minutes.")] = 30,
     steps: options.Steps = 8,
     device: Annotated[str, typer.Option(help="Where to run: cuda, cuda:1 ..., or cpu.")] = "cuda",
@@ -26,6 +26,9 @@ def validate(
     keep_history: Annotated[
         bool, typer.Option("--keep-history", help="Keep each step event by event; larger records.")
     ] = False,
+    gpus_in_parallel: Annotated[
+        int, typer.Option("--gpus-in-parallel", help="Measure on so many GPUs at once, a step each.")
+    ] = 1,
     html: options.Html = None,
     json: options.Json = False,
 ) -> None:
@@ -37,7 +40,15 @@ def validate(
     """
     output.check_targets(html)
     if not check:
-        _measure(records, matrix, minutes=minutes, steps=steps, device=device, keep_history=keep_history)
+        _measure(
+            records,
+            matrix,
+            minutes=minutes,
+            steps=steps,
+            device=device,
+            keep_history=keep_history,
+            gpus_in_parallel=gpus_in_parallel,
+        )
     report = _judge(records)
     if json:
         output.print_json(report)

@@ -3,14 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from optplan.planner.errors import ConfigError, shorten
-from optplan.profilers.live.command import CPU_GPU, check_device, this_gpu
+import msgspec
+
+from optplan.planner.catalog import load_model
+from optplan.planner.errors import ConfigError, OptplanError, shorten
+from optplan.planner.gpus import find_gpu
+from optplan.profilers.live.command import CPU_GPU, check_device
 from optplan.profilers.live.measure import MIN_STEPS
-from optplan.profilers.validation.matrix import fitting, read_matrix
-from optplan.profilers.validation.runner import Progress, run_cases
+from optplan.profilers.validation.gpus import VisibleGpu
+from optplan.profilers.validation.launching import Launcher, launching
+from optplan.profilers.validation.matrix import ValidationCase, fitting, read_matrix
+from optplan.profilers.validation.runner import Limits, Progress, run_cases
+
+PRELOADED = (
+    "torch",
+    "optplan.app",
+    "optplan.commands.profile",
+    "optplan.reports.terminal.measurement",
+    "optplan.planner.measured.expectation",
+    "optplan.profilers.live.command",
+    "optplan.profilers.workloads.sharded_real_step",
+    "torch.distributed.fsdp",
+    "torch.distributed.optim",
+    "optplan.optim_impls:AdamW",
+    "optplan.optim_impls:AdamMini",
+    "optplan.optim_impls:MicroAdam",
+    "optplan.optim_impls:Adapprox",
+    "pynvml",
+)
+"""What a measurement imports, but for the model's own code."""
+_GPU_SECONDS = 120.0
 
 
 def run_matrix(
@@ -21,6 +47,7 @@ def run_matrix(
     steps: int,
     budget_seconds: float,
     keep_history: bool,
+    gpus_in_parallel: int,
     tell: Callable[[str], None],
 ) -> dict[str, str]:
     """Measure the steps of a matrix that fit on this machine's GPU.
@@ -31,28 +58,73 @@ def run_matrix(
     Raises:
         ConfigError: The matrix, the device, the number of steps or the time is not what it may be.
     """
-    if not 0 < budget_seconds < math.inf:
-        raise ConfigError(f"--minutes must be above 0, got {shorten(budget_seconds / 60)}")
-    if steps < MIN_STEPS:
-        raise ConfigError(f"--steps must be at least {MIN_STEPS}, the last of which is recorded; got {steps}")
+    _check(budget_seconds, steps, gpus_in_parallel, device)
     cases = read_matrix(matrix)
-    target = check_device(device)
-    gpu = this_gpu(target).id if target.type == "cuda" else CPU_GPU
-    judged = list(fitting(cases, gpu=gpu))
-    outcome = run_cases(
-        [case for case, reason in judged if reason is None],
-        folder,
-        device=device,
-        num_steps=steps,
-        budget_seconds=budget_seconds,
-        keep_history=keep_history,
-        progress=lambda now: tell(_shown(now)),
-    )
+    with launching(_preloaded(cases)) as launcher:
+        target = check_device(device)
+        seen = _visible_gpus(launcher) if target.type == "cuda" else []
+        judged = list(_measurable(cases, seen, target.index or 0))
+        outcome = run_cases(
+            [case for case, reason in judged if reason is None],
+            folder,
+            launcher=launcher,
+            device=device,
+            limits=Limits(steps, budget_seconds, keep_history),
+            places=_places(gpus_in_parallel, len(seen)),
+            progress=lambda now: tell(_shown(now)),
+        )
     return (
         {case.name: reason for case, reason in judged if reason is not None}
         | outcome.failed
         | dict.fromkeys(outcome.left, "not measured: the time was over; the same command goes on here")
     )
+
+
+def _check(budget_seconds: float, steps: int, gpus_in_parallel: int, device: str) -> None:
+    if not 0 < budget_seconds < math.inf:
+        raise ConfigError(f"--minutes must be above 0, got {shorten(budget_seconds / 60)}")
+    if steps < MIN_STEPS:
+        raise ConfigError(f"--steps must be at least {MIN_STEPS}, the last of which is recorded; got {steps}")
+    if gpus_in_parallel < 1:
+        raise ConfigError(f"--gpus-in-parallel must be at least 1, got {gpus_in_parallel}")
+    if gpus_in_parallel > 1 and device != "cuda":
+        raise ConfigError(f"--gpus-in-parallel {gpus_in_parallel} goes with --device cuda, got {shorten(device)}")
+
+
+def _preloaded(cases: Iterable[ValidationCase]) -> list[Sequence[str]]:
+    """What a server imports: the models' code too, or all but transformers where that asks for a GPU."""
+    names = dict.fromkeys(load_model(case.model).architecture for case in cases)
+    return [(*PRELOADED, *(f"transformers:{name}" for name in names)), PRELOADED]
+
+
+def _visible_gpus(launcher: Launcher) -> list[VisibleGpu]:
+    asked = launcher.start("optplan.profilers.validation.gpus", [], {})
+    if not asked.wait(_GPU_SECONDS) or asked.status:
+        raise OptplanError(f"the GPUs cannot be asked: {asked.last_words()}")
+    return msgspec.json.decode(asked.output, type=list[VisibleGpu])
+
+
+def _measurable(
+    cases: Sequence[ValidationCase], seen: Sequence[VisibleGpu], index: int
+) -> Iterator[tuple[ValidationCase, str | None]]:
+    """Each case, and why it is not measured here, None if it is."""
+    gpu = find_gpu(seen[index].name, seen[index].total_bytes).id if seen else CPU_GPU
+    for case, reason in fitting(cases, gpu=gpu):
+        if seen and case.num_gpus > len(seen):
+            yield case, f"it needs {case.num_gpus} GPUs, torch sees {len(seen)}"
+        else:
+            yield case, reason
+
+
+def _places(gpus_in_parallel: int, num_gpus: int) -> list[dict[str, str]]:
+    """The variables that show a process one GPU alone, for as many as are measured on at once."""
+    if gpus_in_parallel == 1:
+        return [{}]
+    if gpus_in_parallel > num_gpus:
+        raise ConfigError(f"--gpus-in-parallel {gpus_in_parallel} is more than the {num_gpus} that torch sees")
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = given.split(",") if given else [str(index) for index in range(num_gpus)]
+    return [{"CUDA_VISIBLE_DEVICES": name.strip()} for name in names[:gpus_in_parallel]]
 
 
 def _shown(now: Progress) -> str:

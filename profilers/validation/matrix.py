@@ -14,7 +14,7 @@ import msgspec
 from optplan.planner.errors import ConfigError, DataError, unknown
 from optplan.planner.estimate import estimate
 
-_FLAGS = ("precision", "batch_size", "seq_len", "grad_accum", "checkpointing", "attention")
+_FLAGS = ("precision", "batch_size", "seq_len", "grad_accum", "checkpointing", "attention", "sharding")
 
 
 class ValidationCase(msgspec.Struct, frozen=True):
@@ -25,17 +25,21 @@ class ValidationCase(msgspec.Struct, frozen=True):
         optimizer: Optimizer id.
         settings: Its options, as `key=value`.
         step: How the step is run, by the names of `StepFlags`.
+        num_gpus: Processes that take it together, a GPU each.
     """
 
     model: str
     optimizer: str
     settings: tuple[str, ...]
     step: dict[str, Any]
+    num_gpus: int = 1
 
     @property
     def name(self) -> str:
         """A file name that no other case has."""
         parts = [self.model, self.optimizer, *self.settings, *(f"{key}={value}" for key, value in self.step.items())]
+        if self.num_gpus > 1:
+            parts.append(f"gpus={self.num_gpus}")
         return re.sub(r"[^A-Za-z0-9.=_-]+", "-", "_".join(parts))
 
     @property
@@ -71,7 +75,14 @@ def fitting(cases: Sequence[ValidationCase], *, gpu: str) -> Iterator[tuple[Vali
     """Each case, and why it is not measured on this GPU, None if it is."""
     for case in cases:
         try:
-            report = estimate(case.model, gpu=gpu, optimizer=case.optimizer, options=list(case.settings), **case.step)
+            report = estimate(
+                case.model,
+                gpu=gpu,
+                optimizer=case.optimizer,
+                options=list(case.settings),
+                gpus=case.num_gpus,
+                **case.step,
+            )
         except ConfigError as error:
             yield case, str(error)
             continue
@@ -93,4 +104,5 @@ def _product(table: dict[str, Any]) -> Iterator[ValidationCase]:
         table["model"], table["optimizer"], *(table[key] for key in keys)
     ):
         name, *settings = optimizer.split()
-        yield ValidationCase(model, name, tuple(settings), dict(zip(keys, values, strict=True)))
+        step = dict(zip(keys, values, strict=True))
+        yield ValidationCase(model, name, tuple(settings), step, table.get("gpus", 1))

@@ -1,22 +1,30 @@
-"""Measures the cases of a matrix, each in a process of its own, so that none finds another's memory or ends another."""
+"""Measures the cases of a matrix, each in processes of its own, so that none finds another's memory or ends another."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import contextlib
+import os
+import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
 from optplan.planner.errors import OptplanError, shorten
 from optplan.planner.measured.measurement import Measurement
 from optplan.planner.measured.record_files import load_record, save_record
+from optplan.profilers.live.measure import INTERRUPTED
+from optplan.profilers.validation import launching
+from optplan.profilers.validation.launching import Launcher, Process
 from optplan.profilers.validation.matrix import ValidationCase
 
-_LAST_LINE = 300
-Command = Callable[[ValidationCase, Path], list[str]]
+CASE_SECONDS = 300.0
+"""After which a case that has not ended is ended."""
+BUSY_HOST = "measured while other GPUs of this host were busy: the host's share of the times may be longer"
+"""Note of a record that was made beside others."""
+_POLL_SECONDS = 0.02
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -49,14 +57,30 @@ class RunOutcome(msgspec.Struct, frozen=True):
     left: list[str]
 
 
+class Limits(NamedTuple):
+    """How a matrix is measured.
+
+    Attributes:
+        num_steps: Steps of each case.
+        budget_seconds: No case is begun after so long; those that are running are allowed to end.
+        keep_history: Whether a record keeps its step event by event, which makes it about a hundred times larger.
+        case_seconds: A case that takes longer is ended.
+    """
+
+    num_steps: int
+    budget_seconds: float
+    keep_history: bool = False
+    case_seconds: float = CASE_SECONDS
+
+
 def run_cases(
     cases: Sequence[ValidationCase],
     folder: Path,
     *,
+    launcher: Launcher,
     device: str,
-    num_steps: int,
-    budget_seconds: float,
-    keep_history: bool = False,
+    limits: Limits,
+    places: Sequence[Mapping[str, str]] = ({},),
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> RunOutcome:
     """Measure what has no record in `folder` yet; a run that was stopped goes on where it ended.
@@ -64,35 +88,17 @@ def run_cases(
     Args:
         cases: What to measure, in this order.
         folder: Where the records are kept, one file a case.
+        launcher: Starts the processes.
         device: Where the steps run.
-        num_steps: Steps of each.
-        budget_seconds: No case is begun after so long; one that is running is allowed to end.
-        keep_history: Whether a record keeps its step event by event, which makes it about a hundred times larger.
+        limits: How many steps and how long.
+        places: Where cases run at the same time: the environment variables that show a process its GPU.
         progress: Told before each case and at the end.
 
     Raises:
         OptplanError: The folder cannot be made or written.
     """
     _make(folder)
-    begin = time.monotonic()
-    outcome = RunOutcome([], [], {}, [])
-    for index, case in enumerate(cases):
-        path = folder / f"{case.name}.json.gz"
-        if path.exists():
-            outcome.kept.append(case.name)
-        elif time.monotonic() - begin > budget_seconds:
-            outcome.left.append(case.name)
-        else:
-            progress(Progress(index, len(cases), case.name))
-            failure = _measure(case, path, device=device, num_steps=num_steps)
-            if failure is not None:
-                outcome.failed[case.name] = failure
-                continue
-            if not keep_history:
-                _drop_history(path)
-            outcome.measured.append(case.name)
-    progress(Progress(len(cases) - len(outcome.left), len(cases), ""))
-    return outcome
+    return _Matrix(folder, launcher, device, limits, places, progress).run(cases)
 
 
 def _make(folder: Path) -> None:
@@ -102,23 +108,138 @@ def _make(folder: Path) -> None:
         raise OptplanError(f"cannot make {shorten(str(folder))}: {error.strerror or error}") from None
 
 
-def _measure(case: ValidationCase, path: Path, *, device: str, num_steps: int) -> str | None:
-    """Run one case; None if it left a record, else the last words of its process."""
-    words = [sys.executable, "-m", "optplan", "profile", *case.arguments, "--device", device]
-    words += ["--steps", str(num_steps), "--out", str(path), "--json"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    if path.exists():
-        return None
-    if done.returncode == _INTERRUPTED:
-        raise KeyboardInterrupt
-    said = [line for line in done.stderr.splitlines() if line.strip()]
-    return said[-1][:_LAST_LINE] if said else f"the process ended with status {done.returncode}"
+class _Running(NamedTuple):
+    """A case whose processes run."""
+
+    case: ValidationCase
+    path: Path
+    places: list[int]
+    processes: list[Process]
+    begin: float
+    is_beside_others: bool
 
 
-_INTERRUPTED = 130
+class _Matrix:
+    """One run over the cases."""
+
+    def __init__(
+        self,
+        folder: Path,
+        launcher: Launcher,
+        device: str,
+        limits: Limits,
+        places: Sequence[Mapping[str, str]],
+        progress: Callable[[Progress], None],
+    ) -> None:
+        self._folder, self._launcher, self._device, self._limits = folder, launcher, device, limits
+        self._places, self._progress = places, progress
+        self._free = list(range(len(places)))
+        self._running: list[_Running] = []
+        self._outcome = RunOutcome([], [], {}, [])
+        self._total = 0
+
+    def run(self, cases: Sequence[ValidationCase]) -> RunOutcome:
+        self._total, begin = len(cases), time.monotonic()
+        try:
+            for case in cases:
+                path = self._folder / f"{case.name}.json.gz"
+                if path.exists():
+                    self._outcome.kept.append(case.name)
+                    continue
+                self._make_room(case)
+                if time.monotonic() - begin > self._limits.budget_seconds:
+                    self._outcome.left.append(case.name)
+                else:
+                    self._start(case, path)
+            while self._running:
+                self._wait()
+        except BaseException:
+            self._stop()
+            raise
+        self._tell("")
+        return self._outcome
+
+    def _make_room(self, case: ValidationCase) -> None:
+        """Wait for a place; a case of several processes runs alone."""
+        while self._running and (case.num_gpus > 1 or not self._free or self._running[0].case.num_gpus > 1):
+            self._wait()
+
+    def _start(self, case: ValidationCase, path: Path) -> None:
+        self._tell(case.name)
+        words = ["profile", *case.arguments, "--device", self._device, "--steps", str(self._limits.num_steps)]
+        words += ["--out", str(path), "--json"]
+        places = [self._free.pop(0)] if case.num_gpus == 1 else []
+        variables = [dict(self._places[places[0]])] if places else _variables_of_ranks(case.num_gpus)
+        processes = [self._launcher.start("optplan", words, variable) for variable in variables]
+        beside = len(self._places) > 1 and case.num_gpus == 1
+        self._running.append(_Running(case, path, places, processes, time.monotonic(), beside))
+
+    def _wait(self) -> None:
+        """Look after what runs, once."""
+        time.sleep(_POLL_SECONDS)
+        for running in list(self._running):
+            if all(process.status is not None for process in running.processes):
+                self._running.remove(running)
+                self._free += running.places
+                self._finish(running, None)
+            elif time.monotonic() - running.begin > self._limits.case_seconds:
+                launching.end(running.processes)
+                self._running.remove(running)
+                self._free += running.places
+                self._finish(running, f"it did not end within {self._limits.case_seconds:.0f} s")
+
+    def _finish(self, running: _Running, failure: str | None) -> None:
+        name, first = running.case.name, running.processes[0]
+        if running.path.exists() and self._keeps(running):
+            self._outcome.measured.append(name)
+        elif first.status == launching.INTERRUPTED and failure is None:
+            raise KeyboardInterrupt
+        else:
+            self._outcome.failed[name] = failure or _last_words(running.processes)
+
+    def _keeps(self, running: _Running) -> bool:
+        """Whether the record is complete; one cut short is taken away, so that its case is measured again."""
+        record = load_record(running.path)
+        assert isinstance(record, Measurement)
+        if INTERRUPTED in record.notes:
+            running.path.unlink()
+            return False
+        kept = record if self._limits.keep_history else msgspec.structs.replace(record, history=None)
+        if running.is_beside_others:
+            kept = msgspec.structs.replace(kept, notes=[*kept.notes, BUSY_HOST])
+        if kept is not record:
+            save_record(kept, running.path)
+        return True
+
+    def _stop(self) -> None:
+        """End what runs; what is complete by then counts."""
+        launching.end([process for running in self._running for process in running.processes])
+        for running in self._running:
+            if running.path.exists():
+                with contextlib.suppress(OptplanError):
+                    self._keeps(running)
+
+    def _tell(self, case: str) -> None:
+        done = len(self._outcome.measured) + len(self._outcome.kept) + len(self._outcome.failed)
+        self._progress(Progress(done, self._total, case))
 
 
-def _drop_history(path: Path) -> None:
-    record = load_record(path)
-    if isinstance(record, Measurement) and record.history is not None:
-        save_record(msgspec.structs.replace(record, history=None), path)
+def _last_words(processes: Sequence[Process]) -> str:
+    """Of the first process that said why; of several ranks one tells."""
+    told = [process.last_words() for process in processes]
+    return next((words for words in told if words.startswith("optplan:")), told[0])
+
+
+def _variables_of_ranks(num_ranks: int) -> list[dict[str, str]]:
+    """What `torchrun` would tell the processes of one machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+    }
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]

@@ -14,7 +14,9 @@ from optplan.planner.models.spec import ModelSpec
 from optplan.planner.optimizers.base import OptimizerModel
 from optplan.planner.precision import PRECISIONS
 from optplan.planner.records import StepConfig
+from optplan.planner.step.options import FUSED_LOSSES
 from optplan.profilers.workloads.catalogue import model_class_and_config, quiet
+from optplan.profilers.workloads.fused_losses import fuse_loss
 from optplan.profilers.workloads.real_optimizers import build_optimizer
 from optplan.profilers.workloads.sharded_modules import FULLY_SHARDED, REPLICATED
 
@@ -25,7 +27,7 @@ _CHECKPOINTING: dict[str, dict[str, Any]] = {
     "selective": {"gradient_checkpointing_kwargs": {"use_reentrant": False}, "every_n_layers": 2},
 }
 _SUPPORTED: dict[str, tuple[object, ...]] = {
-    "sharding": ("none", *REPLICATED, *FULLY_SHARDED), "step_in_backward": (False,), "fused_loss": ("none", "liger"),
+    "sharding": ("none", *REPLICATED, *FULLY_SHARDED), "step_in_backward": (False,), "fused_loss": FUSED_LOSSES,
 }  # fmt: skip
 _STANDARD_DEVIATION = 0.02
 
@@ -83,14 +85,14 @@ def build_real_model(
     dtype: torch.dtype | None = None,
     place: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """The transformers model with random weights, made on the host and moved, as users load a checkpoint.
+    """The transformers model with random weights; the device sees what `module.to(device)` of one made there does.
 
     Args:
         spec: The model.
         config: How the step is run.
         device: Where it is trained.
         dtype: Of the parameters; what the precision says if None.
-        place: Puts it there; `module.to(device)` if None.
+        place: Puts it there; as a whole if None.
     """
     from transformers.initialization import no_init_weights
 
@@ -104,7 +106,7 @@ def build_real_model(
             raise ConfigError(f"transformers cannot build {spec.name}: {sentence}") from None
         model.tie_weights()
     if place is None:
-        model.to(device)
+        place_module(model, device)
     else:
         place(model)
     with torch.no_grad():
@@ -112,9 +114,19 @@ def build_real_model(
             getattr(parameter, "_local_tensor", parameter).normal_(0, _STANDARD_DEVIATION)
     if config.checkpointing != "none":
         _enable_checkpointing(model, config.checkpointing)
-    if config.fused_loss == "liger":
-        _fuse_loss(model)
+    fuse_loss(model, config.fused_loss)
     return model.train()
+
+
+def place_module(module: nn.Module, device: torch.device) -> None:
+    """Move a module whose parameters get their values later: allocated as `module.to(device)` does, but not copied."""
+
+    def placed(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device == device or not isinstance(tensor, nn.Parameter):
+            return tensor.to(device)
+        return torch.empty_like(tensor, device=device)
+
+    module._apply(placed)
 
 
 def _enable_checkpointing(model: Any, kind: str) -> None:
@@ -124,16 +136,6 @@ def _enable_checkpointing(model: Any, kind: str) -> None:
         raise ConfigError(
             f"--checkpointing {kind} needs a transformers whose gradient_checkpointing_enable takes every_n_layers"
         ) from None
-
-
-def _fuse_loss(model: Any) -> None:
-    """Liger's loss in the place of the model's own, and none of its other kernels."""
-    try:
-        from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
-    except ImportError:
-        raise ConfigError("--fused-loss liger needs the package liger-kernel, which is not installed") from None
-    others = dict.fromkeys(("rope", "rms_norm", "swiglu", "geglu", "cross_entropy"), False)
-    _apply_liger_kernel_to_instance(model, **others, fused_linear_cross_entropy=True)
 
 
 def _attention(name: str) -> str:

@@ -24,7 +24,13 @@ def layers_of(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def fully_shard_module(
-    module: nn.Module, *, mesh: Any, reshards: bool, mixed: bool, after_each: Callable[[], Any] = lambda: None
+    module: nn.Module,
+    *,
+    mesh: Any,
+    reshards: bool,
+    mixed: bool,
+    before_each: Callable[[nn.Module], Any] = lambda _: None,
+    after_each: Callable[[], Any] = lambda: None,
 ) -> None:
     """Apply FSDP2 to every layer, then to the module with what is outside the layers.
 
@@ -35,6 +41,7 @@ def fully_shard_module(
         mesh: The ranks, of one dimension.
         reshards: Whether layers drop gathered parameters after forward.
         mixed: Whether fp32 shards are gathered as bf16 and gradients reduced in fp32.
+        before_each: Called with each of them before, the module itself last.
         after_each: Called after each of them.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -45,9 +52,11 @@ def fully_shard_module(
         else MixedPrecisionPolicy()
     )
     for layer in layers_of(module):
+        before_each(layer)
         fully_shard(layer, mesh=mesh, reshard_after_forward=reshards, mp_policy=policy)
         after_each()
     # Left out, it is torch's own choice, which for the root is to keep what it gathered.
     root: dict[str, Any] = {} if reshards else {"reshard_after_forward": False}
+    before_each(module)
     fully_shard(module, mesh=mesh, mp_policy=policy, **root)
     after_each()

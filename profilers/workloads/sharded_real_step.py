@@ -45,6 +45,7 @@ def _fully_sharded(spec: ModelSpec, config: StepConfig, description: OptimizerMo
         mesh=init_device_mesh(device.type, (dist.get_world_size(),)),
         reshards=FULLY_SHARDED[config.sharding],
         mixed=mixed,
+        before_each=partial(_place_parameters, device=device),
         # It leaves cycles that keep the undivided parameters alive.
         after_each=gc.collect,
     )
@@ -54,6 +55,13 @@ def _fully_sharded(spec: ModelSpec, config: StepConfig, description: OptimizerMo
     optimizer = build_optimizer(description, model, trained, spec)
     step = Step(model, optimizer, trained, [], _own_inputs(model, config, device), config)
     return RealStep(model, optimizer, step.take)
+
+
+def _place_parameters(module: nn.Module, *, device: torch.device) -> None:
+    """Memory on the device for the parameters that are not there yet, as FSDP2 would give them, but nothing copied."""
+    for parameter in module.parameters():
+        if parameter.device != device:
+            parameter.data = torch.empty_like(parameter, device=device)
 
 
 def _replicated(spec: ModelSpec, config: StepConfig, description: OptimizerModel, device: torch.device) -> RealStep:

@@ -12,8 +12,10 @@ from optplan.boundary import run
 from optplan.planner.errors import ConfigError
 from optplan.planner.measured.measurement import Measurement
 from optplan.planner.measured.record_files import load_record
+from optplan.profilers.validation.command import _preloaded
+from optplan.profilers.validation.launching import ForkLauncher, launching
 from optplan.profilers.validation.matrix import ValidationCase, fitting, matrix_names, read_matrix
-from optplan.profilers.validation.runner import Progress, run_cases
+from optplan.profilers.validation.runner import Limits, Progress, run_cases
 
 TINY = {
     "architectures": ["LlamaForCausalLM"],
@@ -74,18 +76,21 @@ def test_the_command_line_of_a_case() -> None:
 
 def test_a_run_goes_on_where_it_ended(config: str, tmp_path: Path) -> None:
     good = ValidationCase(config, "sgd", ("implementation=foreach",), STEP)
+    together = ValidationCase(config, "adamw", (), {**STEP, "sharding": "ddp"}, 2)
     bad = ValidationCase(config, "lion", (), STEP)
-    folder, told = tmp_path / "records", list[Progress]()
-    how = {"device": "cpu", "num_steps": 3}
-    first = run_cases([good, bad], folder, budget_seconds=600, progress=told.append, **how)  # type: ignore[arg-type]
-    assert first.measured == [good.name]
+    cases, folder, told = [good, together, bad], tmp_path / "records", list[Progress]()
+    with launching(_preloaded(cases)) as launcher:
+        assert isinstance(launcher, ForkLauncher)
+        first = run_cases(cases, folder, launcher=launcher, device="cpu", limits=Limits(3, 600), progress=told.append)
+        second = run_cases(cases, folder, launcher=launcher, device="cpu", limits=Limits(3, -1))
+    assert first.measured == [good.name, together.name]
     assert list(first.failed) == [bad.name]
     assert first.failed[bad.name].startswith("optplan: lion (pytorch_optimizer) cannot be run by the profiler")
-    assert [(now.done, now.total) for now in told] == [(0, 2), (1, 2), (2, 2)]
-    record = load_record(folder / f"{good.name}.json.gz")
-    assert isinstance(record, Measurement) and record.history is None
-    second = run_cases([good, bad], folder, budget_seconds=0, **how)  # type: ignore[arg-type]
-    assert (second.measured, second.kept, second.left) == ([], [good.name], [bad.name])
+    assert [(now.done, now.total) for now in told] == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    records = [load_record(folder / f"{case.name}.json.gz") for case in (good, together)]
+    assert all(isinstance(record, Measurement) and record.history is None for record in records)
+    assert [len(record.ranks) for record in records if isinstance(record, Measurement)] == [0, 2]
+    assert (second.measured, second.kept, second.left) == ([], [good.name, together.name], [bad.name])
 
 
 @pytest.mark.parametrize(
@@ -98,6 +103,14 @@ def test_a_run_goes_on_where_it_ended(config: str, tmp_path: Path) -> None:
         (
             ["--records", ".", "--steps", "1", "--device", "cpu"],
             "--steps must be at least 3, the last of which is recorded; got 1",
+        ),
+        (
+            ["--records", ".", "--gpus-in-parallel", "0", "--device", "cpu"],
+            "--gpus-in-parallel must be at least 1, got 0",
+        ),
+        (
+            ["--records", ".", "--gpus-in-parallel", "2", "--device", "cpu"],
+            "--gpus-in-parallel 2 goes with --device cuda, got 'cpu'",
         ),
     ],
 )
