@@ -14,10 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ITERATIONS = 5
-"""The paper's l: how often the range finder multiplies by A and Aᵀ."""
-OVERSAMPLING = 5
-"""The paper's p: columns of the sketch beyond the rank."""
+from optplan.planner.optimizers.adapprox_paper import ITERATIONS, OVERSAMPLING
 
 Sketch = Callable[[int, int], Tensor]
 """Draws the start of the range finder from (columns of A, columns of the sketch)."""
@@ -80,7 +77,8 @@ def s_rsi(
 ) -> tuple[Tensor, Tensor]:
     """Factors Q `[rows, rank]` and U `[columns, rank]` with Q Uᵀ near A: the paper's S-RSI.
 
-    The sketch has rank + oversampling columns, but never more than the smaller side of A.
+    The sketch has rank + oversampling columns (the paper's k + p), but never more than the smaller side of A; the range
+    finder multiplies by A and Aᵀ as often as `iterations` says (the paper's l).
     """
     rows, columns = a.shape
     u = sketch(columns, min(rank + oversampling, rows, columns))

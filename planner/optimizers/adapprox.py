@@ -23,6 +23,7 @@ from optplan.planner.optimizers.adapprox_layout import (
     vector_table_bytes,
     waves,
 )
+from optplan.planner.optimizers.adapprox_paper import PASSES, write_paper_step
 from optplan.planner.optimizers.base import OptimizerContext, OptimizerModel, itemsize
 from optplan.planner.optimizers.options import Option
 from optplan.planner.optimizers.parts import like_parameter, step_counter, tensor
@@ -59,6 +60,10 @@ class Adapprox(OptimizerModel):
             "takes 32 by default", low=1, high=2**20, choices=("min", "max"),
         ),
         Option("beta1", "number", 0.9, "decay of the first moment; 0 keeps none", low=0, high=1, high_exclusive=True),
+        Option(
+            "mode", "text", "fast", "fast never forms the second moment; paper forms it and multiplies by it ten times",
+            choices=("fast", "paper"),
+        ),
     )  # fmt: skip
     STATE_DTYPES: ClassVar[tuple[Dtype, ...]] = ("float32", "bfloat16")
 
@@ -95,8 +100,8 @@ class Adapprox(OptimizerModel):
     def write_step(self, timeline: TimelineBuilder, parameters: Sequence[Parameter], context: OptimizerContext) -> None:
         """A launch table and the scratch of the two passes for each round of matrices, and one pair for all vectors.
 
-        Factors of more than `MAX_KERNEL_RANK` columns are worked on in plain torch, a chunk of rows at a time. This is
-        the fast mode; the paper's mode forms the second moment and is not modelled.
+        Factors of more than `MAX_KERNEL_RANK` columns are worked on in plain torch, a chunk of rows at a time. The
+        paper's mode forms the second moment of one matrix after the other, in plain torch.
         """
         scratch = Scratch(timeline)
         kinds: dict[str, list[Parameter]] = {}
@@ -109,13 +114,18 @@ class Adapprox(OptimizerModel):
                 numels = [p.numel for p in members if p.numel]
                 if numels:
                     _write_round(scratch, "vectors", vector_table_bytes(numels), vector_scratch_bytes(numels))
-            else:
+            elif kind == "chunks":
                 for p in members:
                     write_chunked_step(scratch, p, self._layout(p), context)
+            else:
+                for p in members:
+                    self._write_as_paper(scratch, p, context)
 
     def _kind(self, p: Parameter) -> str:
         if matrix_shape(p) is None:
             return "vectors"
+        if self.options["mode"] == "paper":
+            return "paper"
         return "matrices" if self.rank(p) <= MAX_KERNEL_RANK else "chunks"
 
     def _layout(self, p: Parameter) -> MatrixLayout:
@@ -129,10 +139,22 @@ class Adapprox(OptimizerModel):
             size = sum(layout.scratch_bytes() for layout in wave)
             _write_round(scratch, f"round {number} of matrices", matrix_table_bytes(wave), size)
 
+    def _write_as_paper(self, scratch: Scratch, p: Parameter, context: OptimizerContext) -> None:
+        momentum = bool(self.options["beta1"])
+        dtypes = {"gradient": context.gradient_dtype, "weights": context.parameter_dtype}
+        if momentum:
+            dtypes["first moment"] = self.state_dtype(context)
+        converted = frozenset(what for what, dtype in dtypes.items() if dtype != "float32")
+        write_paper_step(scratch, p, self._layout(p), converted=converted, momentum=momentum)
+
     def moved_bytes(self, parameter: Parameter, context: OptimizerContext) -> int:
-        """The default, and for a matrix a second reading of the gradient and of the factors."""
+        """The default; for a matrix also a second reading of the gradient and of the factors, or the second moment."""
         moved = super().moved_bytes(parameter, context)
-        if matrix_shape(parameter) is not None:
+        if matrix_shape(parameter) is None:
+            return moved
+        if self.options["mode"] == "paper":
+            moved += parameter.numel * PASSES * itemsize("float32")
+        else:
             factors = [t for t in self.state(parameter, context) if t.name in ("q_factor", "u_factor")]
             moved += parameter.numel * itemsize(context.gradient_dtype) + sum(t.num_bytes for t in factors)
         return moved

@@ -45,6 +45,8 @@ def check_takes_shards(optimizer: OptimizerModel, *, flag: str, flat: bool = Fal
     Raises:
         ConfigError: It is none of those described.
     """
+    if optimizer.options.get("mode") == "paper":
+        raise ConfigError(f"adapprox with mode=paper takes whole tensors, not parts, as {flag} hands it; use mode=fast")
     known = _ROW_BY_ROW if flat else _ROW_BY_ROW | _WHOLE_TENSORS
     if (optimizer.id, optimizer.implementation) in known:
         return

@@ -129,6 +129,8 @@ def _adapprox_keywords(options: dict[str, Any]) -> dict[str, Any]:
     keywords: dict[str, Any] = {"rank": options["rank"]}
     if options["beta1"] != 0.9:
         keywords["betas"] = (options["beta1"], 0.999)
+    if options["mode"] != "fast":
+        keywords["mode"] = options["mode"]
     return keywords
 
 

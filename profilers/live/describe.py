@@ -83,7 +83,7 @@ def describe_optimizer(optimizer: torch.optim.Optimizer) -> OptimizerRow:
 
 
 _OURS = {"AdamW": "adamw", "AdamMini": "adam-mini", "MicroAdam": "micro-adam", "Adapprox": "adapprox"}
-_OUR_OPTIONS = {"MicroAdam": ("window", "density", "block", "bucket"), "Adapprox": ("rank",)}
+_OUR_OPTIONS = {"MicroAdam": ("window", "density", "block", "bucket"), "Adapprox": ("rank", "mode")}
 _OTHERS = {
     ("adam_mini", "Adam_mini"): ("adam-mini", "official"),
     ("bitsandbytes", "AdamW8bit"): ("adamw-8bit", "bitsandbytes"),

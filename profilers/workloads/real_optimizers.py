@@ -63,6 +63,14 @@ def _ours(name: str, *options: str) -> _Builder:
     return build
 
 
+def _adapprox(_: nn.Module, parameters: Parameters, given: Mapping[str, Any], __: ModelSpec) -> torch.optim.Optimizer:
+    cls = import_module("optplan.optim_impls").Adapprox
+    rank = {"min": 1}.get(given["rank"], given["rank"])
+    return cls(  # type: ignore[no-any-return]
+        parameters, lr=LEARNING_RATE, rank=rank, mode=given["mode"], betas=(given["beta1"], 0.999)
+    )
+
+
 def _adam_mini(model: nn.Module, parameters: Parameters, _: Mapping[str, Any], __: ModelSpec) -> torch.optim.Optimizer:
     cls = import_module("optplan.optim_impls").AdamMini
     own = {id(parameter) for parameter in model.parameters()}
@@ -119,7 +127,7 @@ _BUILDERS: dict[tuple[str, str], _Builder] = {
     ("adam-mini", "optplan"): _adam_mini,
     ("adam-mini", "official"): _adam_mini_official,
     ("micro-adam", "optplan"): _ours("MicroAdam", "window", "density", "block", "bucket"),
-    ("adapprox", "optplan"): _ours("Adapprox", "rank"),
+    ("adapprox", "optplan"): _adapprox,
     **{("sgd", name): _torch("SGD", name, "momentum", "weight_decay", "nesterov") for name in _FLAGS},
     ("adafactor", "torch"): _adafactor_torch,
     ("adafactor", "transformers"): _adafactor_transformers,

@@ -54,7 +54,7 @@ def test_options_are_read_from_text_and_equal_models_are_equal() -> None:
     assert hash(model) == hash(same)
     assert model != build_optimizer("micro-adam")
     assert repr(build_optimizer("adapprox", {"rank": "4"})) == (
-        "Adapprox('adapprox', implementation='optplan', rank=4, beta1=0.9)"
+        "Adapprox('adapprox', implementation='optplan', rank=4, beta1=0.9, mode='fast')"
     )
 
 

@@ -67,6 +67,7 @@ OPTIMIZERS: list[tuple[str, str, dict[str, Any]]] = [
     ("adam-mini", "official", {}),
     ("adapprox", "optplan", {}),
     ("adapprox", "optplan", {"rank": 8, "beta1": 0.0}),
+    ("adapprox", "optplan", {"rank": 8, "mode": "paper"}),
     ("sgd", "foreach", {"momentum": 0.5, "weight_decay": 0.1}),
     ("adafactor", "torch", {}),
     ("adafactor", "transformers", {"beta1": 0.9}),
