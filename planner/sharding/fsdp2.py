@@ -111,7 +111,15 @@ class FullyShardedHooks(StepHooks):
             self._drop(None)
         self._kept_gathered = None
         assert loss.node is not None
-        loss.node.before = partial(self._before_backward, t, None)
+        # A pipeline's stage without a loss ends in its last layer, whose turn comes first.
+        of_layer = loss.node.before
+
+        def begin() -> None:
+            if of_layer is not None:
+                of_layer()
+            self._before_backward(t, None)
+
+        loss.node.before = begin
 
     def takes_gradient(self, t: Tape, key: tuple[int | None, str], storage: Storage) -> bool:
         """Every gradient waits for its group's reduction."""

@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 
+import msgspec
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -13,6 +14,7 @@ from optplan.planner.models.fields import Fields
 from optplan.planner.models.registry import family_of
 from optplan.planner.sharding.base import Ranks
 from optplan.planner.sharding.fsdp2 import Fsdp2
+from optplan.planner.sharding.pipeline import Stage, stage_part
 from optplan.planner.step.options import StepOptions
 from optplan.planner.step.rules import write_forward_backward
 from optplan.planner.timeline import Allocation, TimelineBuilder
@@ -35,12 +37,16 @@ KINDS = {
 }
 
 
-def planned_events(strategy, precision, checkpointing):
-    spec = family_of("llama").spec(Fields(CONFIG, where="test"), name="m", source="test")
+def planned_events(strategy, precision, checkpointing, *, stage=None):
+    config = CONFIG if stage is None else CONFIG | {"num_hidden_layers": 6 * stage.num_stages}
+    spec = family_of("llama").spec(Fields(config, where="test"), name="m", source="test")
     stored = "float32" if precision == "mixed" else None
     options = StepOptions(
         batch_size=2, seq_len=8, precision=precision, checkpointing=checkpointing, stored_dtype=stored
     )
+    if stage is not None:
+        spec = stage_part(spec, stage)
+        options = msgspec.structs.replace(options, starts=stage.starts, ends=stage.ends)
     timeline, made, events = TimelineBuilder(), {}, []
     write_forward_backward(timeline, spec, options, strategy)
     for event in timeline.events:
@@ -96,7 +102,7 @@ def recorded(monkeypatch):
     yield events
 
 
-def real_events(monkeypatch, mesh, *, precision, checkpointing, reshards):
+def real_events(monkeypatch, mesh, *, precision, checkpointing, reshards, is_first_stage=False):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = LlamaForCausalLM(LlamaConfig(**CONFIG, use_cache=False))
@@ -105,12 +111,19 @@ def real_events(monkeypatch, mesh, *, precision, checkpointing, reshards):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     how = {"mesh": mesh, "mp_policy": policy if precision == "mixed" else MixedPrecisionPolicy()}
-    for layer in model.model.layers:
+    if is_first_stage:
+        model = model.model
+        model.norm = torch.nn.Identity()
+    for layer in model.layers if is_first_stage else model.model.layers:
         fully_shard(layer, **how, reshard_after_forward=reshards)
     fully_shard(model, **how)
     ids = torch.zeros(2, 8, dtype=torch.int64)
     with recorded(monkeypatch) as events:
-        model(input_ids=ids, labels=ids).loss.backward()
+        if is_first_stage:
+            sent = model(input_ids=ids).last_hidden_state
+            sent.backward(torch.ones_like(sent))
+        else:
+            model(input_ids=ids, labels=ids).loss.backward()
     return events
 
 
@@ -123,6 +136,18 @@ def test_buffers_come_and_go_as_torch_makes_them(world, precision, reshards, che
         found = real_events(monkeypatch, mesh, precision=precision, checkpointing=checkpointing, reshards=reshards)
     strategy = Fsdp2(Ranks(world), reshards=reshards)
     assert planned_events(strategy, precision, checkpointing) == found
+
+
+@pytest.mark.parametrize("precision", ["bf16", "mixed"])
+@pytest.mark.parametrize("reshards", [True, False])
+def test_a_stage_that_sends_on_what_its_last_layer_made_gathers_that_layer_again(
+    precision, reshards, fake_rank, monkeypatch
+):
+    with fake_rank(0, 2) as mesh:
+        how = {"precision": precision, "checkpointing": "none", "reshards": reshards}
+        found = real_events(monkeypatch, mesh, **how, is_first_stage=True)
+    strategy = Fsdp2(Ranks(2), reshards=reshards)
+    assert planned_events(strategy, precision, "none", stage=Stage(0, 2)) == found
 
 
 @pytest.mark.parametrize("precision", ["bf16", "mixed"])

@@ -6,11 +6,14 @@ from optplan.planner.catalog import load_model
 from optplan.planner.errors import ConfigError
 from optplan.planner.estimate import estimate
 from optplan.planner.request import check_request
+from optplan.planner.sharding.base import Ranks
+from optplan.planner.sharding.fsdp2 import Fsdp2
 from optplan.planner.sharding.pipeline import Stage, stage_part
 from optplan.planner.sharding.tensor_parallel import tensor_parallel_part
 from optplan.planner.step.options import StepOptions
-from optplan.planner.step.rules import step_memory
+from optplan.planner.step.rules import record_step, step_memory
 from optplan.planner.step.simulation import StepSimulator
+from optplan.planner.timeline import TimelineBuilder
 
 LLAMA = load_model("llama-2-7b")
 HIDDEN, WIDTH, HEADS, VOCABULARY, LAYERS = 4096, 11008, 32, 32000, 32
@@ -75,6 +78,20 @@ def test_waiting_micro_batches_are_saved_once_each():
     )
     # Eight layers of 186 504 B a token; blocks of 43 MiB come out of segments of 44 MiB.
     assert (more - few) / 4 == pytest.approx(8 * 186_504 * 2048, rel=0.025)
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float32"])
+@pytest.mark.parametrize("index", [0, 1, 3])
+def test_layers_written_once_stand_for_all_of_a_sharded_stage(index, stored):
+    stage = Stage(index, 4)
+    part = stage_part(load_model("llama-2-70b"), stage)
+    options = StepOptions(batch_size=1, seq_len=256, stored_dtype=stored, starts=stage.starts, ends=stage.ends)
+    timelines = [TimelineBuilder(), TimelineBuilder()]
+    for timeline, compressed in zip(timelines, (True, False), strict=True):
+        record_step(part, options, compressed=compressed, strategy=Fsdp2(Ranks(8))).write(timeline)
+    written, in_full = ([str(event) for event in timeline.events] for timeline in timelines)
+    assert len(written) > 1000
+    assert written == in_full
 
 
 @pytest.mark.parametrize(("schedule", "stage", "count"), [("1f1b", 0, 4), ("gpipe", 3, 8)])
