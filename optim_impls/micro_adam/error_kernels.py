@@ -32,9 +32,9 @@ def tl_unit(low, high):
 
 
 @triton.jit
-def tl_accumulate(gradient, codes, unit, minus, low):
-    """Gradient plus error feedback, all pairs; `codes` are 128 + code."""
-    return tl_add_pairs(gradient, tl_add_pairs(tl_fma_pairs(codes, unit, minus), low))
+def tl_error(codes, unit, minus, low):
+    """The error feedback, all pairs; `codes` are 128 + code, `unit` and `minus` those of `tl_unit`."""
+    return tl_add_pairs(tl_fma_pairs(codes, unit, minus), low)
 
 
 @triton.jit
@@ -63,13 +63,19 @@ def tl_reload(gradient, codes, minima, maxima, place, taken, factor, BUCKETS: tl
     x = tl_fp32(tl.load(gradient + place, mask=taken, other=0.0))
     if HAS_FACTOR:
         x = x * factor
+    return tl_add_pairs(tl_twice(x), tl_reload_error(codes, minima, maxima, place, taken, BUCKETS))
+
+
+@triton.jit
+def tl_reload_error(codes, minima, maxima, place, taken, BUCKETS: tl.constexpr):
+    """The error feedback of single elements, bit by bit as in the block, as pairs of a number and itself."""
     run, j = place // 8, place % 8
     word = tl.load(codes + run, mask=taken, other=0)
     code = (word >> (4 * (j >> 1) + 16 * (j & 1))) & 15
     low = tl_fp32(tl.load(minima + run % BUCKETS, mask=taken, other=0.0))
     high = tl_fp32(tl.load(maxima + run % BUCKETS, mask=taken, other=0.0))
     unit, minus = tl_unit(low, high)
-    return tl_accumulate(tl_twice(x), code * BOTH + BIASES, unit, minus, tl_twice(low))
+    return tl_error(code * BOTH + BIASES, unit, minus, tl_twice(low))
 
 
 @triton.jit

@@ -75,6 +75,9 @@ class MicroAdamLaunch:
         self._num_programs += -(-in_last_chunk // layout.block)
         self._has_tails = any(row[0].numel() % layout.block for row in rows)
         common = {
+            "RUNS": layout.block // (RUN_NUMEL * layout.num_lanes),
+            "LANES": layout.num_lanes,
+            "BUCKETS": layout.block // layout.bucket,
             "WINDOW": layout.window,
             "SELECTED": selected,
             "NUMERATOR": part.numerator,
@@ -86,16 +89,12 @@ class MicroAdamLaunch:
         }
         ranked = max(_WARP, triton.next_power_of_2(selected + selected // 2))
         self._select = common | {
-            "RUNS": layout.block // (RUN_NUMEL * layout.num_lanes),
-            "LANES": layout.num_lanes,
-            "BUCKETS": layout.block // layout.bucket,
             "CAPACITY": ranked,
             "G_DTYPE": TRITON_DTYPES[rows[0][1].dtype],
             "PAD": SHARED.format(8 * ranked),
         }
         words = _update_words(layout.block, layout.window * selected)
         self._update = common | {
-            "SIZE": layout.block,
             "WP": triton.next_power_of_2(layout.window),
             "KP": max(_WARP, triton.next_power_of_2(selected)),
             "CAPACITY": triton.next_power_of_2(layout.window * selected),
@@ -131,7 +130,10 @@ class MicroAdamLaunch:
             min(step, window),
             *self._numbers(step, hyper),
             hyper.eps,
+            hyper.alpha,
+            1 - hyper.alpha,
             DECAY=hyper.weight_decay > 0,
+            DENSE=hyper.alpha > 0,
             LR_ON_DEVICE=isinstance(hyper.lr, torch.Tensor),
             FULL=hyper.bias_correction == "full",
             **self._update,

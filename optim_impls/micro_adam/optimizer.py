@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from optplan.optim_impls.checks import check_at_least_zero, check_betas, check_choice
+from optplan.optim_impls.checks import check_at_least_zero, check_betas, check_choice, check_fraction
 from optplan.optim_impls.fingerprint import local_tensor
 from optplan.optim_impls.micro_adam.layout import RUN_NUMEL, Layout, layout_of
 from optplan.optim_impls.micro_adam.reference import Hyperparameters, micro_adam_step
@@ -19,6 +19,7 @@ from optplan.optim_impls.step_counters import State
 STATE_NAMES = ("error_feedback", "bucket_min", "bucket_max", "window_indices", "window_values")
 ROUNDINGS = ("nearest", "stochastic")
 CORRECTIONS = ("full", "window")
+_OF_QUANTIZATION = -2  # the authors' word for a mode of another kind
 _LAYOUT_NAMES = ("block", "bucket", "window", "density")
 
 
@@ -30,8 +31,7 @@ class MicroAdam(KernelOptimizer):
     alone, so that a checkpoint moves between machines. A block whose accumulated gradient is not finite sits out a
     step: its parameters and its left-over stay, and its older gradients age by one step.
 
-    Gradients are rounded to bfloat16, in which the window keeps them. Densification (`alpha` in the authors' code) is
-    not offered: it makes the update dense, for which the window is no saving and error feedback gives no guarantee.
+    Gradients are rounded to bfloat16, in which the window keeps them.
 
     With FSDP2 the blocks stay those of the whole tensor: training does not depend on the number of ranks, but for the
     noise of stochastic rounding, which counts from the start of a shard. Where all ranks hold as many rows, and these
@@ -54,6 +54,8 @@ class MicroAdam(KernelOptimizer):
         bucket: Elements that share a range of the codes; a multiple of 8 that divides `block`.
         rounding: Of the codes, `nearest` or `stochastic`.
         bias_correction: `full` as in the paper, or `window`: by the weights the window really holds.
+        alpha: Part of the left-over that enters the update of every element, and is left over no longer; from 0, as in
+            the paper, below 1. It makes the update dense, for which error feedback gives no guarantee.
         seed: Of stochastic rounding.
         backend: `triton`, `torch`, or `auto`.
         capturable: Keep step counters on the device, so that a CUDA graph may record `step()`; `lr` may then be a
@@ -76,13 +78,14 @@ class MicroAdam(KernelOptimizer):
         bucket: int = 64,
         rounding: str = "nearest",
         bias_correction: str = "full",
+        alpha: float = 0.0,
         seed: int = 0,
         backend: str = "auto",
         capturable: bool = False,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         layout = {"window": window, "density": density, "block": block, "bucket": bucket}
-        how = {"rounding": rounding, "bias_correction": bias_correction, "seed": seed}
+        how = {"rounding": rounding, "bias_correction": bias_correction, "alpha": alpha, "seed": seed}
         super().__init__(params, {**defaults, **layout, **how}, backend=backend, capturable=capturable)
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -93,6 +96,7 @@ class MicroAdam(KernelOptimizer):
         check_choice("bias_correction", group["bias_correction"], CORRECTIONS)
         if not 0 < group["density"] <= 1:
             raise ValueError(f"density must be above 0 and at most 1, got {group['density']}")
+        _check_alpha(group["alpha"])
         _check_integer("window", group["window"], low=1, high=1000)
         _check_integer("block", group["block"], low=64, high=32768)
         block, bucket = group["block"], group["bucket"]
@@ -192,11 +196,21 @@ def _hyperparameters(group: dict[str, Any], *, on_device: bool = False) -> Hyper
     return Hyperparameters(
         lr=lr if on_device and isinstance(lr, torch.Tensor) else float(lr),
         betas=(float(first), float(second)),
-        eps=group["eps"],
-        weight_decay=group["weight_decay"],
+        eps=float(group["eps"]),
+        weight_decay=float(group["weight_decay"]),
         bias_correction=group["bias_correction"],
         rounding=group["rounding"],
+        alpha=float(group["alpha"]),
     )
+
+
+def _check_alpha(alpha: Any) -> None:
+    if alpha == _OF_QUANTIZATION:
+        raise ValueError(
+            f"alpha must be >= 0 and < 1, got {alpha}: with it the authors' package adds what quantization lost to the "
+            "parameters whatever lr is, and keeps a tensor of their size, which this class does not"
+        )
+    check_fraction("alpha", alpha)
 
 
 def _check_integer(name: str, value: Any, *, low: int, high: int) -> None:

@@ -2,8 +2,11 @@
 
 Where the paper and the authors' code differ, the code decides: rounding to nearest, decoupled weight decay, bias
 correction with the full step although the window forgets. Both `rounding="stochastic"` and `bias_correction="window"`
-are at hand. Densification (the authors' `alpha`) is left out: it makes the update dense, so that neither the window's
-cost nor the guarantees of the error feedback hold any longer, and all published results have it off.
+are at hand.
+
+Densification (`alpha`, in the authors' code alone) puts a part of what is left over into the update of every element,
+and carries on with the rest. The authors quantize that rest once more. It consists of levels, evenly spaced as before,
+so that the codes stay and the range of each bucket shrinks: nothing is rounded but the ends of the ranges.
 
 As in the authors' code, gradient and error feedback meet in bfloat16, in which the window keeps what is selected; the
 moments and the update are computed in float32. Parameters in float64 have all of it in float64, to be compared with.
@@ -42,6 +45,7 @@ class Hyperparameters:
         weight_decay: Decoupled: parameters shrink by `lr x weight_decay`.
         bias_correction: `full` divides by `1 - beta^step`, `window` by the weights that the window holds.
         rounding: `nearest` or `stochastic`, of the error feedback.
+        alpha: Part of the error feedback that enters the update.
     """
 
     lr: Any
@@ -50,6 +54,7 @@ class Hyperparameters:
     weight_decay: float = 0.0
     bias_correction: str = "full"
     rounding: str = "nearest"
+    alpha: float = 0.0
 
     def corrections(self, *, step: int, window: int) -> tuple[float, float]:
         """Factors that turn the window's weighted sums into unbiased first and second moments."""
@@ -98,6 +103,10 @@ def micro_adam_step(
         first, second = _moments(state, part, step=step, window=layout.window, betas=hyper.betas, dtype=dtype)
         first_correction, second_correction = hyper.corrections(step=step, window=layout.window)
         update = first_correction * first / ((second_correction * second).sqrt() + hyper.eps)
+        update = torch.where(first == 0, 0, update)  # of what the window does not hold, also with an eps of zero
+        if hyper.alpha:
+            update = update + hyper.alpha * _error(state, part, dtype=dtype)
+            _shrink_error(state, part, finite, by=1 - hyper.alpha)
         old = parameter[part.elements].view(blocks)
         new = (1 - hyper.lr * hyper.weight_decay) * old.to(dtype) - hyper.lr * update
         old.copy_(torch.where(finite, new.to(old.dtype), old))
@@ -148,6 +157,13 @@ def _write_error(
     for name, piece, new in (*written, ("bucket_max", part.buckets, high)):
         old = state[name][piece].view(part.count, -1)
         old.copy_(torch.where(finite, new, old))
+
+
+def _shrink_error(state: Mapping[str, torch.Tensor], part: Part, finite: torch.Tensor, *, by: float) -> None:
+    """Multiply the error feedback, by its ranges; skipped blocks keep what they had."""
+    for name in ("bucket_min", "bucket_max"):
+        old = state[name][part.buckets].view(part.count, -1)
+        old.copy_(torch.where(finite, (by * old.float()).to(old.dtype), old))
 
 
 def _moments(

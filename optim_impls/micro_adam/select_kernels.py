@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from optplan.optim_impls.micro_adam.error_kernels import (
-    tl_accumulate,
+    tl_error,
     tl_load_gradient,
     tl_reload,
     tl_spread_ranges,
@@ -20,6 +20,7 @@ from optplan.optim_impls.micro_adam.error_kernels import (
 )
 from optplan.optim_impls.micro_adam.pair_kernels import (
     MAGNITUDES,
+    tl_add_pairs,
     tl_at_least,
     tl_popcount,
     tl_spread_codes,
@@ -140,7 +141,7 @@ def _select_block(
         low, high = tl.load(minima + bucket), tl.load(maxima + bucket)
     old_low, old_high = tl_spread_ranges(tl_fp32(low), LANES, BUCKETS), tl_spread_ranges(tl_fp32(high), LANES, BUCKETS)
     unit, minus = tl_unit(old_low, old_high)
-    a = tl_accumulate(g, tl_spread_codes(word[:, :, None]), unit, minus, tl_twice(old_low))
+    a = tl_add_pairs(g, tl_error(tl_spread_codes(word[:, :, None]), unit, minus, tl_twice(old_low)))
     if TAIL:
         place = run * 8 + 2 * tl.arange(0, 4)[None, None, :]
         valid = tl.where(place < num_valid, 0xFFFF, 0) | tl.where(place + 1 < num_valid, -65536, 0)

@@ -12,7 +12,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from optplan.optim_impls.micro_adam.pair_kernels import tl_popcount
+from optplan.optim_impls.micro_adam.dense_kernels import tl_densify, tl_shrink
+from optplan.optim_impls.micro_adam.error_kernels import tl_reload_error
+from optplan.optim_impls.micro_adam.pair_kernels import tl_lower, tl_popcount
 from optplan.optim_impls.micro_adam.scratchpad_kernels import (
     tl_get,
     tl_get_two,
@@ -39,20 +41,6 @@ def _float(bits):
 @triton.jit
 def _bits(x):
     return x.to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def _shrink(parameter, num_valid, decay, SIZE: tl.constexpr, P_DTYPE: tl.constexpr):
-    """Weight decay of all parameters of a block; a mask would make every access scalar, so full blocks have none."""
-    place = tl.arange(0, SIZE)
-    if num_valid == SIZE:
-        old = tl.load(parameter + place)
-        tl.debug_barrier()
-        tl.store(parameter + place, tl_cast(decay * tl_fp32(old), P_DTYPE))
-    else:
-        old = tl.load(parameter + place, mask=place < num_valid)
-        tl.debug_barrier()
-        tl.store(parameter + place, tl_cast(decay * tl_fp32(old), P_DTYPE), mask=place < num_valid)
 
 
 @triton.jit
@@ -87,12 +75,13 @@ def _add_rows(pad, start, rank, live, first, second, time, num_ranks, WINDOW: tl
 
 @triton.jit
 def _update_block(
-    pad, parameter, indices, values, slot, filled, num_valid, num_selected,
-    lr, decay, log2_beta1, log2_beta2, correction1, correction2, eps,
-    SIZE: tl.constexpr, WINDOW: tl.constexpr, WP: tl.constexpr, KP: tl.constexpr, CAPACITY: tl.constexpr,
-    P_DTYPE: tl.constexpr, DECAY: tl.constexpr,
+    pad, parameter, error, indices, values, slot, filled, num_valid, num_selected,
+    lr, decay, log2_beta1, log2_beta2, correction1, correction2, eps, alpha, rest,
+    RUNS: tl.constexpr, LANES: tl.constexpr, BUCKETS: tl.constexpr, WINDOW: tl.constexpr, WP: tl.constexpr,
+    KP: tl.constexpr, CAPACITY: tl.constexpr, P_DTYPE: tl.constexpr, DECAY: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
     """One block; all pointers are its own. The scratchpad: bitmap and ranks, coordinates by rank, sums by rank."""
+    SIZE: tl.constexpr = RUNS * LANES * 8
     time = tl.arange(0, WP)[:, None]  # the oldest row is 0, the newest WINDOW - 1
     entry = tl.arange(0, KP)[None, :]
     age = WINDOW - 1 - time
@@ -109,6 +98,8 @@ def _update_block(
         rank, num_ranks = _rank(pad, index, live, SIZE)
         weight = age.to(tl.float32)
         first, second = tl.exp2(weight * log2_beta1) * value, tl.exp2(weight * log2_beta2) * (value * value)
+        # What is read for entries that are none must be nothing that is written meanwhile: the pad's first words.
+        rank = tl.where(live, rank, -(SIZE // 32 + CAPACITY // 2))
         tl_put(pad, SIZE // 16 + rank, index, live)
         _add_rows(pad, SIZE // 16 + CAPACITY, rank, live, first, second, time, num_ranks, WINDOW, CAPACITY)
         ranks = tl.arange(0, CAPACITY)
@@ -117,8 +108,13 @@ def _update_block(
         sum1, sum2 = tl_get_two(pad, SIZE // 16 + CAPACITY + 2 * ranks, alive)
         old = tl_fp32(tl.load(parameter + at, mask=alive, other=0.0))
         update = (correction1 * _float(sum1)) / (tl.sqrt(correction2 * _float(sum2)) + eps)
-        if DECAY:
-            _shrink(parameter, num_valid, decay, SIZE, P_DTYPE)
+        update = tl.where(_float(sum1) == 0, 0.0, update)  # also with an eps of zero
+        if DENSE:
+            update += alpha * tl_lower(tl_reload_error(*error, at, alive, BUCKETS))
+            tl_densify(parameter, error, num_valid, lr, decay, alpha, rest, RUNS, LANES, BUCKETS, P_DTYPE)
+            tl.debug_barrier()
+        elif DECAY:
+            tl_shrink(parameter, num_valid, decay, SIZE, P_DTYPE)
             tl.debug_barrier()
         tl.store(parameter + at, tl_cast(decay * old - lr * update, P_DTYPE), mask=alive)
 
@@ -126,22 +122,23 @@ def _update_block(
 @triton.jit
 def _correction(numerator, log2_beta, age):
     """In fp64: 1 - beta^age loses its digits in fp32 while beta^age is near 1."""
-    exponent = age.to(tl.float64) * log2_beta.to(tl.float64) * 0.6931471805599453
+    exponent = age.to(tl.float64) * log2_beta * 0.6931471805599453
     return (numerator / (1.0 - tl.exp(exponent))).to(tl.float32)
 
 
 @triton.jit(
     do_not_specialize=[
-        "slot", "filled", "lr", "weight_decay", "decay", "log2_beta1", "log2_beta2", "correction1", "correction2", "eps"
+        "slot", "filled", "lr", "weight_decay", "decay",
+        "log2_beta1", "log2_beta2", "correction1", "correction2", "eps", "alpha", "rest",
     ]
 )  # fmt: skip
 def update_kernel(
     rows, chunk_offset, chunk_row, scratch, slot, filled,
-    lr, weight_decay, decay, log2_beta1, log2_beta2, correction1, correction2, eps,
-    SIZE: tl.constexpr, WINDOW: tl.constexpr, WP: tl.constexpr, SELECTED: tl.constexpr, KP: tl.constexpr,
-    CAPACITY: tl.constexpr, NUMERATOR: tl.constexpr, DENOMINATOR: tl.constexpr, P_DTYPE: tl.constexpr,
-    DECAY: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, PAD: tl.constexpr, CAPTURABLE: tl.constexpr,
-    LR_ON_DEVICE: tl.constexpr, FULL: tl.constexpr,
+    lr, weight_decay, decay, log2_beta1, log2_beta2, correction1, correction2, eps, alpha, rest,
+    RUNS: tl.constexpr, LANES: tl.constexpr, BUCKETS: tl.constexpr, WINDOW: tl.constexpr, WP: tl.constexpr,
+    SELECTED: tl.constexpr, KP: tl.constexpr, CAPACITY: tl.constexpr, NUMERATOR: tl.constexpr,
+    DENOMINATOR: tl.constexpr, P_DTYPE: tl.constexpr, DECAY: tl.constexpr, DENSE: tl.constexpr, ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr, PAD: tl.constexpr, CAPTURABLE: tl.constexpr, LR_ON_DEVICE: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Update every block of a batch.
 
@@ -153,38 +150,50 @@ def update_kernel(
         slot: Newest row of the window.
         filled: Rows written so far.
         decay: What weight decay leaves of a parameter.
+        alpha: Part of the error feedback that enters the update, if `DENSE`.
+        rest: What it leaves of the error feedback.
+        RUNS: Runs of eight elements that a lane holds, if all parameters change.
+        LANES: Lanes of a block.
+        BUCKETS: Buckets of a block.
         WP: `WINDOW` rounded up to a power of two.
         KP: `SELECTED` rounded up to a power of two, at least a warp.
         CAPACITY: Entries of a window, rounded up to a power of two.
-        DECAY: Whether all parameters change, not only the selected.
+        DECAY: Whether parameters decay, also those that are not selected.
+        DENSE: Whether error feedback enters the update.
         PAD: PTX that declares the scratchpad.
         CAPTURABLE: Whether what depends on the step follows from the tensor's counter, which is in its row of the
             table; the corrections are then their numerators.
         LR_ON_DEVICE: Whether `lr` is a pointer.
         FULL: Whether the correction counts all steps, not only those in the window.
     """
+    SIZE: tl.constexpr = RUNS * LANES * 8
     COLUMNS: tl.constexpr = NUM_LISTS + CAPTURABLE + 2
     chunk = tl.program_id(0) // (CHUNK // SIZE)
     row = tl.load(chunk_row + chunk).to(tl.int64)
     numel = tl.load(rows + row * COLUMNS + COLUMNS - 2)
     first = tl.load(chunk_offset + chunk) + (tl.program_id(0) % (CHUNK // SIZE)) * SIZE
     if first < numel:
+        rate = tl_load_scalar(lr, LR_ON_DEVICE)
         if CAPTURABLE:
             step = tl.load(tl_pointer(rows, row, NUM_LISTS, COLUMNS, tl.float32, False)).to(tl.int32)
             slot, filled = (step - 1) % WINDOW, tl.minimum(step, WINDOW)
             age = step if FULL else filled
             correction1 = _correction(correction1, log2_beta1, age)
             correction2 = _correction(correction2, log2_beta2, age)
-            lr = tl_load_scalar(lr, LR_ON_DEVICE)
-            decay = 1.0 - lr * weight_decay
+            decay = 1.0 - rate * weight_decay
         block = first // SIZE
         parameter = tl_pointer(rows, row, 0, COLUMNS, P_DTYPE, ALIGNED) + tl.multiple_of(first, 16)
         indices = tl_pointer(rows, row, 5, COLUMNS, tl.int16, ALIGNED) + block * (WINDOW * SELECTED)
         values = tl_pointer(rows, row, 6, COLUMNS, tl.bfloat16, ALIGNED) + block * (WINDOW * SELECTED)
+        error = (parameter, parameter, parameter)
+        if DENSE:
+            codes = tl_pointer(rows, row, 2, COLUMNS, tl.int32, False) + first // 8
+            minima = tl_pointer(rows, row, 3, COLUMNS, tl.bfloat16, False) + block * BUCKETS
+            error = (codes, minima, tl_pointer(rows, row, 4, COLUMNS, tl.bfloat16, False) + block * BUCKETS)
         left = tl.minimum(numel - first, SIZE).to(tl.int32)
         selected = tl.where(left == SIZE, SELECTED, tail_selected(left, NUMERATOR, DENOMINATOR))
         _update_block(
-            tl_scratchpad(scratch, PAD, SIZE // 16 + 3 * CAPACITY), parameter, indices, values, slot, filled,
-            left, selected, lr, decay, log2_beta1, log2_beta2, correction1, correction2, eps,
-            SIZE, WINDOW, WP, KP, CAPACITY, P_DTYPE, DECAY,
+            tl_scratchpad(scratch, PAD, SIZE // 16 + 3 * CAPACITY), parameter, error, indices, values, slot, filled,
+            left, selected, rate, decay, log2_beta1, log2_beta2, correction1, correction2, eps, alpha, rest,
+            RUNS, LANES, BUCKETS, WINDOW, WP, KP, CAPACITY, P_DTYPE, DECAY, DENSE,
         )  # fmt: skip

@@ -16,10 +16,11 @@ def _bf16(x: float) -> float:
 
 
 def _outward(x: float, *, up: bool) -> float:
-    bits = int(np.float32(x).view(np.uint32)) & 0xFFFF0000
-    toward_zero = float(np.uint32(bits).view(np.float32))
-    away = float(np.uint32(bits + 0x10000).view(np.float32))
-    if toward_zero == float(np.float32(x)):
+    """The next bfloat16 number, of seven digits after the first; `x` is no smaller than those that have less."""
+    bits = int(np.float64(x).view(np.uint64)) >> 45 << 45
+    toward_zero = float(np.uint64(bits).view(np.float64))
+    away = float(np.uint64(bits + (1 << 45)).view(np.float64))
+    if toward_zero == x:
         return toward_zero
     return away if (x > 0) == up else toward_zero
 
@@ -28,10 +29,17 @@ class NaiveMicroAdam:
     """One flat tensor; `parameter` is updated by `step`."""
 
     def __init__(
-        self, parameter: np.ndarray, *, lr: float, betas: tuple[float, float], eps: float, decay: float
+        self,
+        parameter: np.ndarray,
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        decay: float = 0.0,
+        alpha: float = 0.0,
     ) -> None:
         self.parameter = parameter.astype(np.float64)
-        self.lr, self.betas, self.eps, self.decay = lr, betas, eps, decay
+        self.lr, self.betas, self.eps, self.decay, self.alpha = lr, betas, eps, decay, alpha
         self.error = np.zeros(len(parameter))
         self.history: list[dict[int, float]] = []
         self.accumulated: Any = None
@@ -44,6 +52,8 @@ class NaiveMicroAdam:
             self._select(start, min(BLOCK, len(gradient) - start), selected)
         self.history.append(selected)
         self._update()
+        if self.alpha:
+            self._densify()
 
     def _select(self, start: int, size: int, selected: dict[int, float]) -> None:
         block = self.accumulated[start : start + size]
@@ -52,6 +62,11 @@ class NaiveMicroAdam:
         selected.update({start + i: _bf16(block[i]) for i in picked})
         residual = block.copy()
         residual[picked] = 0
+        self._quantize(start, residual)
+
+    def _quantize(self, start: int, residual: np.ndarray) -> None:
+        """Put a block's residual into codes, with the range that each bucket has now."""
+        size = len(residual)
         num_buckets = min(BLOCK // BUCKET, -(-size // 8))
         for bucket in range(num_buckets):
             members = [i for i in range(size) if i // 8 % num_buckets == bucket]
@@ -61,6 +76,14 @@ class NaiveMicroAdam:
             for i in members:
                 code = round((residual[i] - low) * (15 / (high - low))) if unit else 0
                 self.error[start + i] = low + code * unit
+
+    def _densify(self) -> None:
+        """As the authors do: a part of the error feedback to the parameters, the rest quantized once more."""
+        self.parameter -= self.lr * self.alpha * self.error
+        # In float32 the ends of a range, which are bfloat16 numbers, are that to the last digit.
+        rest = ((1 - self.alpha) * self.error).astype(np.float32).astype(np.float64)
+        for start in range(0, len(rest), BLOCK):
+            self._quantize(start, rest[start : start + BLOCK])
 
     def _update(self) -> None:
         t = len(self.history)

@@ -19,22 +19,26 @@ from optplan.optim_impls.micro_adam.update_kernels import update_kernel
 tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
 shared = "{ .shared .align 16 .b8 pad[3584]; mov.u32 $0, pad; }"
 common = dict(
-    WINDOW=10, SELECTED=21, NUMERATOR=1, DENOMINATOR=100, ALIGNED=True, CHUNK=65536, PAD=shared, CAPTURABLE=False
+    RUNS=8, LANES=32, BUCKETS=32, WINDOW=10, SELECTED=21, NUMERATOR=1, DENOMINATOR=100, ALIGNED=True, CHUNK=65536,
+    PAD=shared, CAPTURABLE=False,
 )
-select = dict(
-    RUNS=8, LANES=32, BUCKETS=32, CAPACITY=32, G_DTYPE=tl.bfloat16, FACTOR=0, STOCHASTIC=False, TAIL=False
+select = dict(CAPACITY=32, G_DTYPE=tl.bfloat16, FACTOR=0, STOCHASTIC=False, TAIL=False)
+update = dict(
+    WP=16, KP=32, CAPACITY=256, P_DTYPE=tl.bfloat16, LR_ON_DEVICE=False, FULL=True, DECAY=False, DENSE=False
 )
-update = dict(SIZE=2048, WP=16, KP=32, CAPACITY=256, P_DTYPE=tl.bfloat16, LR_ON_DEVICE=False, FULL=True)
 types = {"rows": "*i64", "scratch": "*i32", "chunk_offset": "*i64", "chunk_row": "*i32"}
 types |= dict.fromkeys(("seed", "step", "slot", "filled"), "i32")
 jobs = [("select", select_kernel, select, {"maxnreg": 104}),
         ("select_fp32", select_kernel, select | {"G_DTYPE": tl.float32}, {"maxnreg": 104}),
-        ("update", update_kernel, update | {"DECAY": False}, {}),
-        ("decay", update_kernel, update | {"DECAY": True}, {})]
+        ("update", update_kernel, update, {}),
+        ("decay", update_kernel, update | {"DECAY": True}, {}),
+        ("dense", update_kernel, update | {"DENSE": True}, {}),
+        ("capturable", update_kernel, update | {"CAPTURABLE": True, "LR_ON_DEVICE": True}, {})]
 for name, kernel, constants, options in jobs:
     constants = common | constants
     names = kernel.arg_names
-    signature = {n: "constexpr" if n in constants else types.get(n, "fp32") for n in names}
+    own = types | ({"lr": "*fp64"} if constants.get("LR_ON_DEVICE") else {})
+    signature = {n: "constexpr" if n in constants else own.get(n, "fp32") for n in names}
     values = {(names.index(n),): v for n, v in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=values)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=1, **options))
@@ -61,7 +65,14 @@ def _kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 # Bytes of stack are spills. At 104 registers 19 warps fit a multiprocessor, at 64 all 32 that it takes of single warps.
 @pytest.mark.parametrize(
     ("name", "registers", "stack"),
-    [("select", 104, 40), ("select_fp32", 104, 96), ("update", 64, 0), ("decay", 168, 0)],
+    [
+        ("select", 104, 40),
+        ("select_fp32", 104, 96),
+        ("update", 64, 0),
+        ("decay", 168, 0),
+        ("dense", 192, 0),
+        ("capturable", 80, 0),
+    ],
 )
 def test_registers_and_spills(kernels: dict[str, str], name: str, registers: int, stack: int) -> None:
     usage = re.search(r"REG:(\d+) STACK:(\d+)", kernels[name])
@@ -72,7 +83,9 @@ def test_registers_and_spills(kernels: dict[str, str], name: str, registers: int
 
 # 2048 elements in one warp: eight loads of 16 bytes a thread for a bf16 gradient, 16 for an fp32 one; as many as for
 # the gradient for parameters that decay.
-@pytest.mark.parametrize(("name", "num_loads"), [("select", 8), ("select_fp32", 16), ("decay", 8), ("update", 0)])
+@pytest.mark.parametrize(
+    ("name", "num_loads"), [("select", 8), ("select_fp32", 16), ("decay", 8), ("dense", 8), ("update", 0)]
+)
 def test_dense_loads_are_vectors(kernels: dict[str, str], name: str, num_loads: int) -> None:
     assert len(re.findall(r"\bLDG\.E\.128\b", kernels[name])) >= num_loads
 

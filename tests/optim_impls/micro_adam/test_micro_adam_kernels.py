@@ -99,16 +99,38 @@ def test_blocks_that_are_not_finite_sit_out(bad: float, place: int) -> None:
     assert ours[0].isfinite().all()
 
 
-@pytest.mark.parametrize("options", [{"rounding": "stochastic", "seed": 9}, {"bias_correction": "window"}])
-def test_options(options: dict[str, Any]) -> None:
-    ours, theirs = _pair(torch.ones(300, device=DEVICE), lr=0.1, window=2, **options)
-    for step in range(4):
+@pytest.mark.parametrize(
+    ("size", "dtype", "num_steps", "options"),
+    [
+        (300, torch.float32, 4, {"rounding": "stochastic", "seed": 9}),
+        (300, torch.float32, 4, {"bias_correction": "window"}),
+        (300, torch.float32, 2, {"bias_correction": "window", "capturable": True, "weight_decay": 0.1}),
+        (300, torch.float32, 2, {"alpha": 0.25, "weight_decay": 0.1}),
+        (256 + 7, torch.bfloat16, 2, {"alpha": 0.1, "rounding": "stochastic", "block": 256, "bucket": 16}),
+        (512, torch.float16, 2, {"alpha": 0.1, "capturable": True, "block": 512, "bucket": 64}),
+    ],
+)
+def test_options(size: int, dtype: torch.dtype, num_steps: int, options: dict[str, Any]) -> None:
+    ours, theirs = _pair(torch.ones(size, device=DEVICE, dtype=dtype), lr=0.1, window=2, **options)
+    for step in range(num_steps):
         if step:
             _share(ours, theirs)
         for parameter, optimizer in (ours, theirs):
-            parameter.grad = torch.randn(300, generator=torch.Generator().manual_seed(step)).to(DEVICE)
+            gradient = torch.randn(size, generator=torch.Generator().manual_seed(step))
+            parameter.grad = gradient.to(DEVICE, dtype)
             optimizer.step()
         _compare(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_an_eps_of_zero_leaves_alone_what_has_no_gradient(backend: str) -> None:
+    parameter = torch.nn.Parameter(torch.ones(64, device=DEVICE))
+    optimizer = MicroAdam([parameter], lr=0.5, eps=0.0, density=0.0625, backend=backend)
+    parameter.grad = torch.zeros_like(parameter)
+    parameter.grad[9] = 3.0
+    optimizer.step()
+    assert parameter[9].item() == 0.5
+    assert parameter.sum().item() == 63.5
 
 
 @pytest.mark.parametrize("scale", [0.5, torch.tensor(0.5)])

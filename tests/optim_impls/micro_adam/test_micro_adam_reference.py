@@ -27,7 +27,7 @@ def _gradients(numel: int, num_steps: int) -> list[np.ndarray]:
 @pytest.mark.parametrize(("numel", "num_steps", "decay"), [(2048 + 905, 1, 0.1), (2048 + 905, 3, 0.1), (333, 100, 0.0)])
 def test_float64_steps_equal_the_oracle(numel: int, num_steps: int, decay: float) -> None:
     start = np.random.default_rng(1).standard_normal(numel)
-    naive = NaiveMicroAdam(start, lr=0.01, betas=(0.9, 0.999), eps=1e-8, decay=decay)
+    naive = NaiveMicroAdam(start, lr=0.01, decay=decay)
     parameter = torch.nn.Parameter(torch.from_numpy(start.copy()))
     optimizer = MicroAdam([parameter], lr=0.01, weight_decay=decay)
     for gradient in _gradients(numel, num_steps):
@@ -42,7 +42,7 @@ def test_float64_steps_equal_the_oracle(numel: int, num_steps: int, decay: float
 def test_one_float64_step_of_any_shape_equals_the_oracle(numel: int, seed: int, exponent: int, zeros: bool) -> None:
     rng = np.random.default_rng(seed)
     gradient = rng.standard_normal(numel) * 2.0**exponent * (rng.integers(0, 2, size=numel) if zeros else 1)
-    naive = NaiveMicroAdam(np.zeros(numel), lr=0.01, betas=(0.9, 0.999), eps=1e-8, decay=0.0)
+    naive = NaiveMicroAdam(np.zeros(numel), lr=0.01)
     parameter = torch.nn.Parameter(torch.zeros(numel, dtype=torch.float64))
     optimizer = MicroAdam([parameter], lr=0.01)
     for _ in range(2):  # the second with what the first left over
