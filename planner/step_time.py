@@ -1,102 +1,32 @@
 """How long a training step takes: an analytic model with few coefficients, fitted to steps measured on an H200.
 
 The GPU multiplies matrices at a share of the data sheet's rate, and moves what the step writes at the bandwidth of a
-large copy; the host launches the same work layer by layer. Both run at the same time, and the longer decides. Other
-GPUs are scaled by their data sheets and keep the measured host: their times are marked `scaled`.
+large copy; the host launches the same work layer by layer; the links pass on what is sharded. All of it runs at the
+same time, and the longest decides; the optimizer's step follows. Other GPUs are scaled by their data sheets and keep
+the measured host: their times are marked `scaled`.
 
 Source: `data/step_time.toml`; `benchmarks/fit_step_time.py` fits the coefficients and states the errors.
 """
 
 from __future__ import annotations
 
-import tomllib
 from functools import cache
-from importlib.resources import files
 from typing import Literal
 
 import msgspec
 
 from optplan.planner.candidates import Candidate
-from optplan.planner.errors import DataError
 from optplan.planner.gpus import Gpu, load_gpu
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.request import StepRequest
-from optplan.planner.step_time_links import link_bytes_per_s, link_traffic
+from optplan.planner.step_time_links import link_seconds
+from optplan.planner.step_time_rates import CALIBRATED_GPU, OptimizerRates, TimeModel
 from optplan.planner.step_time_work import PhaseWork, StepWork
 
 Basis = Literal["calibrated", "scaled"]
 Bound = Literal["gpu", "host", "link"]
-CALIBRATED_GPU = "h200-141g"
-LARGEST_ERROR = 0.17
-"""Largest error of the model on the steps it was fitted to; the held-out halves reach 27 %."""
 _EXTRA_MASTER_BYTES = 12
 """Moved a parameter with master weights: a bf16 gradient is read and written in fp32, the result read and cast."""
-
-
-class GpuRates(msgspec.Struct, frozen=True):
-    """Shares of the data sheet that a GPU reaches."""
-
-    product_share_16bit: float
-    product_share_fp32: float
-    attention_share: float
-    moves_per_written_byte: float
-
-
-class HostRates(msgspec.Struct, frozen=True):
-    """Seconds that a micro-step takes to launch; the layers' figures cover forward and backward."""
-
-    seconds_per_rotary_layer: float
-    seconds_per_other_layer: float
-    seconds_per_recomputed_layer: float
-    seconds_per_tensor: float
-
-
-class OptimizerRates(msgspec.Struct, frozen=True):
-    """Time of `step()` besides moving its bytes at the copy bandwidth."""
-
-    id: str
-    implementation: str
-    seconds_per_element: float
-    seconds_per_tensor: float
-    basis: Literal["measured", "estimated"]
-    source: str
-    flops_per_element_and_rank: float = 0.0
-    flops_per_element_and_side: float = 0.0
-
-
-class Overlap(msgspec.Struct, frozen=True):
-    """How sharply the longest of GPU, host and links decides."""
-
-    exponent: float
-
-
-class LinkRates(msgspec.Struct, frozen=True):
-    """Share of a link's bandwidth that collectives reach; `basis` says what it rests on."""
-
-    bandwidth_share: float
-    basis: Literal["measured", "estimated"]
-
-
-class TimeModel(msgspec.Struct, frozen=True):
-    """All coefficients."""
-
-    fitted_to: str
-    gpu: GpuRates
-    host: HostRates
-    overlap: Overlap
-    link: LinkRates
-    optimizer: list[OptimizerRates]
-
-    def rates_of(self, optimizer: str, implementation: str) -> OptimizerRates:
-        """Rates of one implementation.
-
-        Raises:
-            DataError: The table has none.
-        """
-        for row in self.optimizer:
-            if (row.id, row.implementation) == (optimizer, implementation):
-                return row
-        raise DataError(f"step_time.toml has no row for {optimizer} with implementation={implementation}")
 
 
 class Busy(msgspec.Struct, frozen=True):
@@ -115,12 +45,51 @@ class Busy(msgspec.Struct, frozen=True):
         return Busy(self.gpu * count, self.host * count, self.link * count)
 
 
+class MicroSteps(msgspec.Struct, frozen=True):
+    """Forward and backward of all micro-steps.
+
+    Attributes:
+        forward: Of one of them; likewise `backward`.
+        count: How many there are.
+        reduction: Seconds that gradients are reduced once a step, beside the last backward.
+    """
+
+    forward: Busy
+    backward: Busy
+    count: int = 1
+    reduction: float = 0.0
+
+    @property
+    def busy(self) -> Busy:
+        """All of them."""
+        return self.forward.plus(self.backward).times(self.count).plus(Busy(0.0, 0.0, self.reduction))
+
+    def seconds(self, exponent: float) -> float:
+        """How long they take."""
+        one = self.forward.plus(self.backward)
+        if not self.reduction:
+            return self.count * longer(one, exponent)
+        last = one.plus(Busy(0.0, 0.0, self.reduction))
+        return (self.count - 1) * longer(one, exponent) + longer(last, exponent)
+
+
+class Update(msgspec.Struct, frozen=True):
+    """The optimizer's step, and the seconds in which what it updated is gathered after it."""
+
+    busy: Busy
+    gather: float = 0.0
+
+    def seconds(self, exponent: float) -> float:
+        """How long both take."""
+        return longer(self.busy, exponent) + self.gather
+
+
 class StepSeconds(msgspec.Struct, frozen=True):
     """Time of one step in seconds.
 
     Attributes:
         step: The whole step, all its micro-steps.
-        forward: All forwards; likewise `backward`, with what is computed again.
+        forward: All forwards; likewise `backward`, with what is computed again and reduced.
         optimizer: The optimizer's step.
         bound: What decides: the GPU's work, the host's launches or the links to other GPUs.
     """
@@ -136,23 +105,16 @@ class StepSeconds(msgspec.Struct, frozen=True):
         return {"step": self.step, "forward": self.forward, "backward": self.backward, "optimizer": self.optimizer}
 
 
-@cache
-def load_time_model() -> TimeModel:
-    """The fitted coefficients.
-
-    Raises:
-        DataError: The table is damaged.
-    """
-    try:
-        table = tomllib.loads(files("optplan.planner.data").joinpath("step_time.toml").read_text("utf-8"))
-        return msgspec.convert(table, TimeModel)
-    except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
-        raise DataError(f"step_time.toml is damaged: {error}") from error
-
-
 def timed_gpu(gpu: Gpu) -> Gpu | None:
     """The GPU if its rates are known, None for a memory budget."""
     return gpu if gpu.peak_flops and gpu.achievable_bandwidth_bytes_per_s else None
+
+
+def is_timed(request: StepRequest) -> bool:
+    """Whether the model describes how a request's GPUs share the work: not if they share layers or stages."""
+    config = request.config
+    shares_layers = config.tensor_parallel > 1 or config.pipeline_parallel > 1
+    return not shares_layers and config.sharding != "fsdp2-offload"
 
 
 def basis_of(gpu: Gpu) -> Basis:
@@ -160,33 +122,43 @@ def basis_of(gpu: Gpu) -> Basis:
     return "calibrated" if gpu.id == CALIBRATED_GPU else "scaled"
 
 
-def product_rate(gpu: Gpu, precision: str, *, model: TimeModel) -> float:
-    """Operations per second of the model's products under one precision."""
-    rates = model.gpu
-    dtype = {"fp32": "fp32", "fp16-amp": "fp16"}.get(precision, "bf16")
-    if dtype == "fp32" or dtype not in gpu.peak_flops:
-        return rates.product_share_fp32 * gpu.peak_flops["fp32"]
-    return rates.product_share_16bit * gpu.peak_flops[dtype]
+def micro_steps(work: StepWork, request: StepRequest, gpu: Gpu, *, model: TimeModel) -> MicroSteps:
+    """How long forward and backward keep GPU, host and links busy."""
+    precision, links = request.config.precision, link_seconds(request, model=model)
+    forward = phase_busy(work.forward, gpu, precision, model=model)
+    backward = phase_busy(work.backward, gpu, precision, model=model)
+    return MicroSteps(
+        forward.plus(Busy(0.0, 0.0, links.forward)),
+        backward.plus(Busy(0.0, 0.0, links.backward)),
+        request.config.grad_accum,
+        links.reduction,
+    )
 
 
 def phase_busy(work: PhaseWork, gpu: Gpu, precision: str, *, model: TimeModel) -> Busy:
     """How long one phase of one micro-step keeps GPU and host busy."""
-    rate, rates = product_rate(gpu, precision, model=model), model.gpu
-    share = rates.product_share_fp32 if precision == "fp32" else rates.product_share_16bit
-    bandwidth = gpu.achievable_bandwidth_bytes_per_s or 0.0
-    seconds = work.product_flops / rate + work.attention_flops / (rate / share * rates.attention_share)
-    return Busy(seconds + rates.moves_per_written_byte * work.written_bytes / bandwidth, _host_seconds(work, model))
+    rates, bandwidth = model.gpu, gpu.achievable_bandwidth_bytes_per_s or 0.0
+    peak, share = _product_peak(gpu, precision, model=model)
+    seconds = work.product_flops / (share * peak) + work.attention_flops / (rates.attention_share * peak)
+    layer = model.host.seconds_per_rotary_layer if work.rotates else model.host.seconds_per_other_layer
+    return Busy(
+        seconds + rates.moves_per_written_byte * work.written_bytes / bandwidth,
+        layer * (work.num_layers / 2 + work.num_recomputed_layers),
+    )
 
 
-def _host_seconds(work: PhaseWork, model: TimeModel) -> float:
-    host = model.host
-    layer = host.seconds_per_rotary_layer if work.rotates else host.seconds_per_other_layer
-    recomputed = host.seconds_per_recomputed_layer * work.num_recomputed_layers
-    return layer * work.num_layers / 2 + recomputed + host.seconds_per_tensor * work.num_tensors
+def _product_peak(gpu: Gpu, precision: str, *, model: TimeModel) -> tuple[float, float]:
+    """Operations per second of products under one precision by the data sheet, and the share of it reached."""
+    dtype = {"fp32": "fp32", "fp16-amp": "fp16"}.get(precision, "bf16")
+    if dtype == "fp32" or dtype not in gpu.peak_flops:
+        return gpu.peak_flops["fp32"], model.gpu.product_share_fp32
+    return gpu.peak_flops[dtype], model.gpu.product_share_16bit
 
 
-def optimizer_busy(candidate: Candidate, moved_bytes: int, gpu: Gpu, request: StepRequest, *, model: TimeModel) -> Busy:
-    """How long the optimizer's step keeps GPU and host busy.
+def optimizer_update(
+    candidate: Candidate, moved_bytes: int, gpu: Gpu, request: StepRequest, *, model: TimeModel
+) -> Update:
+    """How long the optimizer's step keeps GPU and host busy, and what follows it.
 
     Args:
         candidate: The optimizer, bound to the model.
@@ -199,17 +171,22 @@ def optimizer_busy(candidate: Candidate, moved_bytes: int, gpu: Gpu, request: St
     spec, bandwidth = request.model, gpu.achievable_bandwidth_bytes_per_s or 0.0
     share = _updated_share(request)
     extra = _EXTRA_MASTER_BYTES * spec.num_parameters * share if request.policy.master_dtype else 0
-    elements = spec.num_parameters * share
-    seconds = (moved_bytes + extra) / bandwidth + _slower(gpu) * rates.seconds_per_element * elements
-    seconds += share * _product_flops(candidate, rates, spec) / product_rate(gpu, "bf16", model=model)
+    seconds = (moved_bytes + extra) / bandwidth
+    seconds += _slower(gpu) * rates.seconds_per_element * spec.num_parameters * share
+    peak, product_share = _product_peak(gpu, "bf16", model=model)
+    seconds += share * _product_flops(candidate, rates, spec) / (product_share * peak)
     if candidate.footprint.host_bytes and candidate.id.startswith("paged"):
         seconds += 2 * candidate.footprint.host_bytes / (gpu.host_link_bytes_per_s or 1e10)
-    return Busy(seconds, rates.seconds_per_tensor * len(spec.unique_parameters), links_of_step(request, model=model))
+    busy = Busy(seconds, rates.seconds_per_tensor * len(spec.unique_parameters))
+    return Update(busy, link_seconds(request, model=model).gather)
 
 
 def _updated_share(request: StepRequest) -> float:
     """Share of the model's elements that one rank's optimizer updates."""
-    return 1.0 if request.config.sharding in ("none", "ddp", "ddp-copies") else 1.0 / request.config.gpus
+    config = request.config
+    if config.sharding in ("none", "ddp", "ddp-copies"):
+        return 1.0
+    return config.nodes / config.gpus if config.sharding == "fsdp2-hybrid" else 1.0 / config.gpus
 
 
 @cache
@@ -237,14 +214,13 @@ def _product_flops(candidate: Candidate, rates: OptimizerRates, spec: ModelSpec)
     return total
 
 
-def combine(forward: Busy, backward: Busy, optimizer: Busy, *, exponent: float) -> StepSeconds:
-    """The time of a step whose parts keep GPU and host busy so long."""
-    whole = forward.plus(backward).plus(optimizer)
-    step = longer(whole, exponent)
-    parts = [longer(part, exponent) for part in (forward, backward, optimizer)]
-    scale = step / sum(parts)
-    seconds = [scale * part for part in parts]
-    return StepSeconds(step, seconds[0], seconds[1], seconds[2], _bound(whole))
+def combine(micro: MicroSteps, update: Update, *, exponent: float) -> StepSeconds:
+    """The time of a step: its micro-steps, then the optimizer's."""
+    whole, stepping = micro.seconds(exponent), update.seconds(exponent)
+    forward, backward = longer(micro.forward, exponent), longer(micro.backward, exponent)
+    share = forward / (forward + backward)
+    busy = micro.busy.plus(update.busy).plus(Busy(0.0, 0.0, update.gather))
+    return StepSeconds(whole + stepping, share * whole, (1 - share) * whole, stepping, _bound(busy))
 
 
 def _bound(whole: Busy) -> Bound:
@@ -259,27 +235,3 @@ def longer(busy: Busy, exponent: float) -> float:
     if busy.link:
         total += (busy.link / most) ** exponent
     return float(most * total ** (1 / exponent))
-
-
-def micro_step_busy(work: StepWork, request: StepRequest, gpu: Gpu, *, model: TimeModel) -> tuple[Busy, Busy]:
-    """How long forward and backward of all micro-steps keep GPU and host busy."""
-    precision, count = request.config.precision, request.config.grad_accum
-    in_forward, in_backward = links_of_micro_step(request, model=model)
-    forward = phase_busy(work.forward, gpu, precision, model=model).plus(Busy(0.0, 0.0, in_forward))
-    backward = phase_busy(work.backward, gpu, precision, model=model).plus(Busy(0.0, 0.0, in_backward))
-    return forward.times(count), backward.times(count)
-
-
-def links_of_micro_step(request: StepRequest, *, model: TimeModel) -> tuple[float, float]:
-    """Seconds that the links between GPUs are busy in one micro-step's forward and backward."""
-    traffic, rate = link_traffic(request), _link_rate(request, model)
-    return traffic.forward_bytes / rate, traffic.backward_bytes / rate
-
-
-def links_of_step(request: StepRequest, *, model: TimeModel) -> float:
-    """Seconds that they are busy once a step."""
-    return link_traffic(request).step_bytes / _link_rate(request, model)
-
-
-def _link_rate(request: StepRequest, model: TimeModel) -> float:
-    return model.link.bandwidth_share * link_bytes_per_s(request)

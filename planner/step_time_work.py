@@ -1,20 +1,24 @@
 """The work of one training step: operations of its matrix products, bytes of the tensors that it writes.
 
 Products are counted from the model's matrices, the rest from the step rules: every tensor that forward and backward
-allocate is written once and read a few times. What checkpointing computes again is on the rules' tape already; its
-products are added here.
+allocate is written once and read a few times, save what products write in backward: their time is that of their
+operations. What checkpointing computes again is on the rules' tape already; its products are added here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from optplan.planner.models.spec import ModelSpec
+from optplan.planner.step.graph import Record
 from optplan.planner.step.options import StepOptions
 from optplan.planner.step.program import Program
 from optplan.planner.timeline import Phase
 
 _NO_PRODUCT = {"token_embedding", "position_embedding", "norm", "bias"}
+_WRITTEN_BY_PRODUCTS = {"weight gradient", "gradient of the input"}
 _BIDIRECTIONAL = {"bert", "roberta", "vit", "t5"}
 RECOMPUTED_SHARE = {"none": 0.0, "selective": 0.5, "full": 1.0, "full-reentrant": 1.0}
 """Share of the layers whose forward runs twice."""
@@ -26,8 +30,7 @@ class PhaseWork(msgspec.Struct, frozen=True):
     Attributes:
         product_flops: Multiplications and additions of products with the model's matrices.
         attention_flops: The same of queries with keys and of weights with values.
-        written_bytes: Bytes of all tensors that it allocates.
-        num_tensors: How many tensors it allocates.
+        written_bytes: Bytes of the tensors that it allocates, without the gradients that products write.
         num_layers: Layers that it runs through.
         num_recomputed_layers: Layers whose forward it runs again.
         rotates: Whether positions are encoded by rotation, which takes many small operations.
@@ -36,7 +39,6 @@ class PhaseWork(msgspec.Struct, frozen=True):
     product_flops: float
     attention_flops: float
     written_bytes: float
-    num_tensors: int
     num_layers: int
     num_recomputed_layers: float
     rotates: bool
@@ -82,11 +84,11 @@ def step_work(spec: ModelSpec, options: StepOptions, program: Program) -> StepWo
     again = RECOMPUTED_SHARE[options.checkpointing]
     num_layers, rotates = _num_layers(program), any(name.startswith("rotary") for name in spec.config)
     return StepWork(
-        PhaseWork(products, attention, *_tensors(program, "forward"), num_layers, 0.0, rotates),
+        PhaseWork(products, attention, _written_bytes(program, "forward"), num_layers, 0.0, rotates),
         PhaseWork(
             (2 + again) * products,
             (2.5 + again) * attention,
-            *_tensors(program, "backward"),
+            _written_bytes(program, "backward"),
             num_layers,
             again * num_layers,
             rotates,
@@ -101,16 +103,19 @@ def _num_layers(program: Program) -> int:
     )
 
 
-def _tensors(program: Program, phase: Phase) -> tuple[float, int]:
-    """Bytes and number of the tensors that a phase allocates in the whole model."""
-    tape, written, count = program.tape, 0, 0
+def _written_bytes(program: Program, phase: Phase) -> float:
+    """Bytes of the tensors that a phase writes in the whole model."""
+    tape, written = program.tape, 0
     starts = [segment.first_id - 1 for segment in tape.segments] + [len(tape.records)]
-    sums: dict[int, tuple[int, int]] = {}
+    sums: dict[int, int] = {}
     for index, _ in program.stretches():
         if tape.segments[index].phase != phase:
             continue
         if index not in sums:
-            records = tape.records[starts[index] : starts[index + 1]]
-            sums[index] = (sum(record.num_bytes for record in records), len(records))
-        written, count = written + sums[index][0], count + sums[index][1]
-    return float(written), count
+            sums[index] = _sum_of(tape.records[starts[index] : starts[index + 1]])
+        written += sums[index]
+    return float(written)
+
+
+def _sum_of(records: Sequence[Record]) -> int:
+    return sum(record.num_bytes for record in records if record.operation not in _WRITTEN_BY_PRODUCTS)

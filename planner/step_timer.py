@@ -7,7 +7,8 @@ from functools import cached_property
 from optplan.planner.candidates import Candidate
 from optplan.planner.errors import ConfigError
 from optplan.planner.step.rules import has_rules, record_step
-from optplan.planner.step_time import StepSeconds, combine, load_time_model, micro_step_busy, optimizer_busy, timed_gpu
+from optplan.planner.step_time import StepSeconds, combine, is_timed, micro_steps, optimizer_update, timed_gpu
+from optplan.planner.step_time_rates import load_time_model
 from optplan.planner.step_time_work import StepWork, step_work
 from optplan.planner.workload import Workload, step_options
 
@@ -21,20 +22,21 @@ class StepTimer:
     @cached_property
     def _work(self) -> StepWork | None:
         request = self._workload.request
-        if not has_rules(request.model) or timed_gpu(request.gpu) is None:
+        if not has_rules(request.model) or timed_gpu(request.gpu) is None or not is_timed(request):
             return None
         options = step_options(request)
         try:
-            return step_work(request.model, options, record_step(request.model, options, strategy=request.strategy))
+            program = record_step(request.model, options, strategy=request.strategy)
+            return step_work(request.model, options, program)
         except ConfigError:
             return None
 
     def seconds(self, candidate: Candidate) -> StepSeconds | None:
-        """The step's time, None for a memory budget and for what no rule describes."""
+        """The step's time, None for a memory budget, for what no rule describes and for GPUs that share layers."""
         if self._work is None:
             return None
         request, model = self._workload.request, load_time_model()
-        forward, backward = micro_step_busy(self._work, request, request.gpu, model=model)
+        micro = micro_steps(self._work, request, request.gpu, model=model)
         moved = self._workload.moved_bytes(candidate)
-        update = optimizer_busy(candidate, moved, request.gpu, request, model=model)
-        return combine(forward, backward, update, exponent=model.overlap.exponent)
+        update = optimizer_update(candidate, moved, request.gpu, request, model=model)
+        return combine(micro, update, exponent=model.overlap.exponent)

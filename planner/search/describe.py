@@ -12,12 +12,8 @@ from optplan.planner.search.explore import Exploration, Found
 from optplan.planner.search.question import Question
 from optplan.planner.search.records import Configuration, Time, TimeBasis, Verdict
 from optplan.planner.search.steps import request_of
-from optplan.planner.step_time import (
-    basis_of,
-    combine,
-    micro_step_busy,
-    timed_gpu,
-)
+from optplan.planner.step_time import basis_of, combine, micro_steps, timed_gpu
+from optplan.planner.step_time_links import link_basis
 from optplan.planner.workload import StepPeaks, Workload
 
 
@@ -84,9 +80,8 @@ class Describer:
 
     def _time(self, found: Found, request: StepRequest) -> Time:
         model, gpu = self.exploration.model, self.exploration.gpu
-        work = self.exploration.work_of(found)
-        forward, backward = micro_step_busy(work, request, gpu, model=model)
-        seconds = combine(forward, backward, found.bound.busy(gpu, model), exponent=model.overlap.exponent)
+        micro = micro_steps(self.exploration.work_of(found), request, gpu, model=model)
+        seconds = combine(micro, found.bound.update(gpu, model), exponent=model.overlap.exponent)
         candidate = found.bound.candidate
         return Time(
             step_seconds=seconds.step,
@@ -97,6 +92,9 @@ class Describer:
             bound=seconds.bound,
             basis=self._basis(request),
             optimizer_basis=model.rates_of(candidate.id, candidate.implementation).basis,
+            link_basis=link_basis(request, model=model) if request.config.gpus > 1 else None,
+            median_error=model.errors.held_out.median,
+            largest_error=model.errors.held_out.largest,
         )
 
     def _basis(self, request: StepRequest) -> TimeBasis:

@@ -23,7 +23,8 @@ from optplan.planner.search.evidence import EvidenceKey
 from optplan.planner.search.pool import BoundMember, Frame, Pool
 from optplan.planner.search.space import Layout, Manner, Space
 from optplan.planner.search.steps import StepPoint, StepRecorder, accumulated_batches, manner_refused
-from optplan.planner.step_time import Busy, TimeModel, load_time_model, longer, micro_step_busy
+from optplan.planner.step_time import MicroSteps, micro_steps
+from optplan.planner.step_time_rates import TimeModel, load_time_model
 from optplan.planner.step_time_work import StepWork
 
 
@@ -61,14 +62,14 @@ class Beaten(NamedTuple):
 
 
 class Micro(NamedTuple):
-    """One way of running forward and backward, with its batch and the time it takes for a whole step."""
+    """One way of running forward and backward, with its batch and the seconds that it takes for a whole step."""
 
     manner: Manner
     micro_batch: int
     accumulated: int
     share: float
     point: StepPoint
-    busy: Busy
+    seconds: float
 
 
 @contextmanager
@@ -155,13 +156,10 @@ class Exploration:
         return self.limit_bytes - frame.lost_bytes
 
     def _micro(self, frame: Frame, manner: Manner, size: int, accumulated: int, point: StepPoint) -> Micro:
-        forward, backward = self.busy(frame, point.work)
+        one = micro_steps(point.work, frame.request, self.gpu, model=self.model)
+        seconds = MicroSteps(one.forward, one.backward, accumulated, one.reduction).seconds(self.model.overlap.exponent)
         share = size * accumulated * frame.layout.gpus / self.space.sequences
-        return Micro(manner, size, accumulated, share, point, forward.plus(backward).times(accumulated))
-
-    def busy(self, frame: Frame, work: StepWork) -> tuple[Busy, Busy]:
-        """How long forward and backward of one micro-step keep GPU, host and links busy."""
-        return micro_step_busy(work, frame.request, self.gpu, model=self.model)
+        return Micro(manner, size, accumulated, share, point, seconds)
 
     def _note_least(self, frame: Frame, manner: Manner, point: StepPoint) -> None:
         for member in frame.members:
@@ -179,15 +177,15 @@ class Exploration:
             for micro in micros:
                 self._lower(member, micro.manner, resident + micro.point.least_bytes)
             return
-        update = member.busy(self.gpu, self.model)
+        update = member.update(self.gpu, self.model).seconds(self.model.overlap.exponent)
         keys = {in_backward: member.evidence(step_in_backward=in_backward) for in_backward in (False, True)}
         for micro in micros:
             found = self._found(member, micro, resident, update, keys[micro.manner.step_in_backward])
             self._settle(found, micro, limit)
 
-    def _found(self, member: BoundMember, micro: Micro, resident: int, update: Busy, key: EvidenceKey) -> Found:
+    def _found(self, member: BoundMember, micro: Micro, resident: int, update: float, key: EvidenceKey) -> Found:
         """A configuration with its peak as it would be without the optimizer's temporaries."""
-        seconds = longer(micro.busy.plus(update), self.model.overlap.exponent) / micro.share
+        seconds = (micro.seconds + update) / micro.share
         bound = resident + micro.point.least_bytes
         return Found(member, micro.manner, micro.micro_batch, micro.accumulated, bound, seconds, key)
 

@@ -16,7 +16,8 @@ from optplan.planner.search.evidence import EvidenceKey, evidence_key
 from optplan.planner.search.space import Layout, Member, Space
 from optplan.planner.search.steps import frame_of
 from optplan.planner.step.optimizer_step import temporary_bytes, write_optimizer_step
-from optplan.planner.step_time import Busy, TimeModel, optimizer_busy
+from optplan.planner.step_time import Update, optimizer_update
+from optplan.planner.step_time_rates import TimeModel
 from optplan.planner.tensors import Parameter
 from optplan.planner.timeline import TimelineBuilder
 from optplan.planner.workload import Workload, resident_bytes
@@ -86,10 +87,10 @@ class BoundMember:
         )
         return temporary_bytes(timeline.events)
 
-    def busy(self, gpu: Gpu, model: TimeModel) -> Busy:
-        """How long its step keeps GPU and host busy."""
+    def update(self, gpu: Gpu, model: TimeModel) -> Update:
+        """How long its step takes."""
         moved = self.workload.moved_bytes(self.candidate)
-        return optimizer_busy(self.candidate, moved, gpu, self.workload.request, model=model)
+        return optimizer_update(self.candidate, moved, gpu, self.workload.request, model=model)
 
     def evidence(self, *, step_in_backward: bool) -> EvidenceKey:
         """The order by what is known of it."""

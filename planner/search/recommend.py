@@ -17,8 +17,9 @@ from optplan.planner.search.explore import Exploration, Found
 from optplan.planner.search.fit_changes import fit_changes
 from optplan.planner.search.picks import RULES
 from optplan.planner.search.question import Question, SearchFlags, check_question
-from optplan.planner.search.records import Configuration, Decided, SearchReport, SpaceRow
-from optplan.planner.step_time import CALIBRATED_GPU, timed_gpu
+from optplan.planner.search.records import Configuration, Decided, SearchReport, SpaceRow, Time
+from optplan.planner.step_time import timed_gpu
+from optplan.planner.step_time_rates import CALIBRATED_GPU
 from optplan.planner.units import format_gib
 from optplan.planner.version import VERSION
 
@@ -125,7 +126,7 @@ def _reasons(best: Configuration, choice: Choice, describer: Describer, question
     reasons += [_time_reason(best)] if best.time else []
     reasons += [f"{part.part}: {part.class_title}, {part.reason} ({part.source})" for part in best.evidence.parts]
     reasons += [
-        f"surer, but tight: {title_of(describer.describe(found, simulate=False))}" for found in choice.passed_over[:3]
+        f"before it by the rule, but tight: {title_of(describer.describe(found, simulate=False))}" for found in choice.passed_over[:3]
     ]
     if best.evidence.rank > ADVENTUROUS:
         reasons.append("nothing surer fits")
@@ -139,18 +140,25 @@ def _memory_reason(best: Configuration, limit_bytes: int) -> str:
 
 def _time_reason(best: Configuration) -> str:
     assert best.time is not None
-    time, basis = best.time, best.time.basis
-    marks = {
-        "calibrated": "fitted to measured steps of this GPU",
-        "scaled": "scaled from an H200 by the data sheet",
-        "assumed": "as if on an H200: a budget has no speed",
-    }
-    estimated = ", the optimizer's part estimated" if time.optimizer_basis == "estimated" else ""
-    estimated += ", the links' part estimated" if best.config.gpus > 1 else ""
+    time = best.time
     return (
         f"{best.tokens_per_step:,} tokens a step in {time.step_seconds:.3g} s, {time.tokens_per_second:,.0f} tokens/s,"
-        f" {time.optimizer_seconds:.2g} s of it the optimizer's ({marks[basis]}{estimated})"
+        f" {time.optimizer_seconds:.2g} s of it the optimizer's ({'; '.join(_sureness(time))})"
     )
+
+
+def _sureness(time: Time) -> list[str]:
+    """What a time rests on, part by part."""
+    errors = f"{time.median_error:.0%} off in the median and {time.largest_error:.0%} at most on models left out"
+    marks = {
+        "calibrated": f"a model fitted to measured steps of this GPU, {errors}",
+        "scaled": f"scaled by the data sheet from one H200, where the model is {errors}",
+        "assumed": "as if on an H200: a budget has no speed",
+    }
+    words = [marks[time.basis]]
+    words += ["the optimizer's part estimated"] if time.optimizer_basis == "estimated" else []
+    links = {"cited": "the links' rate cited from others' measurements", "estimated": "the links' rate estimated"}
+    return words + ([links[time.link_basis]] if time.link_basis in links else [])
 
 
 def _advice(best: Configuration) -> list[str]:

@@ -27,6 +27,9 @@ class Time(msgspec.Struct, frozen=True, kw_only=True):
         basis: `calibrated` on the GPU the model was fitted to, `scaled` by the data sheet on any other, `assumed` where
             a memory budget stands for a GPU and an H200's rates are taken.
         optimizer_basis: Whether the optimizer's own time rests on a measurement or on a likeness.
+        link_basis: What the links' rates rest on, on several GPUs: `measured`, `cited` or `estimated`.
+        median_error: Of the time model on measured steps of models that it was not fitted to, as a share of their time;
+            likewise the largest. They hold for one GPU of the calibrated kind.
     """
 
     step_seconds: float
@@ -37,6 +40,9 @@ class Time(msgspec.Struct, frozen=True, kw_only=True):
     bound: Literal["gpu", "host", "link"]
     basis: TimeBasis
     optimizer_basis: Literal["measured", "estimated"]
+    link_basis: Literal["measured", "cited", "estimated"] | None = None
+    median_error: float
+    largest_error: float
 
 
 class Configuration(msgspec.Struct, frozen=True, kw_only=True):

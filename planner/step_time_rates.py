@@ -1,0 +1,140 @@
+"""The coefficients of the step-time model, read from `data/step_time.toml`, which names the source of each."""
+
+from __future__ import annotations
+
+import tomllib
+from functools import cache
+from importlib.resources import files
+from typing import Literal
+
+import msgspec
+
+from optplan.planner.errors import DataError
+
+CALIBRATED_GPU = "h200-141g"
+
+
+class GpuRates(msgspec.Struct, frozen=True):
+    """Shares of the data sheet that a GPU reaches.
+
+    Attributes:
+        product_share_16bit: Of the matrix units' operations, by products in fp16 or bf16; likewise in fp32.
+        attention_share: The same by fused attention.
+        moves_per_written_byte: How often a byte of a written tensor crosses the memory bus, its reads included.
+    """
+
+    product_share_16bit: float
+    product_share_fp32: float
+    attention_share: float
+    moves_per_written_byte: float
+
+
+class HostRates(msgspec.Struct, frozen=True):
+    """Seconds that the host takes to launch forward and backward of one layer, and once more if it is recomputed."""
+
+    seconds_per_rotary_layer: float
+    seconds_per_other_layer: float
+
+
+class OptimizerRates(msgspec.Struct, frozen=True):
+    """Time of `step()` besides moving its bytes at the copy bandwidth."""
+
+    id: str
+    implementation: str
+    seconds_per_element: float
+    seconds_per_tensor: float
+    basis: Literal["measured", "estimated"]
+    source: str
+    flops_per_element_and_rank: float = 0.0
+    flops_per_element_and_side: float = 0.0
+
+
+class Overlap(msgspec.Struct, frozen=True):
+    """How sharply the longest of GPU, host and links decides."""
+
+    exponent: float
+
+
+class LinkRates(msgspec.Struct, frozen=True):
+    """Share of a link's rate in one direction that collectives reach.
+
+    Attributes:
+        link: Name of the link, as the rows of `clusters.toml` have it.
+        bandwidth_share: Bytes per second through the link, over its rate by the data sheet.
+        basis: `measured` by `benchmarks/record_links.py`, `cited` from somebody else's measurement, or `estimated`.
+        source: The record or address.
+    """
+
+    link: str
+    bandwidth_share: float
+    basis: Literal["measured", "cited", "estimated"]
+    source: str
+
+
+class FitError(msgspec.Struct, frozen=True):
+    """Relative errors of some steps: the median, and the largest."""
+
+    median: float
+    largest: float
+
+
+class FitErrors(msgspec.Struct, frozen=True):
+    """How far the model is from measured steps.
+
+    Attributes:
+        num_steps: Measured steps.
+        fitted: Errors on the steps that it was fitted to.
+        held_out: Errors on each model's steps by a fit to the other models'.
+    """
+
+    num_steps: int
+    fitted: FitError
+    held_out: FitError
+
+
+class TimeModel(msgspec.Struct, frozen=True):
+    """All coefficients."""
+
+    fitted_to: str
+    errors: FitErrors
+    gpu: GpuRates
+    host: HostRates
+    overlap: Overlap
+    link: list[LinkRates]
+    optimizer: list[OptimizerRates]
+
+    def rates_of(self, optimizer: str, implementation: str) -> OptimizerRates:
+        """Rates of one implementation.
+
+        Raises:
+            DataError: The table has none.
+        """
+        for row in self.optimizer:
+            if (row.id, row.implementation) == (optimizer, implementation):
+                return row
+        raise DataError(f"step_time.toml has no row for {optimizer} with implementation={implementation}")
+
+    def link_rates(self, link: str) -> LinkRates:
+        """What collectives reach over a link.
+
+        Raises:
+            DataError: The table has no such link.
+        """
+        for row in self.link:
+            if row.link == link:
+                return row
+        raise DataError(f"step_time.toml has no row for the link {link}")
+
+
+@cache
+def load_time_model() -> TimeModel:
+    """The fitted coefficients.
+
+    Raises:
+        DataError: The table is damaged.
+    """
+    try:
+        table = tomllib.loads(files("optplan.planner.data").joinpath("step_time.toml").read_text("utf-8"))
+        return msgspec.convert(table, TimeModel)
+    except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
+        raise DataError(f"step_time.toml is damaged: {error}") from error
