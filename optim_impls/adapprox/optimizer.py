@@ -149,13 +149,15 @@ class Adapprox(KernelOptimizer):
 
         lr = group["lr"] if self.defaults["capturable"] else float(group["lr"])
         numbers = Numbers(_rates(group), lr, grad_scale)
-        if isinstance(batch, RowBatch) and "q_factor" in batch.members[0].state:
+        # Not the members': to make them at every step costs the host more than all launches.
+        is_matrices = "q_factor" in batch.parts[0].state
+        if isinstance(batch, RowBatch) and is_matrices:
             from optplan.optim_impls.adapprox.sharded_launcher import step_matrices_on_ranks
 
             step_matrices_on_ranks(batch, seed=group["seed"], numbers=numbers)
         elif isinstance(batch, RowBatch):
             step_by_rows(batch, _rates(group, lr=float(lr)), seed=group["seed"], grad_scale=grad_scale)
-        elif "q_factor" in batch.members[0].state:
+        elif is_matrices:
             step_matrices(batch, _layout, seed=group["seed"], numbers=numbers)
         else:
             step_vectors(batch, numbers=numbers)
