@@ -6,7 +6,7 @@ tensor smaller than a block is one short block: at least one element is selected
 from the start of their block, so int16 holds them; the window of a block is contiguous. Runs of `RUN_NUMEL` elements
 are dealt to the block's buckets in turn, so that one GPU thread reads whole runs and owns a whole bucket; a short block
 needs no more buckets than it has runs. The codes of a run are four bytes, also of one that the tensor's end cuts short.
-Densification (`alpha` in the authors' code) is not offered.
+Densification (`alpha`) reads and changes what a step moves anyway: it keeps, allocates and moves nothing more.
 
 Source: Modoranu et al., NeurIPS 2024, arXiv 2405.15593.
 """
@@ -107,8 +107,12 @@ class MicroAdam(OptimizerModel):
         DENSITY,
         Option("block", "integer", 2048, "elements among which the largest are selected", low=64, high=32_768),
         Option("bucket", "integer", 64, "elements that share a scale of the error feedback", low=8, high=32_768),
+        Option(
+            "alpha", "number", 0.0, "part of the error fed into the update of every element; costs no memory",
+            low=0, high=1, high_exclusive=True,
+        ),
         Option("capturable", "boolean", False, "step counters on the device, for CUDA graphs"),
-    )
+    )  # fmt: skip
 
     def __init__(self, id_: str, implementation: str, options: Mapping[str, Any]) -> None:
         super().__init__(id_, implementation, options)

@@ -48,7 +48,8 @@ def test_every_implementation_builds_with_its_declared_defaults(id_: str, implem
 
 def test_options_are_read_from_text_and_equal_models_are_equal() -> None:
     model = build_optimizer("micro-adam", {"window": "20", "density": "2e-2", "block": "+4096"})
-    assert model.options == {"window": 20, "density": 0.02, "block": 4096, "bucket": 64, "capturable": False}
+    defaults = {"bucket": 64, "alpha": 0.0, "capturable": False}
+    assert model.options == {"window": 20, "density": 0.02, "block": 4096} | defaults
     same = build_optimizer("micro-adam", {"window": 20, "density": 0.02, "block": 4096})
     assert model == same
     assert hash(model) == hash(same)
@@ -93,6 +94,7 @@ MISTAKES = [
         {"implementation": "official", "alpha": "1"},
         MICRO + "alpha must be -2 or a number from 0 below 1, got '1'",
     ),
+    ("micro-adam", {"alpha": "-2"}, MICRO + "alpha must be a number from 0 below 1, got '-2'"),
     ("adapprox", {"rank": "most"}, "adapprox: rank must be min, max or an integer from 1 to 1048576, got 'most'"),
     ("sgd", {"nesterov": "true", "momentum": "0"}, "sgd: nesterov=true needs a momentum above 0, got momentum=0"),
 ]
