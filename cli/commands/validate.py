@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from optplan import options, output
+from optplan.planner.errors import ConfigError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,6 +24,9 @@ def validate(
     steps: options.Steps = 8,
     device: Annotated[str, typer.Option(help="Where to run: cuda, cuda:1 ..., or cpu.")] = "cuda",
     check: Annotated[bool, typer.Option("--check", help="Measure nothing: judge the records that are there.")] = False,
+    measure_only: Annotated[
+        bool, typer.Option("--measure-only", help="Judge nothing: leave that to --check, later or elsewhere.")
+    ] = False,
     keep_history: Annotated[
         bool, typer.Option("--keep-history", help="Keep each step event by event; larger records.")
     ] = False,
@@ -39,6 +43,8 @@ def validate(
     bytes are predicted exactly, 1 if not, 2 for bad input.
     """
     output.check_targets(html)
+    if check and measure_only:
+        raise ConfigError("--check and --measure-only exclude each other: nothing would be done")
     if not check:
         _measure(
             records,
@@ -49,6 +55,8 @@ def validate(
             keep_history=keep_history,
             gpus_in_parallel=gpus_in_parallel,
         )
+    if measure_only:
+        return
     report = _judge(records)
     if json:
         output.print_json(report)
@@ -78,7 +86,7 @@ def _paths(records: str) -> list[Path]:
     """The records of the folder."""
     from pathlib import Path
 
-    from optplan.planner.errors import ConfigError, shorten
+    from optplan.planner.errors import shorten
 
     folder = Path(records)
     if not folder.is_dir():

@@ -19,6 +19,11 @@ from optplan.planner.version import VERSION
 ALLOC_CONF_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Where torch reads its allocator's settings from, the newer name first."""
 
+COMMIT_VARIABLE = "OPTPLAN_COMMIT"
+"""Names the commit where the code is no checkout, such as a copy of one on another machine."""
+NOTE_VARIABLE = "OPTPLAN_RECORD_NOTE"
+"""What records must say of the circumstances under which they are made."""
+
 
 def read_environment(
     *, command: str | None = None, driver: str | None = None, other_processes_bytes: int | None = None
@@ -52,6 +57,11 @@ def read_environment(
     )
 
 
+def given_notes() -> list[str]:
+    """What whoever started this process wants its records to say."""
+    return [os.environ[NOTE_VARIABLE]] if os.environ.get(NOTE_VARIABLE) else []
+
+
 def alloc_conf() -> str:
     """The settings of torch's CUDA allocator that this process was started with."""
     return next((os.environ[name] for name in ALLOC_CONF_VARIABLES if os.environ.get(name)), "")
@@ -69,7 +79,9 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Commit of the checkout that optplan runs from, None for an installed package."""
+    """Commit named to this process, or that of the checkout that optplan runs from; None for an installed package."""
+    if os.environ.get(COMMIT_VARIABLE):
+        return os.environ[COMMIT_VARIABLE]
     folder = Path(__file__).resolve().parent
     command = ["git", "-C", str(folder), "rev-parse", "--short=12", "HEAD"]
     try:

@@ -21,7 +21,7 @@ from optplan.planner.version import VERSION
 from optplan.planner.workload import Workload
 from optplan.profilers.live.bandwidth import copy_bandwidth
 from optplan.profilers.live.devices import DeviceMemory, DeviceReader
-from optplan.profilers.live.environment import read_environment
+from optplan.profilers.live.environment import given_notes, read_environment
 from optplan.profilers.live.profile import RECORDED_STEP, LiveProfile, out_of_memory
 from optplan.profilers.workloads.real_step import RealStep, build_real_step
 
@@ -97,7 +97,7 @@ def held_by_others(before: DeviceMemory | None) -> int | None:
 
 def profile_notes(profile: LiveProfile | None, reader: DeviceReader | None) -> list[str]:
     """What a reader of the figures must know."""
-    notes = [reader.remark] if reader and reader.remark else []
+    notes = [*given_notes(), *([reader.remark] if reader and reader.remark else [])]
     if profile is not None and profile.first_difference:
         notes.append(f"the allocator's record could not be followed exactly: {profile.first_difference}")
     seconds = profile.step_seconds() if profile else []

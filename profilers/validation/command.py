@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -13,10 +13,11 @@ from optplan.planner.catalog import load_model
 from optplan.planner.errors import ConfigError, OptplanError, shorten
 from optplan.planner.gpus import find_gpu
 from optplan.profilers.live.command import CPU_GPU, check_device
+from optplan.profilers.live.environment import NOTE_VARIABLE
 from optplan.profilers.live.measure import MIN_STEPS
 from optplan.profilers.validation.gpus import VisibleGpu
 from optplan.profilers.validation.launching import Launcher, launching
-from optplan.profilers.validation.matrix import ValidationCase, fitting, read_matrix
+from optplan.profilers.validation.matrix import ValidationCase, read_matrix, refusal
 from optplan.profilers.validation.runner import Limits, Progress, run_cases
 
 PRELOADED = (
@@ -36,6 +37,8 @@ PRELOADED = (
     "pynvml",
 )
 """What a measurement imports, but for the model's own code."""
+BUSY_HOST = "measured while other GPUs of this host were busy: the host's share of the times may be longer"
+"""Note of records that are made beside others."""
 _GPU_SECONDS = 120.0
 
 
@@ -63,18 +66,18 @@ def run_matrix(
     with launching(_preloaded(cases)) as launcher:
         target = check_device(device)
         seen = _visible_gpus(launcher) if target.type == "cuda" else []
-        judged = list(_measurable(cases, seen, target.index or 0))
         outcome = run_cases(
-            [case for case, reason in judged if reason is None],
+            cases,
             folder,
             launcher=launcher,
             device=device,
             limits=Limits(steps, budget_seconds, keep_history),
             places=_places(gpus_in_parallel, len(seen)),
+            refuse=_refusing(seen, target.index or 0),
             progress=lambda now: tell(_shown(now)),
         )
     return (
-        {case.name: reason for case, reason in judged if reason is not None}
+        outcome.skipped
         | outcome.failed
         | dict.fromkeys(outcome.left, "not measured: the time was over; the same command goes on here")
     )
@@ -104,16 +107,16 @@ def _visible_gpus(launcher: Launcher) -> list[VisibleGpu]:
     return msgspec.json.decode(asked.output, type=list[VisibleGpu])
 
 
-def _measurable(
-    cases: Sequence[ValidationCase], seen: Sequence[VisibleGpu], index: int
-) -> Iterator[tuple[ValidationCase, str | None]]:
-    """Each case, and why it is not measured here, None if it is."""
+def _refusing(seen: Sequence[VisibleGpu], index: int) -> Callable[[ValidationCase], str | None]:
+    """What says why a case is not measured here."""
     gpu = find_gpu(seen[index].name, seen[index].total_bytes).id if seen else CPU_GPU
-    for case, reason in fitting(cases, gpu=gpu):
+
+    def refuse(case: ValidationCase) -> str | None:
         if seen and case.num_gpus > len(seen):
-            yield case, f"it needs {case.num_gpus} GPUs, torch sees {len(seen)}"
-        else:
-            yield case, reason
+            return f"it needs {case.num_gpus} GPUs, torch sees {len(seen)}"
+        return refusal(case, gpu=gpu)
+
+    return refuse
 
 
 def _places(gpus_in_parallel: int, num_gpus: int) -> list[dict[str, str]]:
@@ -124,7 +127,8 @@ def _places(gpus_in_parallel: int, num_gpus: int) -> list[dict[str, str]]:
         raise ConfigError(f"--gpus-in-parallel {gpus_in_parallel} is more than the {num_gpus} that torch sees")
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = given.split(",") if given else [str(index) for index in range(num_gpus)]
-    return [{"CUDA_VISIBLE_DEVICES": name.strip()} for name in names[:gpus_in_parallel]]
+    chosen = names[:gpus_in_parallel]
+    return [{"CUDA_VISIBLE_DEVICES": name.strip(), NOTE_VARIABLE: BUSY_HOST} for name in chosen]
 
 
 def _shown(now: Progress) -> str:

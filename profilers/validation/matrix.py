@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.resources import files
 from typing import Any
 
@@ -71,22 +71,16 @@ def read_matrix(name: str) -> list[ValidationCase]:
     return list({case.name: case for case in cases}.values())
 
 
-def fitting(cases: Sequence[ValidationCase], *, gpu: str) -> Iterator[tuple[ValidationCase, str | None]]:
-    """Each case, and why it is not measured on this GPU, None if it is."""
-    for case in cases:
-        try:
-            report = estimate(
-                case.model,
-                gpu=gpu,
-                optimizer=case.optimizer,
-                options=list(case.settings),
-                gpus=case.num_gpus,
-                **case.step,
-            )
-        except ConfigError as error:
-            yield case, str(error)
-            continue
-        yield case, "it does not fit" if report.estimates[0].fits is False else None
+def refusal(case: ValidationCase, *, gpu: str) -> str | None:
+    """Why a case is not measured on this GPU, None if it is."""
+    options = list(case.settings)
+    try:
+        report = estimate(
+            case.model, gpu=gpu, optimizer=case.optimizer, options=options, gpus=case.num_gpus, **case.step
+        )
+    except ConfigError as error:
+        return str(error)
+    return "it does not fit" if report.estimates[0].fits is False else None
 
 
 def _tables() -> dict[str, list[dict[str, Any]]]:

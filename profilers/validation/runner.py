@@ -22,8 +22,6 @@ from optplan.profilers.validation.matrix import ValidationCase
 
 CASE_SECONDS = 300.0
 """After which a case that has not ended is ended."""
-BUSY_HOST = "measured while other GPUs of this host were busy: the host's share of the times may be longer"
-"""Note of a record that was made beside others."""
 _POLL_SECONDS = 0.02
 
 
@@ -31,8 +29,8 @@ class Progress(msgspec.Struct, frozen=True):
     """How far a validation has come.
 
     Attributes:
-        done: Cases measured now or before.
-        total: Cases of the matrix that fit on this GPU.
+        done: Cases measured now or before, or not to be measured here.
+        total: Cases of the matrix.
         case: What is being measured, empty at the end.
     """
 
@@ -49,12 +47,14 @@ class RunOutcome(msgspec.Struct, frozen=True):
         kept: Names of those that had a record already.
         failed: Those that ended without a record, with the last words of the process.
         left: Those for which the time did not suffice.
+        skipped: Those that cannot be measured here, with the reason.
     """
 
     measured: list[str]
     kept: list[str]
     failed: dict[str, str]
     left: list[str]
+    skipped: dict[str, str] = {}
 
 
 class Limits(NamedTuple):
@@ -81,6 +81,7 @@ def run_cases(
     device: str,
     limits: Limits,
     places: Sequence[Mapping[str, str]] = ({},),
+    refuse: Callable[[ValidationCase], str | None] = lambda _: None,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> RunOutcome:
     """Measure what has no record in `folder` yet; a run that was stopped goes on where it ended.
@@ -92,13 +93,14 @@ def run_cases(
         device: Where the steps run.
         limits: How many steps and how long.
         places: Where cases run at the same time: the environment variables that show a process its GPU.
+        refuse: Why a case cannot be measured here, None if it can; asked while others run.
         progress: Told before each case and at the end.
 
     Raises:
         OptplanError: The folder cannot be made or written.
     """
     _make(folder)
-    return _Matrix(folder, launcher, device, limits, places, progress).run(cases)
+    return _Matrix(folder, launcher, device, limits, places, progress).run(cases, refuse)
 
 
 def _make(folder: Path) -> None:
@@ -116,7 +118,6 @@ class _Running(NamedTuple):
     places: list[int]
     processes: list[Process]
     begin: float
-    is_beside_others: bool
 
 
 class _Matrix:
@@ -135,22 +136,15 @@ class _Matrix:
         self._places, self._progress = places, progress
         self._free = list(range(len(places)))
         self._running: list[_Running] = []
-        self._outcome = RunOutcome([], [], {}, [])
+        self._outcome = RunOutcome([], [], {}, [], {})
         self._total = 0
+        self._begin = time.monotonic()
 
-    def run(self, cases: Sequence[ValidationCase]) -> RunOutcome:
-        self._total, begin = len(cases), time.monotonic()
+    def run(self, cases: Sequence[ValidationCase], refuse: Callable[[ValidationCase], str | None]) -> RunOutcome:
+        self._total = len(cases)
         try:
             for case in cases:
-                path = self._folder / f"{case.name}.json.gz"
-                if path.exists():
-                    self._outcome.kept.append(case.name)
-                    continue
-                self._make_room(case)
-                if time.monotonic() - begin > self._limits.budget_seconds:
-                    self._outcome.left.append(case.name)
-                else:
-                    self._start(case, path)
+                self._take(case, refuse)
             while self._running:
                 self._wait()
         except BaseException:
@@ -158,6 +152,22 @@ class _Matrix:
             raise
         self._tell("")
         return self._outcome
+
+    def _take(self, case: ValidationCase, refuse: Callable[[ValidationCase], str | None]) -> None:
+        """Start a case once there is a place for it, if it is to be measured at all."""
+        path = self._folder / f"{case.name}.json.gz"
+        if path.exists():
+            self._outcome.kept.append(case.name)
+            return
+        reason = refuse(case)
+        if reason is not None:
+            self._outcome.skipped[case.name] = reason
+            return
+        self._make_room(case)
+        if time.monotonic() - self._begin > self._limits.budget_seconds:
+            self._outcome.left.append(case.name)
+        else:
+            self._start(case, path)
 
     def _make_room(self, case: ValidationCase) -> None:
         """Wait for a place; a case of several processes runs alone."""
@@ -171,8 +181,7 @@ class _Matrix:
         places = [self._free.pop(0)] if case.num_gpus == 1 else []
         variables = [dict(self._places[places[0]])] if places else _variables_of_ranks(case.num_gpus)
         processes = [self._launcher.start("optplan", words, variable) for variable in variables]
-        beside = len(self._places) > 1 and case.num_gpus == 1
-        self._running.append(_Running(case, path, places, processes, time.monotonic(), beside))
+        self._running.append(_Running(case, path, places, processes, time.monotonic()))
 
     def _wait(self) -> None:
         """Look after what runs, once."""
@@ -205,8 +214,6 @@ class _Matrix:
             running.path.unlink()
             return False
         kept = record if self._limits.keep_history else msgspec.structs.replace(record, history=None)
-        if running.is_beside_others:
-            kept = msgspec.structs.replace(kept, notes=[*kept.notes, BUSY_HOST])
         if kept is not record:
             save_record(kept, running.path)
         return True
@@ -220,7 +227,7 @@ class _Matrix:
                     self._keeps(running)
 
     def _tell(self, case: str) -> None:
-        done = len(self._outcome.measured) + len(self._outcome.kept) + len(self._outcome.failed)
+        done = sum(map(len, (self._outcome.measured, self._outcome.kept, self._outcome.failed, self._outcome.skipped)))
         self._progress(Progress(done, self._total, case))
 
 

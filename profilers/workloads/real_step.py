@@ -126,7 +126,7 @@ def place_module(module: nn.Module, device: torch.device) -> None:
             return tensor.to(device)
         return torch.empty_like(tensor, device=device)
 
-    module._apply(placed)
+    module._apply(placed)  # type: ignore[no-untyped-call]
 
 
 def _enable_checkpointing(model: Any, kind: str) -> None:

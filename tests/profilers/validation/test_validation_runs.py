@@ -14,7 +14,7 @@ from optplan.planner.measured.measurement import Measurement
 from optplan.planner.measured.record_files import load_record
 from optplan.profilers.validation.command import _preloaded
 from optplan.profilers.validation.launching import ForkLauncher, launching
-from optplan.profilers.validation.matrix import ValidationCase, fitting, matrix_names, read_matrix
+from optplan.profilers.validation.matrix import ValidationCase, matrix_names, read_matrix, refusal
 from optplan.profilers.validation.runner import Limits, Progress, run_cases
 
 TINY = {
@@ -41,10 +41,9 @@ def config(tmp_path: Path) -> str:
 def test_steps_that_do_not_fit_or_cannot_be_run_are_told_why() -> None:
     large = ValidationCase("llama-2-7b", "adamw", (), {"seq_len": 512})
     strange = ValidationCase("pythia-1b", "adam-mini", ("implementation=official",), {"seq_len": 512})
-    reasons = [reason for _, reason in fitting([*read_matrix("quick"), large, strange], gpu="a100-40g")]
-    assert reasons[:-2] == [None] * len(read_matrix("quick"))
-    assert reasons[-2] == "it does not fit"
-    assert reasons[-1] is not None and reasons[-1].startswith("adam-mini 1.1.1 fails on gpt_neox")
+    assert [refusal(case, gpu="a100-40g") for case in read_matrix("quick")] == [None] * 4
+    assert refusal(large, gpu="a100-40g") == "it does not fit"
+    assert (refusal(strange, gpu="a100-40g") or "").startswith("adam-mini 1.1.1 fails on gpt_neox")
 
 
 def test_no_two_cases_share_a_record() -> None:
@@ -97,6 +96,10 @@ def test_a_run_goes_on_where_it_ended(config: str, tmp_path: Path) -> None:
     ("arguments", "sentence"),
     [
         (["--records", "none", "--check"], "--records 'none' is no folder"),
+        (
+            ["--records", ".", "--check", "--measure-only"],
+            "--check and --measure-only exclude each other: nothing would be done",
+        ),
         (["--records", ".", "--check"], "--records '.' holds no record"),
         (["--records", ".", "--matrix", "quik", "--device", "cpu"], "unknown matrix 'quik'; nearest: quick"),
         (["--records", ".", "--minutes", "0", "--device", "cpu"], "--minutes must be above 0, got 0.0"),
