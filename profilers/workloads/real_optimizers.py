@@ -126,7 +126,7 @@ _BUILDERS: dict[tuple[str, str], _Builder] = {
     ("adamw", "optplan"): _ours("AdamW"),
     ("adam-mini", "optplan"): _adam_mini,
     ("adam-mini", "official"): _adam_mini_official,
-    ("micro-adam", "optplan"): _ours("MicroAdam", "window", "density", "block", "bucket"),
+    ("micro-adam", "optplan"): _ours("MicroAdam", "window", "density", "block", "bucket", "alpha"),
     ("adapprox", "optplan"): _adapprox,
     **{("sgd", name): _torch("SGD", name, "momentum", "weight_decay", "nesterov") for name in _FLAGS},
     ("adafactor", "torch"): _adafactor_torch,

@@ -60,7 +60,7 @@ FEW = ("short",)
 CASES = {
     "adamw": Case(lambda params: AdamW(params, lr=0.05, backend="torch"), torch.float32),
     "micro-adam": Case(_micro(weight_decay=0.1), torch.float32, 0.5),
-    "micro-adam-bf16": Case(_micro(), torch.bfloat16),
+    "micro-adam-bf16": Case(_micro(alpha=0.25), torch.bfloat16),
     "adapprox": Case(lambda params: Adapprox(params, lr=0.05, rank=5, backend="torch"), torch.float64),
     "adapprox-fp32": Case(
         lambda params: Adapprox(params, lr=0.05, rank=5, betas=(0.0, 0.99), backend="torch"), torch.float32, 0.5
