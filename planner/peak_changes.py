@@ -48,11 +48,11 @@ _STEP_CHANGES = (
         "--attention sdpa", "activations", "never holds the matrix of attention weights", {"attention": "sdpa"}
     ),
     _Change(
-        "--fused-loss liger", "logits_and_loss", "computes the loss in chunks and never holds all logits",
+        "--fused-loss liger", "logits_and_loss", "makes the head's gradients in the forward, chunk by chunk",
         {"fused_loss": "liger"},
     ),
     _Change(
-        "--fused-loss chunked", "logits_and_loss", "computes the loss in chunks and never holds all logits",
+        "--fused-loss chunked", "logits_and_loss", "holds the logits of an eighth of the tokens, made again later",
         {"fused_loss": "chunked"},
     ),
     _Change(

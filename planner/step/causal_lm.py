@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from optplan.planner.step import projections, vocabulary
-from optplan.planner.step.fused_losses import liger_cross_entropy
+from optplan.planner.step.fused_losses import chunked_cross_entropy, liger_cross_entropy
 from optplan.planner.step.graph import Tensor
 from optplan.planner.step.options import StepOptions
 from optplan.planner.step.tape import Tape
@@ -55,8 +55,14 @@ class StepModel(ABC, Generic[Config]):
         """
         if self.o.fused_loss == "liger":
             return liger_cross_entropy(self.t, hidden, width, vocab, name=name, options=self.o), None
-        self.t.path = "lm_head"
-        logits = self._capped(projections.output_head(self.t, hidden, width, vocab, name=name))
+
+        def project(x: Tensor) -> Tensor:
+            self.t.path = "lm_head"
+            return self._capped(projections.output_head(self.t, x, width, vocab, name=name))
+
+        if self.o.fused_loss == "chunked":
+            return chunked_cross_entropy(self.t, hidden, width, project=project, options=self.o), None
+        logits = project(hidden)
         return vocabulary.cross_entropy(self.t, logits, self.o.batch_size, self.o.seq_len), logits
 
     def _capped(self, logits: Tensor) -> Tensor:

@@ -1,15 +1,76 @@
 """Losses that never hold the logits of all tokens: the projection onto the vocabulary and the loss, chunk by chunk.
 
-Source: Liger-Kernel `ops/fused_linear_cross_entropy.py` and `transformers/model/loss_utils.py` (0.8).
+`liger` makes the gradients of input and weight in the forward. `chunked` computes the logits of each chunk twice, in
+the forward for the loss and in the backward for the gradients, and adds the weight's gradients of the chunks up.
+
+Source: Liger-Kernel `ops/fused_linear_cross_entropy.py` and `transformers/model/loss_utils.py` (0.8); our
+`optplan.profilers.workloads.fused_losses`, which is the chunked loss that is run.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from optplan.planner.dtypes import Dtype
 from optplan.planner.step.graph import Tensor
+from optplan.planner.step.operations import add, cast, multiply_constant
 from optplan.planner.step.options import StepOptions
+from optplan.planner.step.projections import split
 from optplan.planner.step.tape import Tape
-from optplan.planner.step.vocabulary import shifted_labels
+from optplan.planner.step.vocabulary import shifted_labels, token_cross_entropy
+
+NUM_CHUNKS = 8
+"""Chunks that the tokens of a micro-batch are cut into by `--fused-loss chunked`, as in torchtune and torchtitan."""
+
+
+def chunk_sizes(num_tokens: int) -> list[int]:
+    """Tokens of each chunk, as `torch.chunk` cuts them: all of one size but the last."""
+    size = -(-num_tokens // NUM_CHUNKS)
+    return [min(size, num_tokens - first) for first in range(0, num_tokens, size)]
+
+
+def chunked_cross_entropy(
+    t: Tape, hidden: Tensor, width: int, *, project: Callable[[Tensor], Tensor], options: StepOptions
+) -> Tensor:
+    """The loss of next-token prediction, each chunk's logits made under `torch.utils.checkpoint`.
+
+    Args:
+        t: The tape.
+        hidden: What the output head would be given.
+        width: Its elements a token.
+        project: From a part of `hidden` to its logits as they go into the loss.
+        options: How the step is run.
+    """
+    t.path, t.category = "loss", "logits_and_loss"
+    num_tokens = options.batch_size * options.seq_len
+    padded, labels = shifted_labels(t, options.batch_size, options.seq_len)
+    del padded
+    total: Tensor | None = None
+    for part in split(t, hidden, [size * width for size in chunk_sizes(num_tokens)]):
+        loss = t.checkpoint(partial(_sum_of_chunk, t, labels=labels, project=project), part)
+        t.path, t.category = "loss", "logits_and_loss"
+        total = loss if total is None else add(t, total, loss, "sum of the losses")
+    assert total is not None
+    count = _count_of(t, num_tokens)
+    return multiply_constant(t, total, count, "loss")
+
+
+def _sum_of_chunk(t: Tape, hidden: Tensor, *, labels: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
+    """The losses of one chunk added up."""
+    t.category = "activations"
+    logits = cast(t, project(hidden), "float32")
+    t.path, t.category = "loss", "logits_and_loss"
+    return token_cross_entropy(t, logits, labels)
+
+
+def _count_of(t: Tape, num_tokens: int) -> Tensor:
+    """How many labels count."""
+    counted = t.new(num_tokens, "bool", "labels that count")
+    count = t.new(1, "int64", "number of labels")
+    t.new(num_tokens, "int64", "labels as numbers")
+    del counted
+    return count
 
 
 def liger_chunk(num_tokens: int, width: int, vocab: int) -> int:

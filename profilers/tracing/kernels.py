@@ -81,7 +81,11 @@ def reduction(call: Call) -> Any:
     result = call.run()
     call.track(result)
     dims = call.args[1] if len(call.args) > 1 and isinstance(call.args[1], list | tuple | int) else None
+    # Sums of booleans and of narrower integers: the whole input is cast first, where floats are cast as they are read.
+    is_cast = source.dtype != result.dtype and not source.is_floating_point()
+    cast = call.hold(source.numel() * result.itemsize) if is_cast else []
     call.scratch(*_reduction_bytes(source, dims, call))
+    call.release(cast)
     return result
 
 
@@ -324,6 +328,13 @@ def convolution_gradient(call: Call) -> Any:
     return result
 
 
+def equal(call: Call) -> bool:
+    """`equal`: all elements are compared, the comparisons are joined and the answer, taken to be yes, is read."""
+    call.track(*call.args[:2])  # `torch.tensor` is not seen when it makes one of them
+    call.scratch(call.args[0].numel(), 1)
+    return True
+
+
 def in_place(call: Call) -> Any:
     """An operation that changes its arguments and that has no implementation without contents."""
     del call
@@ -354,6 +365,7 @@ KERNELS: dict[Any, Kernel] = {
     aten._scaled_dot_product_efficient_attention_backward.default: efficient_attention_backward,
     aten._foreach_norm.Scalar: foreach_norm,
     aten._grouped_mm.default: grouped_product,
+    aten.equal.default: equal,
     aten._fused_sgd_.default: in_place,
     aten._amp_update_scale_.default: in_place,
 }

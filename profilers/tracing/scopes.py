@@ -38,6 +38,7 @@ class Scopes:
         self._head = head
         self._past_head = False
         self._running_head = False
+        self._is_backward = False
         self._stack: list[Scope] = []
         self._starts: list[int] = []
         self._scopes: list[Scope] = []
@@ -50,8 +51,9 @@ class Scopes:
         return self._running_head
 
     def begin_backward(self) -> None:
-        """Say that layers called from now on are recomputed ones."""
+        """Say that modules called from now on are recomputed ones."""
         self._past_head = False
+        self._is_backward = True
 
     def of_node(self, node: Any) -> Scope:
         """The scope in which an autograd node was made."""
@@ -82,7 +84,9 @@ class Scopes:
     def _enter(self, module: nn.Module) -> None:
         self._stack.append(self.current)
         self._running_head = module is self._head
-        self._past_head |= self._running_head
+        self._is_backward &= module is not self._model
+        # What follows a recomputed head is its loss up to the next module, which is of another checkpoint.
+        self._past_head = self._running_head or (self._past_head and not self._is_backward)
         path = self._paths.get(module, self.current.path)
         self.innermost = path or self.innermost
         self._change(Scope(path, "logits_and_loss" if self._past_head else "activations"))

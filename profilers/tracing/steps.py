@@ -7,6 +7,7 @@ strings them together.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -25,6 +26,7 @@ from optplan.profilers.tracing.recorder import Recorder
 from optplan.profilers.tracing.scaling import TracedScaler
 from optplan.profilers.tracing.scopes import Scopes
 from optplan.profilers.tracing.tracer import Tracer
+from optplan.profilers.tracing.triton_launches import without_launches
 from optplan.profilers.workloads.subject import Subject, placed_tensors
 
 
@@ -40,6 +42,18 @@ class Device(msgspec.Struct, frozen=True):
     capability: tuple[int, int] = (9, 0)
     resident_threads: int = 132 * 2048
     hides_tokens: bool = False
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Within the context memory ends with its last reference, not whenever Python happens to look for cycles."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class StepTracer:
@@ -97,7 +111,9 @@ class StepTracer:
         """Record what is run within the context."""
         tracer = self._make_tracer()
         with ExitStack() as stack:
+            stack.enter_context(uncollected())
             stack.enter_context(cuda_environment())
+            stack.enter_context(without_launches())
             stack.enter_context(self.subject.context())
             stack.enter_context(as_on_cuda(self._chooser))
             stack.enter_context(self._scopes.following())

@@ -7,6 +7,7 @@ import io
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from optplan.planner.errors import ConfigError
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.step.options import StepOptions
 from optplan.profilers.workloads import flash
+from optplan.profilers.workloads.fused_losses import fuse_loss
 from optplan.profilers.workloads.inputs import model_inputs
+from optplan.profilers.workloads.liger import played_liger_loss
 from optplan.profilers.workloads.subject import Subject
 
 _CHECKPOINTING: dict[str, dict[str, Any]] = {
@@ -40,10 +43,9 @@ def prepared_subject(module: Any, options: StepOptions) -> Subject:
     """A built transformers model with one micro-batch, checkpointed as the options say.
 
     Raises:
-        ConfigError: The options ask for a loss that only the step rules know.
+        ConfigError: The model has no such loss as the options ask for, or Liger's package is not installed.
     """
-    if options.fused_loss != "none":
-        raise ConfigError(f"engine trace runs the model's own loss, not --fused-loss {options.fused_loss}; use rules")
+    fuse_loss(module, options.fused_loss)
     if options.checkpointing != "none":
         module.gradient_checkpointing_enable(**_CHECKPOINTING[options.checkpointing])
     elif module.supports_gradient_checkpointing:
@@ -52,8 +54,18 @@ def prepared_subject(module: Any, options: StepOptions) -> Subject:
         module, batch_size=options.batch_size, seq_len=options.seq_len, padding_mask=options.padding_mask
     )
     head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
-    context = flash.played_flash_attention if options.attention == "flash" else contextlib.nullcontext
-    return Subject(module, inputs, head=head, context=context)
+    return Subject(module, inputs, head=head, context=partial(_played_kernels, options))
+
+
+@contextmanager
+def _played_kernels(options: StepOptions) -> Iterator[None]:
+    """Within the context packages with kernels of their own run without contents."""
+    with contextlib.ExitStack() as stack:
+        if options.attention == "flash":
+            stack.enter_context(flash.played_flash_attention())
+        if options.fused_loss == "liger":
+            stack.enter_context(played_liger_loss(options.compute_capability))
+        yield
 
 
 def build_model(spec: ModelSpec, options: StepOptions) -> Any:

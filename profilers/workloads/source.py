@@ -31,11 +31,11 @@ class CatalogueSource:
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
-        self._built: dict[tuple[str, str], Any] = {}
+        self._built: dict[tuple[str, str, str], Any] = {}
 
     def subject(self, options: StepOptions) -> Subject:
         """The module with one micro-batch."""
-        key = (options.parameter_dtype, options.attention)
+        key = (options.parameter_dtype, options.attention, options.fused_loss)
         if key not in self._built:
             self._built[key] = build_model(self.spec, options)
         return prepared_subject(self._built[key], options)

@@ -61,8 +61,8 @@ SENTENCES = [
     ),
     ([*ESTIMATE, "--engine", "trase"], "unknown engine for --engine 'trase'; nearest: trace"),
     (
-        [*ESTIMATE, "--fused-loss", "chunked"],
-        "--fused-loss chunked is not modelled in this version; allowed: none, liger",
+        [*ESTIMATE, "--fused-loss", "chunk"],
+        "unknown fused-loss for --fused-loss 'chunk'; nearest: chunked",
     ),
     (
         [*ESTIMATE, "--checkpointing", "al"],

@@ -102,7 +102,7 @@ def test_counts_are_integers_in_range(value: object) -> None:
             "--attention flash and --padding-mask contradict each other: flash attention takes the padding out of the "
             "batch, which is not modelled; use --attention sdpa",
         ),
-        ({"fused_loss": "chunked"}, "--fused-loss chunked is not modelled in this version; allowed: none, liger"),
+        ({"fused_loss": "chunk"}, "unknown fused-loss for --fused-loss 'chunk'; nearest: chunked"),
         ({"fused_loss": "ligr"}, "unknown fused-loss for --fused-loss 'ligr'; nearest: liger"),
         (
             {"checkpointing": "reentrant"},
