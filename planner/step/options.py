@@ -9,7 +9,7 @@ from optplan.planner.errors import ConfigError, unknown
 
 CHECKPOINTINGS = ("none", "full", "full-reentrant", "selective")
 ATTENTIONS = ("sdpa", "eager", "flash")
-FUSED_LOSSES = ("none", "liger")
+FUSED_LOSSES = ("none", "liger", "chunked")
 _PARAMETER_DTYPES: dict[str, Dtype] = {
     "bf16": "bfloat16",
     "fp32": "float32",
@@ -36,7 +36,8 @@ class StepOptions(msgspec.Struct, frozen=True, kw_only=True):
             `full-reentrant`: the same with `use_reentrant=True`; `selective`: every second layer (`every_n_layers=2`).
         attention: `sdpa`, `eager` or `flash`, as transformers' `attn_implementation`.
         grad_accum: Micro-batches of one step; above 1, gradients exist before the last one, which is described.
-        fused_loss: `none`, or `liger`: Liger's fused linear cross entropy.
+        fused_loss: `none`; `liger`: Liger's fused linear cross entropy; `chunked`: the logits of one chunk of tokens at
+            a time, computed again in backward.
         step_in_backward: Whether the optimizer takes each parameter's step as soon as its gradient is there.
         keep_grads: Whether `zero_grad` keeps the gradients' memory (`set_to_none=False`).
         padding_mask: Whether the model is given a padding mask that hides some tokens.
