@@ -162,7 +162,8 @@ class SimulatedDevice:
         total: dict[Category, int] = {}
         for _, category, size in self._lasting():
             total[category] = total.get(category, 0) + size
-        return total | {"gradients": sum(block.size for block in self._gradients if block is not None)}
+        made = sum(block.size for block in self._gradients if block is not None)
+        return total | {"gradients": total.get("gradients", 0) + made}
 
     def _lasting(self) -> list[tuple[str, Category, int]]:
         """What outlives the step, with the bytes of its blocks."""
