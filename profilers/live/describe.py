@@ -83,7 +83,11 @@ def describe_optimizer(optimizer: torch.optim.Optimizer) -> OptimizerRow:
 
 
 _OURS = {"AdamW": "adamw", "AdamMini": "adam-mini", "MicroAdam": "micro-adam", "Adapprox": "adapprox"}
-_OUR_OPTIONS = {"MicroAdam": ("window", "density", "block", "bucket"), "Adapprox": ("rank", "mode")}
+_OUR_OPTIONS = {
+    "AdamW": ("rounding", "capturable"),
+    "MicroAdam": ("window", "density", "block", "bucket", "alpha", "capturable"),
+    "Adapprox": ("rank", "mode"),
+}
 _OTHERS = {
     ("adam_mini", "Adam_mini"): ("adam-mini", "official"),
     ("bitsandbytes", "AdamW8bit"): ("adamw-8bit", "bitsandbytes"),
@@ -94,7 +98,8 @@ _OTHERS = {
 
 
 def _options_of_ours(name: str, defaults: dict[str, Any]) -> dict[str, Any]:
-    return {option: defaults[option] for option in _OUR_OPTIONS.get(name, ()) if option in defaults}
+    options = {option: defaults[option] for option in _OUR_OPTIONS.get(name, ()) if option in defaults}
+    return {**options, "beta1": defaults["betas"][0]} if name == "Adapprox" else options
 
 
 def _of_torch(name: str, defaults: dict[str, Any]) -> OptimizerRow:

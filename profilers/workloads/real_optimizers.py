@@ -11,6 +11,7 @@ from torch import nn
 
 from optplan.planner.errors import ConfigError
 from optplan.planner.models.spec import ModelSpec
+from optplan.planner.optimizers import registry
 from optplan.planner.optimizers.base import OptimizerModel
 
 Parameters = Sequence[nn.Parameter]
@@ -32,17 +33,30 @@ def build_optimizer(
         spec: The planner's description of the module.
 
     Raises:
-        ConfigError: This version cannot build it, or its package is not installed.
+        ConfigError: This version cannot build it, or not with these options, or its package is not installed.
     """
     key = (description.id, description.implementation)
     build = _BUILDERS.get(key)
     if build is None:
         known = ", ".join(f"{name} ({implementation})" for name, implementation in _BUILDERS)
         raise ConfigError(f"{key[0]} ({key[1]}) cannot be run by the profiler; allowed: {known}")
+    _check_options(description)
     try:
         return build(model, parameters, description.options, spec)
     except ImportError as error:
         raise ConfigError(f"{key[0]} ({key[1]}) needs a package that is not installed: {error}") from None
+
+
+def _check_options(description: OptimizerModel) -> None:
+    """Refuse an option that would be left aside: what is measured is what was asked for."""
+    known = _OPTIONS.get((description.id, description.implementation), ())
+    usual = registry.build_optimizer(description.id, {"implementation": description.implementation}).options
+    for name, value in description.options.items():
+        if name not in known and value != usual.get(name):
+            raise ConfigError(
+                f"{description.id} ({description.implementation}) with {name}={value} cannot be run by the profiler; "
+                f"allowed: {name}={usual.get(name)}"
+            )
 
 
 def _torch(name: str, implementation: str, *options: str) -> _Builder:
@@ -123,13 +137,26 @@ def _eight_bit(
 
 _BUILDERS: dict[tuple[str, str], _Builder] = {
     **{("adamw", name): _torch("AdamW", name, "amsgrad") for name in _FLAGS},
-    ("adamw", "optplan"): _ours("AdamW"),
+    ("adamw", "optplan"): _ours("AdamW", "rounding", "capturable"),
     ("adam-mini", "optplan"): _adam_mini,
     ("adam-mini", "official"): _adam_mini_official,
-    ("micro-adam", "optplan"): _ours("MicroAdam", "window", "density", "block", "bucket", "alpha"),
+    ("micro-adam", "optplan"): _ours("MicroAdam", "window", "density", "block", "bucket", "alpha", "capturable"),
     ("adapprox", "optplan"): _adapprox,
     **{("sgd", name): _torch("SGD", name, "momentum", "weight_decay", "nesterov") for name in _FLAGS},
     ("adafactor", "torch"): _adafactor_torch,
     ("adafactor", "transformers"): _adafactor_transformers,
     ("adamw-8bit", "bitsandbytes"): _eight_bit,
 }
+
+_OPTIONS: dict[tuple[str, str], tuple[str, ...]] = {
+    **{("adamw", name): ("amsgrad",) for name in _FLAGS},
+    ("adamw", "optplan"): ("rounding", "capturable"),
+    ("adam-mini", "official"): ("dim", "n_heads"),
+    ("micro-adam", "optplan"): ("window", "density", "block", "bucket", "alpha", "capturable"),
+    ("adapprox", "optplan"): ("rank", "mode", "beta1"),
+    **{("sgd", name): ("momentum", "weight_decay", "nesterov") for name in _FLAGS},
+    ("adafactor", "torch"): ("foreach",),
+    ("adafactor", "transformers"): ("beta1",),
+    ("adamw-8bit", "bitsandbytes"): ("min_8bit_size",),
+}
+"""The options that a builder passes on; the others have to have their usual values."""

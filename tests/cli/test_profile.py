@@ -93,6 +93,12 @@ def test_the_terminal_says_what_the_cpu_cannot_tell(config: str, capsys: pytest.
         (["-o", "lion"], "lion (pytorch_optimizer) cannot be run by the profiler; allowed: "),
         (["-o", "adamv"], "unknown optimizer 'adamv'; nearest: adamw"),
         (["--step-in-backward"], "--step-in-backward True cannot be profiled in this version; allowed: False"),
+        (["--state-dtype", "fp32"], "--state-dtype 'fp32' cannot be profiled in this version; leave it out"),
+        (
+            ["-o", "adamw-8bit", "--set", "hf_embeddings_32bit=true"],
+            "adamw-8bit (bitsandbytes) with hf_embeddings_32bit=True cannot be run by the profiler; "
+            "allowed: hf_embeddings_32bit=False",
+        ),
         (["--out", "none/step.json.gz"], "cannot write 'none/step.json.gz': No such file or directory; "),
     ],
 )
