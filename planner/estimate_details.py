@@ -11,7 +11,7 @@ from optplan.planner.candidates import Candidate, OptimizerChoice, bind_candidat
 from optplan.planner.catalog import load_model
 from optplan.planner.errors import ConfigError
 from optplan.planner.estimate import estimate_request
-from optplan.planner.explain import explain
+from optplan.planner.explain import explain_workload
 from optplan.planner.explanation import ExplainedPart
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.optimizers.base import OptimizerModel
@@ -21,8 +21,9 @@ from optplan.planner.replay import LiveTensor
 from optplan.planner.request import StepRequest, check_request
 from optplan.planner.step_history import PhaseSpan
 from optplan.planner.timeline_report import CurvePoint, curve, largest
-from optplan.planner.what_if import WhatIf, what_if
-from optplan.planner.workload import Workload
+from optplan.planner.version import VERSION
+from optplan.planner.what_if import WORK, WhatIf, what_if
+from optplan.planner.workload import StepPeaks, Workload
 
 _USUAL_OPTIMIZERS = ("adamw", "adam-mini", "micro-adam", "adamw-8bit", "adafactor", "lion")
 
@@ -117,7 +118,8 @@ def _details(report: EstimateReport, spec: ModelSpec) -> EstimateDetails:
     row, config = focus_of(report)
     request = _request(report, spec, config)
     choice = _choice(row)
-    workload = Workload(request)
+    answered = _answered(report, spec)
+    workload = answered if answered.request.config == config else answered.at(request)
     candidate = bind_candidate(request, choice.optimizer)
     (estimate,) = estimate_request(request, [choice], workload=workload).estimates
     return EstimateDetails(
@@ -125,9 +127,26 @@ def _details(report: EstimateReport, spec: ModelSpec) -> EstimateDetails:
         estimate=estimate,
         curve=_curve(workload, candidate),
         state=_state(candidate),
-        parts=explain(spec, optimizer=row.optimizer, options=_options(row), **_flags(report, config)).parts,
-        what_if=what_if(request, _optimizers(report, choice)),
+        parts=explain_workload(workload, [choice]).parts,
+        what_if=what_if(
+            request, _optimizers(report, choice), work=_work_left(report, workload), known=[workload, answered]
+        ),
     )
+
+
+def _work_left(report: EstimateReport, workload: Workload) -> int:
+    """What the grid may simulate: less where the report itself has taken long."""
+    return max(WORK // 10, WORK - len(report.estimates) * workload.num_events // 2) if workload.has_rules else 0
+
+
+def _answered(report: EstimateReport, spec: ModelSpec) -> Workload:
+    """The step as asked, with the peaks that the report holds; those of another version are found anew."""
+    workload = Workload(_request(report, spec, report.config))
+    for row in report.estimates:
+        if report.version == VERSION and row.phases and row.peak_phase and row.peak_reserved_bytes is not None:
+            peaks = StepPeaks(row.phases, row.peak_phase, row.peak_categories or {}, row.peak_reserved_bytes)
+            workload.remember(_choice(row).optimizer, peaks)
+    return workload
 
 
 def _request(report: EstimateReport, spec: ModelSpec, config: StepConfig) -> StepRequest:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Unpack
 
-from optplan.planner.candidates import Candidate, choose_optimizers, optimizer_context
+from optplan.planner.candidates import Candidate, OptimizerChoice, choose_optimizers, optimizer_context
 from optplan.planner.catalog import load_model
 from optplan.planner.dtypes import ITEMSIZE_BYTES
 from optplan.planner.errors import ConfigError
@@ -51,11 +51,15 @@ def explain(
     request = check_request(spec, **step)
     if request.engine != "rules":
         raise ConfigError(f"formulas explain the rules, not engine {request.engine}; use --engine rules")
-    workload = Workload(request)
+    return explain_workload(Workload(request), choose_optimizers(optimizer, options))
+
+
+def explain_workload(workload: Workload, choices: Sequence[OptimizerChoice]) -> Explanation:
+    """The same of a workload, which remembers what it has simulated, and one optimizer."""
     request = workload.request
-    (candidate,), _ = workload.candidates(choose_optimizers(optimizer, options))
+    spec, gpu = request.model, request.gpu
+    (candidate,), _ = workload.candidates(choices)
     peaks = workload.peaks(candidate)
-    gpu = request.gpu
     return Explanation(
         version=VERSION,
         engine=request.engine,

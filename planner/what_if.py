@@ -18,8 +18,8 @@ from optplan.planner.request import StepRequest
 from optplan.planner.timeline import Category, Phase
 from optplan.planner.workload import StepPeaks, Workload, step_options
 
-WORK = 18_000
-"""Parameter tensors that the whole grid may simulate: about a second of one core."""
+WORK = 400_000
+"""Events of steps that the whole grid may simulate besides those that are known: half a second of one core or so."""
 
 _PREPARATION = 1.6
 """What a step's shared part costs, counted in simulations of one optimizer."""
@@ -65,18 +65,23 @@ class WhatIf(msgspec.Struct, frozen=True, kw_only=True):
     cells: list[WhatIfCell]
 
 
-def what_if(request: StepRequest, optimizers: Sequence[OptimizerModel], *, work: int = WORK) -> WhatIf | None:
+def what_if(
+    request: StepRequest, optimizers: Sequence[OptimizerModel], *, work: int = WORK, known: Sequence[Workload] = ()
+) -> WhatIf | None:
     """The grid around a request, None for a family without step rules.
 
     Args:
         request: The step that was asked for.
         optimizers: What may be switched to, the one to start with first; no two of one name.
-        work: How much may be simulated, in parameter tensors.
+        work: How much may be simulated, in events.
+        known: Workloads of this request but for its `config`, which remember what they have been asked already.
     """
-    if request.engine != "rules" or not Workload(request).has_rules:
+    asked = next((workload for workload in known if _is_of(workload, request)), None) or Workload(request)
+    if request.engine != "rules" or not asked.has_rules:
         return None
-    axes = _axes(request, optimizers, budget=work / _tensors(request))
-    cells = [cell for step in _steps(request, axes) for cell in _cells(step, axes["optimizer"], axes["gpu"])]
+    axes = _axes(request, optimizers, budget=work / asked.num_events, num_known=min(1, len(known)))
+    steps = _steps(request, axes, known)
+    cells = [cell for step in steps for cell in _cells(step, axes["optimizer"], axes["gpu"])]
     if not cells:
         return None
     config = request.config
@@ -94,12 +99,9 @@ def what_if(request: StepRequest, optimizers: Sequence[OptimizerModel], *, work:
     )
 
 
-def _tensors(request: StepRequest) -> int:
-    """Tensors that one simulated step handles; accumulation simulates a second micro-step."""
-    return len(request.model.unique_parameters) * (2 if request.config.grad_accum > 1 else 1)
-
-
-def _axes(request: StepRequest, optimizers: Sequence[OptimizerModel], *, budget: float) -> dict[str, list[Any]]:
+def _axes(
+    request: StepRequest, optimizers: Sequence[OptimizerModel], *, budget: float, num_known: int
+) -> dict[str, list[Any]]:
     """The values of each axis, grown from the request one at a time while the work stays within the budget."""
     wanted: dict[str, list[Any]] = {
         "batch_size": _batch_sizes(request.config.batch_size),
@@ -111,14 +113,15 @@ def _axes(request: StepRequest, optimizers: Sequence[OptimizerModel], *, budget:
     lengths = dict.fromkeys(wanted, 1)
     for name in _GROWTH:
         more = lengths | {name: lengths[name] + 1}
-        if more[name] <= len(wanted[name]) and _work(more) <= budget:
+        if more[name] <= len(wanted[name]) and _work(more, num_known) <= budget:
             lengths = more
     return {name: values[: lengths[name]] for name, values in wanted.items()}
 
 
-def _work(lengths: dict[str, int]) -> float:
+def _work(lengths: dict[str, int], num_known: int) -> float:
+    """What a grid costs, counted in simulations of one optimizer; the steps that are known cost nothing."""
     steps = prod(length for name, length in lengths.items() if name != "optimizer")
-    return steps * (_PREPARATION + lengths["optimizer"])
+    return max(0, steps - num_known) * (_PREPARATION + lengths["optimizer"])
 
 
 def _batch_sizes(asked: int) -> list[int]:
@@ -150,7 +153,7 @@ def _traits(gpu: Gpu) -> tuple[object, ...]:
     return gpu.compute_capability, gpu.sm_count
 
 
-def _steps(request: StepRequest, axes: dict[str, list[Any]]) -> Iterator[Workload]:
+def _steps(request: StepRequest, axes: dict[str, list[Any]], known: Sequence[Workload]) -> Iterator[Workload]:
     for batch_size, seq_len, checkpointing, alike in product(
         axes["batch_size"], axes["seq_len"], axes["checkpointing"], axes["gpu"]
     ):
@@ -162,7 +165,12 @@ def _steps(request: StepRequest, axes: dict[str, list[Any]]) -> Iterator[Workloa
             step_options(step)
         except ConfigError:
             continue
-        yield Workload(step)
+        answered = next((workload for workload in known if _is_of(workload, step)), None)
+        yield answered or (known[0].at(step) if known else Workload(step))
+
+
+def _is_of(workload: Workload, step: StepRequest) -> bool:
+    return (workload.request.config, workload.request.gpu) == (step.config, step.gpu)
 
 
 def _cells(step: Workload, optimizers: Sequence[OptimizerModel], groups: list[list[Gpu]]) -> Iterator[WhatIfCell]:

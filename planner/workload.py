@@ -81,8 +81,11 @@ class Workload:
         self._context = optimizer_context(request)
 
     def at(self, request: StepRequest) -> Workload:
-        """Another request answered in the same way."""
-        return Workload(request)
+        """Another request answered in the same way; what both have in common is not worked out again."""
+        other = Workload(request)
+        if _takes_same_optimizer_step(request, self.request):
+            other._steps, other._temporary_bytes = self._steps, self._temporary_bytes
+        return other
 
     def notes(self, candidate: Candidate) -> list[str]:
         """What is to be known about the candidate's row besides the figures."""
@@ -126,6 +129,15 @@ class Workload:
             phases = {phase: PhasePeak(num_bytes) for phase, num_bytes in step.phases.items()}
             self._peaks[key] = StepPeaks(phases, step.peak_phase, step.categories, step.reserved_bytes)
         return self._peaks[key]
+
+    def remember(self, optimizer: OptimizerModel, peaks: StepPeaks) -> None:
+        """Take peaks of the step as asked that were found before, in the place of a simulation of them."""
+        self._peaks[optimizer, self.request.config.batch_size] = peaks
+
+    @property
+    def num_events(self) -> int:
+        """Events of the forward and backward of a step's micro-batches, of those that differ."""
+        return self._simulator(self.request.config.batch_size).num_events
 
     def _simulated(self, candidate: Candidate, simulator: StepSimulator) -> SimulatedStep:
         if self.request.config.step_in_backward:
@@ -313,6 +325,19 @@ class Workload:
     def _local(self, parameter: Parameter) -> Parameter:
         shard = None if self._strategy is None else self._strategy.shard()
         return parameter if shard is None else shard.local(parameter)
+
+
+def _takes_same_optimizer_step(request: StepRequest, other: StepRequest) -> bool:
+    """Whether two requests for a model differ in no more than what forward and backward see."""
+    ours = request.config
+    theirs = msgspec.structs.replace(
+        other.config, batch_size=ours.batch_size, seq_len=ours.seq_len, checkpointing=ours.checkpointing
+    )
+    return (
+        ours == theirs
+        and request.model is other.model
+        and (request.gpu, request.state_dtype) == (other.gpu, other.state_dtype)
+    )
 
 
 def step_options(request: StepRequest, *, batch_size: int | None = None) -> StepOptions:

@@ -56,35 +56,31 @@ class Block:
 
 
 class Pool:
-    """The cached blocks of one pool, smallest first, blocks of equal size by address."""
+    """The cached blocks of one pool.
 
-    __slots__ = ("_cached", "smallest_rest")
+    Attributes:
+        cached: Size, address and block, smallest first, blocks of equal size by address. No two blocks have one
+            address, so that the blocks themselves are never compared.
+        smallest_rest: What a block must have left for its rest to be cut off.
+    """
+
+    __slots__ = ("cached", "smallest_rest")
 
     def __init__(self, *, smallest_rest: int) -> None:
         self.smallest_rest = smallest_rest
-        # No two blocks have one address, so that the blocks themselves are never compared.
-        self._cached: list[tuple[int, int, Block]] = []
-
-    def add(self, block: Block) -> None:
-        """Put a block into the cache."""
-        insort(self._cached, (block.size, block.address, block))
+        self.cached: list[tuple[int, int, Block]] = []
 
     def remove(self, block: Block) -> None:
         """Take a cached block out."""
-        del self._cached[bisect_left(self._cached, (block.size, block.address))]
+        del self.cached[bisect_left(self.cached, (block.size, block.address))]
 
     def blocks(self) -> Iterable[Block]:
         """The cached blocks."""
-        return (block for _, _, block in self._cached)
+        return (block for _, _, block in self.cached)
 
     def copy_into(self, other: Pool, twins: dict[Block, Block]) -> None:
         """Fill an empty pool with the twins of the cached blocks."""
-        other._cached = [(size, address, twins[block]) for size, address, block in self._cached]
-
-    def take(self, size: int) -> Block | None:
-        """Take out the smallest cached block of at least `size` bytes, the lowest of equals; None if there is none."""
-        index = bisect_left(self._cached, (size,))
-        return None if index == len(self._cached) else self._cached.pop(index)[2]
+        other.cached = [(size, address, twins[block]) for size, address, block in self.cached]
 
 
 class CachingAllocator:
@@ -125,9 +121,13 @@ class CachingAllocator:
         pool = self._small if size <= SMALL_LIMIT else self._large
         if stream:
             pool = self._pool_of(stream, size <= SMALL_LIMIT)
-        block = pool.take(size) or self._new_segment(size, pool)
+        # The smallest cached block that is large enough, the lowest of equals. Steps are simulated here event by event:
+        # what a helper of each line would cost is most of the time.
+        cached = pool.cached
+        index = bisect_left(cached, (size,))
+        block = cached.pop(index)[2] if index < len(cached) else self._new_segment(size, pool)
         if block.size - size >= pool.smallest_rest:
-            self._split(block, size)
+            _split(block, size)
         block.in_use = True
         block.requested = num_bytes
         self.allocated_bytes += block.size
@@ -142,13 +142,14 @@ class CachingAllocator:
         self.requested_bytes -= block.requested
         block.in_use = False
         block.requested = 0
-        if block.previous is not None and not block.previous.in_use:
-            block.pool.remove(block.previous)
-            block = _join(block.previous, block)
-        if block.next is not None and not block.next.in_use:
-            block.pool.remove(block.next)
-            block = _join(block, block.next)
-        block.pool.add(block)
+        cached, lower, upper = block.pool.cached, block.previous, block.next
+        if lower is not None and not lower.in_use:
+            del cached[bisect_left(cached, (lower.size, lower.address))]
+            block = _join(lower, block)
+        if upper is not None and not upper.in_use:
+            del cached[bisect_left(cached, (upper.size, upper.address))]
+            block = _join(block, upper)
+        insort(cached, (block.size, block.address, block))
 
     def empty_cache(self) -> None:
         """Give the segments that hold nothing back to the driver, as `torch.cuda.empty_cache` does."""
@@ -196,15 +197,6 @@ class CachingAllocator:
         self.reserved_bytes += segment_size
         return Block(address, segment_size, pool)
 
-    def _split(self, block: Block, size: int) -> None:
-        """Cut `block` to `size` and put the rest, which lies above it, into the cache."""
-        rest = Block(block.address + size, block.size - size, block.pool)
-        rest.previous, rest.next = block, block.next
-        if block.next is not None:
-            block.next.previous = rest
-        block.next, block.size = rest, size
-        block.pool.add(rest)
-
 
 def segment_bytes(size: int) -> int:
     """Bytes of the segment that is made for a rounded request of `size` bytes when no cached block fits."""
@@ -228,6 +220,17 @@ def _copy_segment(block: Block, pools: dict[Pool, Pool], twins: dict[Block, Bloc
             below.next = twin
         twins[following] = below = twin
         following = following.next
+
+
+def _split(block: Block, size: int) -> None:
+    """Cut `block` to `size` and put the rest, which lies above it, into the cache."""
+    rest = Block(block.address + size, block.size - size, block.pool)
+    above = block.next
+    rest.previous, rest.next = block, above
+    if above is not None:
+        above.previous = rest
+    block.next, block.size = rest, size
+    insort(block.pool.cached, (rest.size, rest.address, rest))
 
 
 def _join(lower: Block, upper: Block) -> Block:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import msgspec
@@ -148,14 +150,16 @@ class SimulatedDevice:
         before = max(self._phases.values(), default=-1)
         start = 0
         for phase in phases:
-            length = sum(event.phase == phase for event in events)
-            # A phase begins with what the one before it has left.
-            self._phases[phase] = max(history[start : start + length + 1])
-            start += length
-        if max(history) > before:
-            at_peak = history.index(max(history))
-            for index, event in enumerate(events[:at_peak]):
-                in_use[event.category] = in_use.get(event.category, 0) + history[index + 1] - history[index]
+            # The events lie in the order of the phases; a phase begins with what the one before it has left.
+            end = bisect_left(events, True, lo=start, key=lambda event: event.phase != phase)
+            self._phases[phase] = max(history[start : end + 1])
+            start = end
+        peak = max(history)
+        if peak > before:
+            at_peak = history.index(peak)
+            sizes = zip(events[:at_peak], history, islice(history, 1, None), strict=False)
+            for (_, _, category, _, _, _), below, above in sizes:
+                in_use[category] = in_use.get(category, 0) + above - below
             self._categories = in_use
 
     def _in_use(self) -> dict[Category, int]:

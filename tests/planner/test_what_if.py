@@ -6,14 +6,15 @@ import pytest
 
 import optplan
 from optplan.planner.catalog import load_model
+from optplan.planner.estimate_details import details_of
 from optplan.planner.optimizers.registry import build_optimizer
 from optplan.planner.request import check_request
-from optplan.planner.what_if import WhatIf, what_if
+from optplan.planner.what_if import WhatIf, WhatIfCell, what_if
 
 OPTIMIZERS = [build_optimizer(name) for name in ("micro-adam", "adamw", "lion")]
 
 
-def grid_of(model: str = "gpt2", *, work: int = 12_000, **step: object) -> WhatIf | None:
+def grid_of(model: str = "gpt2", *, work: int = 132_000, **step: object) -> WhatIf | None:
     return what_if(check_request(load_model(model), gpu="a100-40g", **step), OPTIMIZERS, work=work)  # type: ignore[arg-type]
 
 
@@ -56,10 +57,27 @@ def test_a_cell_equals_the_estimate(index: int) -> None:
 
 
 def test_less_work_means_fewer_cells() -> None:
-    small, large = grid_of(work=2_000), grid_of(work=12_000)
+    small, large = grid_of(work=22_000), grid_of(work=132_000)
     assert small is not None
     assert large is not None
     assert 0 < len(small.cells) < len(large.cells)
+
+
+def test_what_a_report_has_answered_already_is_not_simulated_again() -> None:
+    report = optplan.estimate("gpt2", gpu="a100-40g", optimizer=["micro-adam", "adamw", "lion"], batch_size=2)
+    details = details_of(report)
+    plain = grid_of(batch_size=2)
+    assert details is not None
+    assert details.what_if is not None
+    assert plain is not None
+    told = {cell_key(cell): cell for cell in details.what_if.cells}
+    common = [cell for cell in plain.cells if cell_key(cell) in told]
+    assert len(common) > 40
+    assert all(told[cell_key(cell)] == cell for cell in common)
+
+
+def cell_key(cell: WhatIfCell) -> tuple[object, ...]:
+    return cell.gpu, cell.optimizer, cell.batch_size, cell.seq_len, cell.checkpointing
 
 
 def test_a_family_without_step_rules_has_no_grid(monkeypatch: pytest.MonkeyPatch) -> None:
