@@ -14,7 +14,7 @@ import msgspec
 from optplan.planner.dtypes import ITEMSIZE_BYTES, Dtype
 from optplan.planner.step import kernels
 from optplan.planner.step.graph import Tensor
-from optplan.planner.step.operations import add_constant, cast, dropout, pointwise, promote, scale, softmax
+from optplan.planner.step.operations import add, add_constant, cast, dropout, pointwise, promote, scale, softmax
 from optplan.planner.step.options import StepOptions
 from optplan.planner.step.projections import batched_product, clone, expanded
 from optplan.planner.step.tape import Tape
@@ -24,6 +24,8 @@ Backend = Literal["cudnn", "flash", "efficient", "math"]
 WIDEST_FUSED_HEAD = 256
 """Widest head of the flash and cuDNN kernels, and of grouped heads that transformers leaves to the kernel."""
 
+_ROW, _GRADIENT_ROW = 8, 16
+"""Elements to a multiple of which the efficient kernel wants the rows of a bias, and makes those of its gradient."""
 _PARTS = ("queries", "keys", "values")
 
 
@@ -36,6 +38,7 @@ class AttentionShape(msgspec.Struct, frozen=True):
         heads: Query heads.
         kv_heads: Key and value heads.
         width: Elements of one head.
+        is_causal: Whether a token sees none that comes after it, where no mask says what it sees.
     """
 
     batch: int
@@ -43,6 +46,7 @@ class AttentionShape(msgspec.Struct, frozen=True):
     heads: int
     kv_heads: int
     width: int
+    is_causal: bool = True
 
     @property
     def numel(self) -> int:
@@ -53,6 +57,11 @@ class AttentionShape(msgspec.Struct, frozen=True):
     def num_scores(self) -> int:
         """Elements of the attention weights."""
         return self.batch * self.heads * self.seq * self.seq
+
+    @property
+    def comes_joined(self) -> bool:
+        """Whether the gradient of the heads' results comes with the heads joined, so that a product must copy it."""
+        return self.heads > 1 and self.batch > 1 and self.seq > 1
 
     @property
     def copies(self) -> int:
@@ -145,7 +154,9 @@ def sdpa(
         v, k, q = (cast(t, x, t.autocast) for x in (v, k, q))
     del qkv
     if backend == "math":
-        return _math(t, q, k, v, shape, drops=drops)
+        if mask is not None:
+            added = _bias(t, shape, q.dtype, padded=False)
+        return _math(t, (q, k, v), shape, added, drops=drops)
     return _fused(t, q, k, v, shape, backend, mask, added)
 
 
@@ -164,16 +175,21 @@ def _fused(
     bias = [] if mask is None else [_bias(t, shape, dtype, padded=backend == "efficient")]
     if added is not None:
         bias = [_padded(t, cast(t, added, dtype), shape) if backend == "efficient" else cast(t, added, dtype)]
+        if added.node is not None and added.numel < shape.num_scores:
+            bias = [expanded(t, bias[0], shape.batch)]
+    learned = [x for x in bias if x.node is not None]
+    num_learned = len(learned)
 
     def backward(_: list[Tensor]) -> list[Tensor]:
         gradients = [
             t.new(numel, dtype, f"gradient of the {part}", permuted=permuted)
             for (numel, permuted), part in zip(layouts, _PARTS, strict=True)
         ]
+        gradients += [_bias_gradient(t, shape, dtype) for _ in range(num_learned)]
         _backward_scratch(t, shape, backend, ITEMSIZE_BYTES[dtype])
         return gradients
 
-    node = t.node(inputs, backward, [*bias, k, q, v])
+    node = t.node([*inputs, *learned], backward, [*bias, k, q, v])
     seeds = [t.new(1, "int64", "random state", "workspace") for _ in range(2)] if backend == "cudnn" else []
     out = t.new(shape.numel, dtype, "attention output", permuted=q.permuted and backend != "efficient")
     rows = round_up(shape.seq, 32) if backend == "efficient" else shape.seq
@@ -196,16 +212,31 @@ def _bias(t: Tape, shape: AttentionShape, dtype: Dtype, *, padded: bool) -> Tens
     bias = t.new(shape.batch * shape.seq * shape.seq, dtype, "attention mask as numbers")
     while constants:
         constants.pop()
-    if not padded or shape.seq % 8 == 0:
+    if not padded or shape.seq % _ROW == 0:
         return bias
-    return t.new(shape.batch * shape.seq * round_up(shape.seq, 8), dtype, "padded attention mask")
+    return t.new(shape.batch * shape.seq * round_up(shape.seq, _ROW), dtype, "padded attention mask")
 
 
 def _padded(t: Tape, added: Tensor, shape: AttentionShape) -> Tensor:
-    """Numbers to add, each row of a multiple of 8 elements."""
-    if shape.seq % 8 == 0:
+    """Numbers to add, each row of a multiple of 8 elements, of which the last are cut off again."""
+    if shape.seq % _ROW == 0:
         return added
-    return t.new(added.numel // shape.seq * round_up(shape.seq, 8), added.dtype, "padded bias")
+    numel, dtype = added.numel, added.dtype
+    whole = numel // shape.seq * round_up(shape.seq, _ROW)
+    if added.node is None:
+        return t.new(whole, dtype, "padded bias")
+    pad = t.node([added], lambda _: [t.new(numel, dtype, "gradient of the bias")])
+    out = t.new(whole, dtype, "padded bias")
+    out.node = pad
+    cut = t.node([out], lambda _: [t.new(whole, dtype, "gradient among zeros")])
+    return Tensor(out.storage, numel, dtype, cut)
+
+
+def _bias_gradient(t: Tape, shape: AttentionShape, dtype: Dtype) -> Tensor:
+    """The gradient of numbers that were added, in each sequence its own; each row has a multiple of 16 elements."""
+    rows = shape.num_scores // shape.seq
+    whole = t.new(rows * round_up(shape.seq, _GRADIENT_ROW), dtype, "gradient of the bias")
+    return Tensor(whole.storage, shape.num_scores, dtype, None, 0, False, True)
 
 
 def _backward_scratch(t: Tape, shape: AttentionShape, backend: Backend, itemsize: int) -> None:
@@ -233,12 +264,17 @@ def _efficient_backward_scratch(t: Tape, shape: AttentionShape, itemsize: int) -
     del delta, workspace
 
 
-def _math(t: Tape, q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape, *, drops: bool) -> Tensor:
-    """The unfused attention, in fp32, that remains where no kernel applies."""
-    dtype = q.dtype
-    wide_q, k, v = (cast(t, x, "float32") for x in (q, k, v))
+def _math(
+    t: Tape, qkv: tuple[Tensor, Tensor, Tensor], shape: AttentionShape, added: Tensor | None, *, drops: bool
+) -> Tensor:
+    """The unfused attention, in fp32, that remains where no kernel applies; it keeps what it needs to its end."""
+    dtype = qkv[0].dtype
+    if added is not None:
+        added = cast(t, added, t.autocast or added.dtype)
+    wide_q, k, v = (cast(t, x, "float32") for x in qkv)
+    del qkv
     q = scale(t, wide_q, "scaled queries")
-    mask = _triangle(t, shape.seq)
+    mask = _triangle(t, shape.seq) if added is None and shape.is_causal and shape.seq > 1 else added
     grouped = shape.copies > 1
     all_k = repeat_heads(t, k, shape, "keys") if grouped else k
     all_v = repeat_heads(t, v, shape, "values") if grouped else v
@@ -247,17 +283,26 @@ def _math(t: Tape, q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape, *, dr
     right = scaled_k if grouped else by_head(t, scaled_k, shape, "keys")
     scores = batched_product(t, left, right, shape.num_scores, "attention scores")
     del left, right, scaled_k
-    weights = safe_softmax(t, scores, shape)
+    weights = safe_softmax(t, _biased(t, scores, added), shape)
     del scores
     weights = dropout(t, weights, float(drops))
-    returned = t.new(shape.num_scores if dtype != "float32" else 0, dtype, f"attention weights in {dtype}")
+    returned = weights
+    if dtype != "float32":
+        returned = t.new(shape.num_scores, dtype, f"attention weights in {dtype}")
     right = all_v if grouped else by_head(t, all_v, shape, "values")
-    out = batched_product(
-        t, weights, right, shape.numel, "attention output by head", joined=shape.heads > 1 and shape.batch > 1
-    )
+    out = batched_product(t, weights, right, shape.numel, "attention output by head", joined=shape.comes_joined)
+    del right
     result = cast(t, out, dtype)
-    del returned, all_k, wide_q, q, k, v, mask, all_v, weights, right, out
-    return clone(t, result, "attention output")
+    del out, weights, all_v, all_k, q, mask, v, k, wide_q, returned, added
+    return join_heads(t, result, shape)
+
+
+def _biased(t: Tape, scores: Tensor, bias: Tensor | None) -> Tensor:
+    """The scores with `bias` added in place, as far as the graph is concerned."""
+    if bias is None or bias.node is None:
+        return scores
+    node = t.node([scores, bias], lambda gradients: [gradients[0], gradients[0]])
+    return Tensor(scores.storage, scores.numel, scores.dtype, node)
 
 
 def _triangle(t: Tape, seq: int) -> Tensor:
@@ -302,8 +347,8 @@ def by_head(t: Tape, x: Tensor, shape: AttentionShape, what: str) -> Tensor:
     """
     if x.permuted or shape.heads == 1:
         return x
-    if shape.batch == 1:
-        # The heads of a single sequence need no copy to be read one by one.
+    if shape.batch == 1 or shape.seq == 1:
+        # The heads of a single sequence, or of single tokens, need no copy to be read one by one.
         node = t.node([x], lambda gradients: [gradients[0].view(permuted=what != "keys")])
         return Tensor(x.storage, x.numel, x.dtype, node)
     return clone(t, x, f"{what} by head", permuted=what != "keys")
@@ -319,6 +364,7 @@ def eager(
     capped: bool = False,
     upcast: bool = True,
     casts_back: bool = True,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The models' own attention, written out: the result with its heads joined, and the attention weights.
 
@@ -331,6 +377,7 @@ def eager(
         capped: Whether the scores are capped by a tanh first.
         upcast: Whether the softmax is asked for in fp32.
         casts_back: Whether the softmax is cast to the dtype of the values.
+        bias: Numbers added to the scores before the mask, the same in every sequence.
     """
     q, k, v = qkv
     del qkv
@@ -340,6 +387,8 @@ def eager(
         weights = scale(t, weights, "scores over cap")
         weights = pointwise(t, weights, "tanh", saves_output=True)
         weights = scale(t, weights, "capped scores")
+    if bias is not None:
+        weights = add(t, weights, bias, "attention scores with bias")
     if mask is not None:
         weights = add_constant(t, weights, promote(weights.dtype, mask.dtype), "masked attention scores")
     if upcast:
@@ -349,7 +398,7 @@ def eager(
         weights = cast(t, weights, v.dtype) if casts_back else weights
     weights = dropout(t, weights, drop)
     out = weighted_values(t, weights, values, shape)
-    return clone(t, out, "attention output"), weights
+    return join_heads(t, out, shape), weights
 
 
 def scores(t: Tape, q: Tensor, k: Tensor, shape: AttentionShape) -> Tensor:
@@ -366,9 +415,13 @@ def weighted_values(t: Tape, weights: Tensor, v: Tensor, shape: AttentionShape) 
     cast_v = cast(t, v, t.autocast or v.dtype)
     cast_weights = cast(t, weights, t.autocast or weights.dtype)
     right = cast_v if _lies_by_head(v, cast_v, shape) else by_head(t, cast_v, shape, "values")
-    return batched_product(
-        t, cast_weights, right, shape.numel, "attention output by head", joined=shape.heads > 1 and shape.batch > 1
-    )
+    joined = shape.comes_joined
+    return batched_product(t, cast_weights, right, shape.numel, "attention output by head", joined=joined)
+
+
+def join_heads(t: Tape, x: Tensor, shape: AttentionShape) -> Tensor:
+    """The heads' results put together for each token: a copy, unless there is one token."""
+    return clone(t, x, "attention output") if shape.seq > 1 else x
 
 
 def _lies_by_head(x: Tensor, as_cast: Tensor, shape: AttentionShape) -> bool:

@@ -195,7 +195,9 @@ class Bert(StepModel[BertConfig]):
         q, k, v = (self._project(hidden, name) for name in ("query", "key", "value"))
         k = projections.split_keys(t, k, self.o)
         t.path = "attention.self"
-        shape = AttentionShape(self.o.batch_size, self.o.seq_len, c.heads, c.heads, c.hidden // c.heads)
+        shape = AttentionShape(
+            self.o.batch_size, self.o.seq_len, c.heads, c.heads, c.hidden // c.heads, is_causal=False
+        )
         return attend(t, self.o, (q, k, v), shape, mask, drop=c.attention_dropout, upcast=False, casts_back=False)
 
     def _project(self, hidden: Tensor, name: str) -> Tensor:

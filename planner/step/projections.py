@@ -174,12 +174,21 @@ def split_heads(t: Tape, x: Tensor) -> Tensor:
 
 
 def split_keys(t: Tape, x: Tensor, options: StepOptions) -> Tensor:
-    """Keys right after their projection, split into heads.
+    """Keys right after their projection, split into heads; see `transposed_keys` for their gradient."""
+    # Older GPUs have no fused kernel for bfloat16.
+    is_unfused = options.compute_capability < (8, 0) and "bfloat16" in (t.autocast, x.dtype)
+    if options.attention == "eager" or is_unfused:
+        return transposed_keys(t, x, options.batch_size, options.seq_len)
+    return x
 
-    Eager attention makes their gradient transposed. Turned back, the elements of a token lie evenly spaced, but the
+
+def transposed_keys(t: Tape, x: Tensor, batch: int, seq: int) -> Tensor:
+    """Keys right after their projection, for an attention that is written out.
+
+    Such attention makes their gradient transposed. Turned back, the elements of a token lie evenly spaced, but the
     tokens of several sequences do not, so that the projection must copy it.
     """
-    if options.attention != "eager" or options.batch_size == 1:
+    if batch == 1 or seq == 1:
         return x
     node = t.node([x], lambda gradients: [gradients[0].view(permuted=True)])
     return Tensor(x.storage, x.numel, x.dtype, node, 0, x.permuted)

@@ -1,22 +1,23 @@
-"""Attention with a learned bias for each distance, as T5 has it: its making, and the unfused kernel that takes it.
+"""What T5 adds to its attention's scores: a learned bias for each distance, and zeros where it has learned none.
 
-Source: transformers `T5Attention.compute_bias` and `create_position_bias_mask`; pytorch
-`native/transformers/attention.cpp` (`_scaled_dot_product_attention_math`), the only kernel for a bias with a gradient.
+Source: transformers `T5Attention.compute_bias` and `create_position_bias_mask`.
 """
 
 from __future__ import annotations
 
-from optplan.planner.step.attention import AttentionShape, by_head, safe_softmax
-from optplan.planner.step.graph import Tensor
-from optplan.planner.step.operations import cast, dropout, scale
+from optplan.planner.dtypes import Dtype
+from optplan.planner.step.attention import AttentionShape
+from optplan.planner.step.graph import LAST, Node, Tensor
 from optplan.planner.step.positions import position_ids
-from optplan.planner.step.projections import batched_product, clone
 from optplan.planner.step.tape import Tape
 from optplan.planner.step.vocabulary import embedding
 
 
 def position_bias(t: Tape, seq: int, buckets: int, heads: int, *, is_causal: bool) -> Tensor:
-    """The bias `[1, heads, seq, seq]` of each query and key by the bucket of their distance."""
+    """The bias `[1, heads, seq, seq]` of each query and key by the bucket of their distance.
+
+    The heads of a pair lie together, so that its rows are read in steps.
+    """
     path = t.path
     asking = position_ids(t, seq)
     t.path = path
@@ -24,7 +25,23 @@ def position_bias(t: Tape, seq: int, buckets: int, heads: int, *, is_causal: boo
     distances = t.new(seq * seq, "int64", "distances")
     bucket = _buckets(t, seq * seq, is_causal=is_causal)
     bias = embedding(t, seq * seq, buckets, heads, [bucket], is_transposed=True)
-    del bucket, distances, asking, keys
+    del asking, keys, distances, bucket
+    return Tensor(bias.storage, bias.numel, bias.dtype, bias.node if t.keeps_graph else None, 0, heads > 1)
+
+
+def zero_bias(t: Tape, shape: AttentionShape, dtype: Dtype, *, asks_gradient: bool) -> Tensor:
+    """The bias of an attention that has learned none; where layers are recomputed it asks for a gradient too."""
+    bias = t.new(shape.heads * shape.seq**2, dtype, "bias of zeros")
+    if not asks_gradient:
+        return bias
+    # The graph holds on to the zeros and to their gradient, to its own end.
+    held = [bias.storage]
+
+    def keep(gradients: list[Tensor]) -> tuple[()]:
+        held.insert(0, gradients[0].storage)
+        return ()
+
+    bias.node = Node(LAST, keep, 1)
     return bias
 
 
@@ -51,7 +68,7 @@ def _buckets(t: Tape, count: int, *, is_causal: bool) -> Tensor:
     chosen = t.new(count, "int64", "bucket")
     if total is None:
         total = t.new(count, "int64", "bucket")
-    del chosen, large, far, near
+    del chosen, far, near, large
     return total
 
 
@@ -69,12 +86,23 @@ def _far_buckets(t: Tape, count: int) -> Tensor:
     return result
 
 
-def causal_bias(t: Tape, bias: Tensor, seq: int) -> Tensor:
+def causal_bias(t: Tape, bias: Tensor, shape: AttentionShape) -> Tensor:
     """The bias where a key is not after the query, the lowest number elsewhere."""
+    seq = shape.seq
     asking, keys = t.new(seq, "int64", "positions"), t.new(seq, "int64", "positions")
     visible = t.new(seq * seq, "bool", "keys not after the query")
     del asking, keys
-    numel, dtype = bias.numel, bias.dtype
+    return _chosen(t, visible, bias, bias.numel)
+
+
+def hidden_bias(t: Tape, bias: Tensor, mask: Tensor, shape: AttentionShape) -> Tensor:
+    """The bias where `mask` lets a query see a key, in every sequence its own, the lowest number elsewhere."""
+    return _chosen(t, mask, bias, shape.num_scores)
+
+
+def _chosen(t: Tape, condition: Tensor, bias: Tensor, numel: int) -> Tensor:
+    """`torch.where(condition, bias, lowest)` of `numel` elements."""
+    dtype = bias.dtype
 
     def backward(_: list[Tensor]) -> list[Tensor]:
         zero = t.new(1, dtype, "zero")
@@ -82,40 +110,9 @@ def causal_bias(t: Tape, bias: Tensor, seq: int) -> Tensor:
         del zero
         return [gradient]
 
-    node = t.node([bias], backward, [visible])
+    asks = bias.node is not None and t.keeps_graph
+    node = t.node([bias], backward, [condition]) if asks else None
     lowest = t.new(1, dtype, "lowest number")
-    out = t.new(numel, dtype, "causal bias")
+    out = t.new(numel, dtype, "bias where visible")
     del lowest
-    out.node = node
-    return out
-
-
-def biased_attention(
-    t: Tape, qkv: tuple[Tensor, Tensor, Tensor], shape: AttentionShape, bias: Tensor, *, drop: float
-) -> Tensor:
-    """Attention written out in fp32 with `bias` added to the scores: the result with its heads joined."""
-    bias = cast(t, bias, t.autocast or bias.dtype)
-    q, k, v = (cast(t, x, t.autocast or x.dtype) for x in qkv)
-    dtype = q.dtype
-    if shape.batch > 1:
-        node = t.node([k], lambda gradients: [gradients[0].view(permuted=True)])
-        k = Tensor(k.storage, k.numel, k.dtype, node)
-    wide_q, wide_k, wide_v = (cast(t, x, "float32") for x in (q, k, v))
-    scaled = scale(t, wide_q, "scaled queries")
-    keys = scale(t, wide_k, "scaled keys")
-    left, right = by_head(t, scaled, shape, "queries"), by_head(t, keys, shape, "keys")
-    scores = batched_product(t, left, right, shape.num_scores, "attention scores")
-    del left, right, keys
-    added = t.node([scores, bias], lambda gradients: [gradients[0], gradients[0]])
-    scores = Tensor(scores.storage, scores.numel, "float32", added)
-    weights = safe_softmax(t, scores, shape)
-    del scores
-    weights = dropout(t, weights, drop)
-    returned = t.new(shape.num_scores if dtype != "float32" else 0, dtype, f"attention weights in {dtype}")
-    values = by_head(t, wide_v, shape, "values")
-    joined = shape.heads > 1 and shape.batch > 1
-    out = batched_product(t, weights, values, shape.numel, "attention output by head", joined=joined)
-    del values
-    result = cast(t, out, dtype)
-    del returned, wide_q, wide_k, wide_v, scaled, out, weights, bias
-    return clone(t, result, "attention output")
+    return Tensor(out.storage, numel, dtype, node, 0, bias.permuted)

@@ -116,15 +116,8 @@ def _check_family(spec: ModelSpec, options: StepOptions) -> None:
         raise ConfigError(f"{spec.name} has norms without weights, which the step rules do not model")
     if options.fused_loss == "liger" and spec.model_type not in LIGER_FAMILIES:
         raise unknown("family with a fused loss by Liger", spec.model_type, LIGER_FAMILIES)
-    if options.fused_loss == "chunked" and spec.model_type in _NOT_CAUSAL:
-        raise ConfigError(
-            f"--fused-loss chunked is for causal language models, {spec.name} is none; use --fused-loss none"
-        )
-    if spec.model_type == "t5" and (options.recomputes or options.padding_mask or options.attention != "sdpa"):
-        raise ConfigError(
-            f"the step rules describe {spec.name} with attention sdpa, without checkpointing and padding mask; "
-            "use --engine trace for anything else"
-        )
+    if spec.model_type == "t5" and options.attention == "flash":
+        raise ConfigError(f"{spec.name} adds numbers to its attention scores, which flash cannot; use attention sdpa")
     if spec.model_type == "vit":
         _check_images(spec, options)
 

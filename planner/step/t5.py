@@ -9,17 +9,20 @@ Source: transformers `models/t5/modeling_t5.py`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import msgspec
 
+from optplan.planner.dtypes import Dtype
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.step import operations as op
 from optplan.planner.step import projections, relative_bias, vocabulary
-from optplan.planner.step.attention import AttentionShape, choose_backend, sdpa
-from optplan.planner.step.causal_lm import StepModel
+from optplan.planner.step.attention import AttentionShape, Backend, choose_backend, eager, sdpa
+from optplan.planner.step.causal_lm import RECOMPUTED, StepModel, kind_of
 from optplan.planner.step.graph import Tensor
+from optplan.planner.step.masks import bidirectional_mask, causal_mask
 from optplan.planner.step.norms import rms_norm
+from optplan.planner.step.reentrant import checkpoint_whole
 
 
 class T5Config(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,6 +77,10 @@ def t5_layer_names(spec: ModelSpec) -> Callable[[int], str]:
     return lambda layer: f"encoder.block.{layer}" if layer < count else f"decoder.block.{layer - count}"
 
 
+Biases = tuple[Tensor, ...]
+"""Of a stack's own attention, and in the decoder of that to the encoder."""
+
+
 class T5(StepModel[T5Config]):
     """T5 at work."""
 
@@ -98,49 +105,108 @@ class T5(StepModel[T5Config]):
         t.enter(None)
         t.path = "shared"
         embedded = vocabulary.embedding(t, self.num_tokens, c.vocab, c.hidden, tokens)
+        mask, across = self._masks(embedded.dtype, stack)
         t.path = f"{stack}.dropout"
         hidden = op.dropout(t, embedded, c.dropout)
-        biases: list[Tensor] = []
+        biases: Biases = ()
         for layer, kind in enumerate(self.kinds):
-            if kind.split(" ")[0] == stack:
-                run = partial(self._block, stack=stack, given=tuple(biases), made=biases, encoded=encoded)
-                hidden = self.run_layer(layer, run, hidden)
-                del run
+            if kind_of(kind) == stack:
+                hidden, biases = self._run_block(layer, (hidden, mask, across, encoded, *biases), stack)
         t.enter(None)
         hidden = rms_norm(t, hidden, f"{stack}.final_layer_norm", c.hidden, "t5")
         hidden = op.dropout(t, hidden, c.dropout)
-        del embedded, biases
+        del mask, embedded, across, biases
         return hidden
 
-    def _block(
-        self, hidden: Tensor, *, stack: str, given: tuple[Tensor, ...], made: list[Tensor], encoded: Tensor | None
-    ) -> Tensor:
-        """One layer; the first of a stack makes the biases that all others are given."""
-        biases = list(given)
-        hidden = self._self_attention(hidden, stack, biases)
-        if encoded is not None:
-            hidden = self._cross_attention(hidden, encoded, biases)
-        if not made:
-            made += biases
-        del biases
-        return self._mlp(hidden, "layer.1" if encoded is None else "layer.2")
+    def _masks(self, dtype: Dtype, stack: str) -> tuple[Tensor | None, Tensor | None]:
+        """What hides tokens from a stack's own attention, and in the decoder from that to the encoder.
 
-    def _self_attention(self, hidden: Tensor, stack: str, biases: list[Tensor]) -> Tensor:
+        The encoder's tokens are hidden by padding, the decoder's by coming later.
+        """
+        if stack == "encoder":
+            return bidirectional_mask(self.t, self.o, dtype), None
+        unpadded = msgspec.structs.replace(self.o, padding_mask=False)
+        own = causal_mask(self.t, unpadded, dtype, finds_packed=False)
+        return own, bidirectional_mask(self.t, self.o, dtype)
+
+    def _run_block(self, layer: int, given: tuple[Tensor | None, ...], stack: str) -> tuple[Tensor, Biases]:
+        """A layer's output and the biases of its stack, checkpointed as the options say."""
+        t, hooks, checkpointing = self.t, self.t.hooks, self.o.checkpointing
+        t.enter(layer)
+
+        def wrapped(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+            out, biases = self._block(hooks.before_layer(t, layer, hidden), *rest, stack=stack)
+            return hooks.after_layer(t, layer, out), *biases
+
+        hidden, *rest = given
+        assert hidden is not None
+        if checkpointing == "full-reentrant":
+            out, *biases = checkpoint_whole(t, wrapped, given)
+        elif checkpointing == "full" or self.kinds[layer].endswith(RECOMPUTED):
+            out, *biases = t.checkpoint(lambda x: wrapped(x, *rest), hidden)
+        else:
+            out, *biases = wrapped(hidden, *rest)
+        return out, tuple(biases)
+
+    def _block(
+        self,
+        hidden: Tensor,
+        mask: Tensor | None,
+        across: Tensor | None,
+        encoded: Tensor | None,
+        *biases: Tensor,
+        stack: str,
+    ) -> tuple[Tensor, Biases]:
+        """One layer; the first of a stack makes the biases that all others are given."""
+        own, *other = biases or (None,)
+        hidden, own, weights = self._self_attention(hidden, stack, own, mask)
+        if encoded is None:
+            return self._mlp(hidden, "layer.1"), (own,)
+        hidden, zeros, weights = self._cross_attention(hidden, encoded, other[0] if other else None, across)
+        hidden = self._mlp(hidden, "layer.2")
+        del weights
+        return hidden, (own, zeros)
+
+    def _self_attention(
+        self, hidden: Tensor, stack: str, bias: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         t, c = self.t, self.c
         normed = rms_norm(t, hidden, "layer.0.layer_norm", c.hidden, "t5")
         q, k, v = (self._project(normed, f"layer.0.SelfAttention.{name}") for name in "qkv")
-        if not biases:
+        if bias is None:
             t.path = "layer.0.SelfAttention.relative_attention_bias"
-            biases.append(
-                relative_bias.position_bias(t, self.o.seq_len, c.buckets, c.heads, is_causal=stack == "decoder")
-            )
+            is_causal = stack == "decoder"
+            bias = relative_bias.position_bias(t, self.o.seq_len, c.buckets, c.heads, is_causal=is_causal)
         t.path = "layer.0.SelfAttention"
-        bias = relative_bias.causal_bias(t, biases[0], self.o.seq_len) if stack == "decoder" else biases[0]
-        out = relative_bias.biased_attention(t, (q, k, v), self._shape(), bias, drop=c.dropout)
-        del bias
+        out, weights = self._attend((q, k, v), bias, mask, is_causal=stack == "decoder")
         out = self._project(out, "layer.0.SelfAttention.o", is_output=True)
         del q, k, v
-        return self._residual(hidden, out, normed)
+        return self._residual(hidden, out, normed), bias, weights
+
+    def _attend(
+        self, qkv: tuple[Tensor, Tensor, Tensor], bias: Tensor, mask: Tensor | None, *, is_causal: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention with numbers added to its scores: the result with its heads joined, and eager's weights."""
+        t, shape, drop = self.t, self._shape(), self.c.dropout
+        if self.o.attention == "eager":
+            q, k, v = qkv
+            k = projections.transposed_keys(t, k, shape.batch, shape.seq)
+            return eager(t, (q, k, v), shape, mask, drop=drop, upcast=False, casts_back=False, bias=bias)
+        if mask is not None:
+            bias = relative_bias.hidden_bias(t, bias, mask, shape)
+        elif is_causal and shape.seq > 1:
+            bias = relative_bias.causal_bias(t, bias, shape)
+        backend = self._backend(bias, qkv[0].dtype)
+        if backend == "math":
+            qkv = (qkv[0], projections.transposed_keys(t, qkv[1], shape.batch, shape.seq), qkv[2])
+        return sdpa(t, qkv, shape, backend, added=bias, drops=drop > 0), None
+
+    def _backend(self, bias: Tensor, dtype: Dtype) -> Backend:
+        """The kernel: of the fused ones one makes the gradient of a bias, if that lies in memory row by row."""
+        if bias.node is not None:
+            return "math" if bias.permuted else "efficient"
+        capability = self.o.compute_capability
+        return choose_backend(self.t.autocast or dtype, self._shape(), masked=True, capability=capability)
 
     def _residual(self, hidden: Tensor, out: Tensor, normed: Tensor) -> Tensor:
         t = self.t
@@ -149,21 +215,20 @@ class T5(StepModel[T5Config]):
         del out, normed
         return total
 
-    def _cross_attention(self, hidden: Tensor, encoded: Tensor, biases: list[Tensor]) -> Tensor:
+    def _cross_attention(
+        self, hidden: Tensor, encoded: Tensor, bias: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         t, c = self.t, self.c
         normed = rms_norm(t, hidden, "layer.1.layer_norm", c.hidden, "t5")
         q = self._project(normed, "layer.1.EncDecAttention.q")
         k, v = (self._project(encoded, f"layer.1.EncDecAttention.{name}") for name in "kv")
-        shape = self._shape()
         t.path = "layer.1.EncDecAttention"
-        if len(biases) == 1:
-            biases.append(t.new(c.heads * self.o.seq_len**2, q.dtype, "bias of zeros"))
-        dtype = t.autocast or q.dtype
-        backend = choose_backend(dtype, shape, masked=True, capability=self.o.compute_capability)
-        out = sdpa(t, (q, k, v), shape, backend, added=biases[1], drops=c.dropout > 0)
+        if bias is None:
+            bias = relative_bias.zero_bias(t, self._shape(), q.dtype, asks_gradient=self.o.recomputes)
+        out, weights = self._attend((q, k, v), bias, mask, is_causal=False)
         out = self._project(out, "layer.1.EncDecAttention.o", is_output=True)
         del q, k, v
-        return self._residual(hidden, out, normed)
+        return self._residual(hidden, out, normed), bias, weights
 
     def _shape(self) -> AttentionShape:
         return AttentionShape(self.o.batch_size, self.o.seq_len, self.c.heads, self.c.heads, self.c.head_dim)
@@ -182,8 +247,10 @@ class T5(StepModel[T5Config]):
         inner = op.dropout(t, inner, c.dropout)
         inner = op.cast(t, inner, t.parameter_dtype)
         t.path = f"{path}.wo"
-        forwarded = projections.linear(t, inner, c.intermediate, c.hidden)
+        out = projections.linear(t, inner, c.intermediate, c.hidden)
         del inner
+        forwarded = out
+        del out
         dropped = op.dropout(t, forwarded, c.dropout)
         return op.add(t, hidden, dropped, "residual sum")
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
+from typing import TypeVar
 
 from optplan.planner.dtypes import ITEMSIZE_BYTES, Dtype
 from optplan.planner.reductions import column_reduction_bytes
@@ -29,7 +30,10 @@ from optplan.planner.step.graph import (
     release,
 )
 from optplan.planner.step.hooks import StepHooks
+from optplan.planner.step.reentrant import checkpoint_whole
 from optplan.planner.timeline import Category, Phase
+
+Result = TypeVar("Result")
 
 
 class _EnoughRecomputedError(Exception):
@@ -181,7 +185,7 @@ class Tape:
         else:
             node.saved += storages
 
-    def checkpoint(self, function: Callable[[Tensor], Tensor], argument: Tensor) -> Tensor:
+    def checkpoint(self, function: Callable[[Tensor], Result], argument: Tensor) -> Result:
         """Run `function` keeping only `argument`; backward will run it again for what it saves."""
         again = Tensor(argument.storage, argument.numel, argument.dtype, Node(0, tuple, 1))
         self._frame = Checkpoint(lambda: function(again))
@@ -191,33 +195,8 @@ class Tape:
 
     def checkpoint_whole(self, function: Callable[[Tensor], Tensor], argument: Tensor) -> Tensor:
         """Run `function` without a graph; backward will run it again from end to end, then that graph backward."""
-        held = [argument.storage]
-        numel, dtype = argument.numel, argument.dtype
-
-        def backward(gradients: list[Tensor]) -> list[Tensor]:
-            return [self._recompute_whole(function, Tensor(held.pop(), numel, dtype), gradients[0])]
-
-        node = self.node([argument], backward)
-        self.keeps_graph = False
-        output = function(argument)
-        self.keeps_graph = True
-        return Tensor(output.storage, output.numel, output.dtype, node, 0, output.permuted)
-
-    def _recompute_whole(self, function: Callable[[Tensor], Tensor], argument: Tensor, gradient: Tensor) -> Tensor:
-        found: list[Tensor] = []
-
-        def keep(gradients: list[Tensor]) -> tuple[()]:
-            found.append(gradients[0])
-            return ()
-
-        self.category = "activations"
-        argument.node = Node(LAST, keep, 1)
-        output = function(argument)
-        self.casts.clear()
-        assert output.node is not None
-        hold(output.node, output.output, gradient)
-        self._run_from(output.node)
-        return found.pop()
+        (output,) = checkpoint_whole(self, lambda x: (function(x),), (argument,))
+        return output
 
     def _keep_recomputed(self, frame: Checkpoint, storages: list[Storage | None]) -> None:
         assert frame.recomputed is not None
@@ -233,7 +212,7 @@ class Tape:
         self.path, self.category = loss.node.path, loss.node.category
         seed = self.new(loss.numel, loss.dtype, "gradient")
         hold(loss.node, 0, seed)
-        self._run_from(loss.node)
+        self.run_from([loss.node])
         if self.layer is not None:
             # What is handed on to a later stage of a pipeline lives to the end, outside the layers.
             self.enter(None)
@@ -241,8 +220,9 @@ class Tape:
         # The parameters' nodes refer to the tape: without them it ends when nothing else refers to it.
         self._parameters.clear()
 
-    def _run_from(self, last: Node) -> None:
-        ready = [last]
+    def run_from(self, ready: list[Node]) -> None:
+        """Run backward all that can be reached from nodes that have their gradients."""
+        heapify(ready)
         while ready:
             node = heappop(ready)
             if node.layer != self.layer and node.sequence != LAST:
@@ -295,7 +275,9 @@ class Tape:
             if held is None:
                 hold(node, output, gradient)
             elif held.is_view or held.storage is None or held.storage.holders > 1:
-                hold(node, output, self.new(held.numel, held.dtype, "sum of gradients", node.category))
+                total = self.new(held.numel, held.dtype, "sum of gradients", node.category, permuted=held.permuted)
+                hold(node, output, total)
+                del total
                 if held.storage is not None:
                     held.storage.holders -= 1
         node.waiting -= 1

@@ -147,7 +147,7 @@ class Vit(StepModel[VitConfig]):
         q, k, v = (self._project(hidden, f"{name}_proj", width) for name in "qkv")
         k = projections.split_keys(t, k, self.o)
         t.path = "attention"
-        shape = AttentionShape(self.o.batch_size, c.positions, c.heads, c.heads, c.head_dim)
+        shape = AttentionShape(self.o.batch_size, c.positions, c.heads, c.heads, c.head_dim, is_causal=False)
         out, weights = attend(t, self.o, (q, k, v), shape, None, drop=c.attention_dropout)
         t.path = "attention.o_proj"
         return projections.linear(t, out, width, c.hidden, bias=True), weights

@@ -36,7 +36,7 @@ def embedding(
         num_rows: Rows there are.
         width: Elements of a row.
         indices: Saved if they are not the resident inputs.
-        is_transposed: Whether the gradient comes in another order than the rows, so that it is copied first.
+        is_transposed: Whether the rows' elements are read apart, so that a gradient that lies as it is read is copied.
         is_expanded: Whether the indices of one sequence serve all, so that they are written out to be used.
     """
     name = f"{t.path}.weight"
@@ -44,8 +44,9 @@ def embedding(
     dtype = weight.dtype
     written_out = num_tokens if is_expanded else 0
 
-    def backward(_: list[Tensor]) -> list[Tensor]:
-        rows = t.new(num_tokens * width if is_transposed else 0, dtype, "gradient of the rows")
+    def backward(gradients: list[Tensor]) -> list[Tensor]:
+        copied = num_tokens * width if is_transposed and not gradients[0].permuted else 0
+        rows = t.new(copied, dtype, "gradient of the rows")
         index = t.new(written_out, "int64", "indices")
         gradient = embedding_gradient(t, num_tokens, num_rows, width, dtype)
         del index, rows

@@ -146,9 +146,8 @@ def test_a_family_without_rules_is_refused():
         ),
         (
             load_model("t5-base"),
-            {"checkpointing": "full"},
-            "the step rules describe t5-base with attention sdpa, without checkpointing and padding mask; "
-            "use --engine trace for anything else",
+            {"attention": "flash"},
+            "t5-base adds numbers to its attention scores, which flash cannot; use attention sdpa",
         ),
         (LLAMA, {"checkpointing": "ful"}, "unknown checkpointing 'ful'; nearest: full"),
         (LLAMA, {"fused_loss": "lige"}, "unknown fused_loss 'lige'; nearest: liger"),
