@@ -17,6 +17,7 @@ import argparse
 import datetime
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -246,6 +247,7 @@ def environment(commit: str) -> dict[str, str]:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": " ".join(["python", "benchmarks/bench_optimizers.py", *words]),
         "commit": commit or head.stdout.strip() or "unknown",
+        **({"note": os.environ["OPTPLAN_RECORD_NOTE"]} if os.environ.get("OPTPLAN_RECORD_NOTE") else {}),
     }  # fmt: skip
 
 

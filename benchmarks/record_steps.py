@@ -1,6 +1,6 @@
 """Measure the memory of real training steps on a CUDA GPU and save the figures as JSON lines.
 
-    python benchmarks/record_steps.py --out FILE [--set hold-out] [--only MODEL] [--workers 1]
+    python benchmarks/record_steps.py --out FILE [--set hold-out] [--only MODEL] [--workers 1] [--known FILE ...]
     python benchmarks/record_steps.py --out FILE --set operations --events FILE.jsonl.gz [--labels]
 
 Each case of `step_cases.toml` runs in a process of its own: the transformers model is built on the CPU without
@@ -47,6 +47,10 @@ DEFAULTS = {
     "attention": "sdpa",
     "grad_accum": 1,
 }
+CASE_FIELDS = {
+    *DEFAULTS, "model", "seq", "fused_loss", "step_in_backward", "clip_grad_norm", "keep_grads", "padding_mask",
+    "empty_cache",
+}  # fmt: skip
 PHASES = ("forward", "backward", "clip", "step", "zero")
 NUM_STEPS = 3
 _OPERATION = re.compile(r"at::_ops::(\w+?)::")
@@ -60,6 +64,23 @@ def read_cases(set_name: str, only: str | None) -> list[dict[str, Any]]:
     tables = tomllib.loads(CASES_FILE.read_text())
     cases = [DEFAULTS | case for case in tables["sets"][set_name]["cases"] if only in (None, case["model"])]
     return [case | {"config": tables["models"][case["model"]]} for case in cases]
+
+
+def without_known(cases: list[dict[str, Any]], paths: list[Path]) -> list[dict[str, Any]]:
+    """The cases of which no file has a row without an error."""
+    known = {identity(row) for path in paths if path.exists() for row in rows_of(path) if "error" not in row}
+    return [case for case in cases if identity(case) not in known]
+
+
+def rows_of(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file, compressed or not."""
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
+        yield from map(json.loads, file)
+
+
+def identity(case: dict[str, Any]) -> str:
+    """What tells a case from all others, in a row with its figures too."""
+    return json.dumps({name: case[name] for name in sorted(CASE_FIELDS & case.keys())})
 
 
 def measure(case: dict[str, Any], *, history: str | None) -> dict[str, Any]:
@@ -141,7 +162,14 @@ def environment() -> dict[str, str]:
         "transformers": transformers.__version__,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": " ".join(["python", "benchmarks/record_steps.py", *(Path(word).name for word in sys.argv[1:])]),
+        **given_facts(),
     }
+
+
+def given_facts() -> dict[str, str]:
+    """What whoever started this command wants its records to say: the commit, the circumstances."""
+    variables = {"commit": "OPTPLAN_COMMIT", "note": "OPTPLAN_RECORD_NOTE"}
+    return {name: os.environ[variable] for name, variable in variables.items() if os.environ.get(variable)}
 
 
 def attempt(arguments: tuple[dict[str, Any], str | None]) -> dict[str, Any]:
@@ -204,8 +232,9 @@ def main() -> int:
     parser.add_argument("--events", type=Path, help="gzipped JSON lines file for every allocation of the third step")
     parser.add_argument("--labels", action="store_true", help="say with each event what made the allocation")
     parser.add_argument("--workers", type=int, default=1, help="cases measured at the same time")
+    parser.add_argument("--known", type=Path, nargs="+", default=[], help="leave out what these files have a row of")
     options = parser.parse_args()
-    cases = read_cases(options.set, options.only)
+    cases = without_known(read_cases(options.set, options.only), options.known)
     history = None if options.events is None else "labels" if options.labels else "sizes"
     rows = run_cases(cases, workers=options.workers, history=history)
     events: list[dict[str, Any]] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,7 @@ def environment(commit: str) -> dict[str, str]:
         "torch": torch.__version__, "triton": triton.__version__,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": " ".join(["python", "benchmarks/train_study.py", *words]), "commit": commit or _head(),
+        **({"note": os.environ["OPTPLAN_RECORD_NOTE"]} if os.environ.get("OPTPLAN_RECORD_NOTE") else {}),
     }  # fmt: skip
 
 
