@@ -12,7 +12,8 @@ from functools import partial
 from optplan.planner.dtypes import Dtype
 from optplan.planner.step import operations as op
 from optplan.planner.step import projections, vocabulary
-from optplan.planner.step.attention import AttentionShape, attend
+from optplan.planner.step.attention import attend
+from optplan.planner.step.attention_shape import AttentionShape
 from optplan.planner.step.causal_lm import StepModel, kind_of
 from optplan.planner.step.decoder_config import DENSE, SLIDING, DecoderConfig, mask_of
 from optplan.planner.step.experts import mixture

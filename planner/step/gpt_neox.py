@@ -14,7 +14,8 @@ import msgspec
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.step import operations as op
 from optplan.planner.step import projections, vocabulary
-from optplan.planner.step.attention import AttentionShape, attend
+from optplan.planner.step.attention import attend
+from optplan.planner.step.attention_shape import AttentionShape
 from optplan.planner.step.causal_lm import StepModel
 from optplan.planner.step.graph import Tensor
 from optplan.planner.step.masks import causal_mask

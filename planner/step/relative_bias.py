@@ -6,7 +6,7 @@ Source: transformers `T5Attention.compute_bias` and `create_position_bias_mask`.
 from __future__ import annotations
 
 from optplan.planner.dtypes import Dtype
-from optplan.planner.step.attention import AttentionShape
+from optplan.planner.step.attention_shape import AttentionShape
 from optplan.planner.step.graph import LAST, Node, Tensor
 from optplan.planner.step.positions import position_ids
 from optplan.planner.step.tape import Tape

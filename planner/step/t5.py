@@ -17,12 +17,14 @@ from optplan.planner.dtypes import Dtype
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.step import operations as op
 from optplan.planner.step import projections, relative_bias, vocabulary
-from optplan.planner.step.attention import AttentionShape, Backend, choose_backend, eager, sdpa
+from optplan.planner.step.attention import Backend, choose_backend, sdpa
+from optplan.planner.step.attention_shape import AttentionShape
 from optplan.planner.step.causal_lm import RECOMPUTED, StepModel, kind_of
 from optplan.planner.step.graph import Tensor
 from optplan.planner.step.masks import bidirectional_mask, causal_mask
 from optplan.planner.step.norms import rms_norm
 from optplan.planner.step.reentrant import checkpoint_whole
+from optplan.planner.step.unfused_attention import eager
 
 
 class T5Config(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,7 +14,8 @@ import torch
 from torch.nn import functional as F
 
 from optplan.planner.dtypes import Dtype
-from optplan.planner.step.attention import AttentionShape, Backend, choose_backend
+from optplan.planner.step.attention import Backend, choose_backend
+from optplan.planner.step.attention_shape import AttentionShape
 from optplan.profilers.tracing.accumulation import overwriting_sums
 
 aten = torch.ops.aten

@@ -1,6 +1,7 @@
 import pytest
 
-from optplan.planner.step.attention import AttentionShape, choose_backend
+from optplan.planner.step.attention import choose_backend
+from optplan.planner.step.attention_shape import AttentionShape
 
 A100, H100, H200, B200, RTX_4090, T4 = (8, 0), (9, 0), (9, 0), (10, 0), (8, 9), (7, 5)
 PLAIN = AttentionShape(batch=2, seq=1024, heads=32, kv_heads=32, width=128)
