@@ -1,4 +1,4 @@
-"""The options that say how a training step is run, given to a command in one piece."""
+"""Options given to a command in one piece, above all those that say how a training step is run."""
 
 from __future__ import annotations
 
@@ -49,15 +49,24 @@ def takes_step(*, without: tuple[str, ...] = ()) -> Callable[[Callable[..., None
     Args:
         without: Options that the command does not have.
     """
-    chosen = {name: option for name, option in _OPTIONS.items() if name not in without}
+    return takes_group(STEP, {name: option for name, option in _OPTIONS.items() if name not in without})
+
+
+def takes_group(group: str, chosen: dict[str, tuple[Any, Any]]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command options in the place of one of its parameters, which receives them as a dictionary.
+
+    Args:
+        group: The parameter.
+        chosen: The options' types and defaults by name, in the order of the help.
+    """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @wraps(command)
         def run(**arguments: Any) -> None:
-            step = {name: arguments.pop(name) for name in chosen}
-            command(**arguments, **{STEP: step})
+            values = {name: arguments.pop(name) for name in chosen}
+            command(**arguments, **{group: values})
 
-        parameters = _expanded(command, chosen)
+        parameters = _expanded(command, group, chosen)
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters} | {"return": None}
         # What wraps keeps of the original's annotations would come before these.
@@ -73,12 +82,12 @@ def given(context: typer.Context) -> set[str]:
     return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
 
 
-def _expanded(command: Callable[..., None], chosen: dict[str, tuple[Any, Any]]) -> list[inspect.Parameter]:
-    """The command's parameters with those of the step where its parameter `step` stands."""
+def _expanded(command: Callable[..., None], group: str, chosen: dict[str, tuple[Any, Any]]) -> list[inspect.Parameter]:
+    """The command's parameters with those of a group where its parameter stands."""
     hints = get_type_hints(command, include_extras=True)
     parameters: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(command).parameters.items():
-        if name == STEP:
+        if name == group:
             parameters += [_parameter(key, annotation, default) for key, (annotation, default) in chosen.items()]
         else:
             parameters.append(_parameter(name, hints[name], parameter.default))

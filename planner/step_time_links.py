@@ -17,7 +17,7 @@ from optplan.planner.dtypes import ITEMSIZE_BYTES
 from optplan.planner.request import StepRequest
 from optplan.planner.sharding.clusters import Cluster, cluster_of
 from optplan.planner.sharding.registry import FULL_SHARDINGS
-from optplan.planner.step_time_rates import TimeModel
+from optplan.planner.step_time_rates import LinkBasis, TimeModel
 
 _REDUCED_ONCE = ("ddp", "ddp-copies", "zero1", "zero1-deepspeed")
 
@@ -114,9 +114,10 @@ def _network_rate(cluster: Cluster, gpus_per_node: int, model: TimeModel) -> flo
     return share * cluster.network_bytes_per_s * gpus_per_node
 
 
-def link_basis(request: StepRequest, *, model: TimeModel) -> str:
+def link_basis(request: StepRequest, *, model: TimeModel) -> LinkBasis:
     """What the rates of a request's links rest on: the least sure of them."""
     cluster = cluster_of(request.gpu.id)
     names = [cluster.node_link] + ([cluster.network] if request.config.nodes > 1 else [])
     bases = {model.link_rates(name).basis for name in names}
-    return next(basis for basis in ("estimated", "cited", "measured") if basis in bases)
+    order: tuple[LinkBasis, ...] = ("estimated", "cited", "measured")
+    return next(basis for basis in order if basis in bases)

@@ -12,6 +12,7 @@ import msgspec
 from optplan.planner.errors import DataError
 
 CALIBRATED_GPU = "h200-141g"
+LinkBasis = Literal["measured", "cited", "estimated"]
 
 
 class GpuRates(msgspec.Struct, frozen=True):
@@ -67,7 +68,7 @@ class LinkRates(msgspec.Struct, frozen=True):
 
     link: str
     bandwidth_share: float
-    basis: Literal["measured", "cited", "estimated"]
+    basis: LinkBasis
     source: str
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from functools import cached_property
 
+import msgspec
+
 from optplan.planner.candidates import Candidate
 from optplan.planner.errors import ConfigError
+from optplan.planner.gpus import Gpu
 from optplan.planner.step.rules import has_rules, record_step
 from optplan.planner.step_time import StepSeconds, combine, is_timed, micro_steps, optimizer_update, timed_gpu
 from optplan.planner.step_time_rates import load_time_model
@@ -22,7 +25,7 @@ class StepTimer:
     @cached_property
     def _work(self) -> StepWork | None:
         request = self._workload.request
-        if not has_rules(request.model) or timed_gpu(request.gpu) is None or not is_timed(request):
+        if not has_rules(request.model) or not is_timed(request):
             return None
         options = step_options(request)
         try:
@@ -31,11 +34,17 @@ class StepTimer:
         except ConfigError:
             return None
 
-    def seconds(self, candidate: Candidate) -> StepSeconds | None:
-        """The step's time, None for a memory budget, for what no rule describes and for GPUs that share layers."""
-        if self._work is None:
+    def seconds(self, candidate: Candidate, *, gpu: Gpu | None = None) -> StepSeconds | None:
+        """The step's time, None for a memory budget, for what no rule describes and for GPUs that share layers.
+
+        Args:
+            candidate: The optimizer.
+            gpu: Where it runs, if not on the workload's GPU; one on which the step allocates the same.
+        """
+        if timed_gpu(gpu or self._workload.request.gpu) is None or self._work is None:
             return None
         request, model = self._workload.request, load_time_model()
+        request = request if gpu is None else msgspec.structs.replace(request, gpu=gpu)
         micro = micro_steps(self._work, request, request.gpu, model=model)
         moved = self._workload.moved_bytes(candidate)
         update = optimizer_update(candidate, moved, request.gpu, request, model=model)

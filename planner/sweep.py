@@ -20,6 +20,8 @@ from optplan.planner.errors import ConfigError
 from optplan.planner.gpus import Gpu, custom_gpu, load_gpu
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.request import StepRequest, check_request, default_attention, default_seq_len
+from optplan.planner.sharding.registry import SHARDINGS
+from optplan.planner.step_timer import StepTimer
 from optplan.planner.sweep_records import SweepReport, SweepRow
 from optplan.planner.units import parse_size
 from optplan.planner.version import VERSION
@@ -28,7 +30,7 @@ from optplan.planner.workload import Workload
 MAX_ROWS = 20_000
 """Combinations of one sweep: at a few milliseconds to a second each, more is a job for several processes."""
 
-AXES = ("model", "gpu", "precision", "seq_len", "batch_size", "checkpointing", "optimizer")
+AXES = ("model", "gpu", "layout", "precision", "seq_len", "batch_size", "checkpointing", "optimizer")
 """The order of the rows, first axis slowest."""
 
 
@@ -42,6 +44,8 @@ def sweep(
     seq_lens: Sequence[int] | None = None,
     batch_sizes: Sequence[int] = (1,),
     checkpointings: Sequence[str] = ("none",),
+    gpus_per_run: Sequence[int] = (1,),
+    shardings: Sequence[str] = ("none",),
     budget: str | int | None = None,
     progress: Callable[[str], None] = lambda _: None,
     **step: Any,
@@ -57,9 +61,11 @@ def sweep(
         seq_lens: Tokens of a sequence; each model's default when None.
         batch_sizes: Sequences of a micro-batch.
         checkpointings: Values of `--checkpointing`.
+        gpus_per_run: Numbers of GPUs that work together.
+        shardings: How several of them divide the work; each number of several GPUs is tried under each.
         budget: Bytes that a step may allocate, as a number or as text such as `38GiB`.
         progress: Told what is being computed.
-        step: The rest of the step, the same for every row, as in `StepFlags`; on one GPU.
+        step: The rest of the step, the same for every row, as in `StepFlags`.
 
     Raises:
         ConfigError: A name is unknown, a value out of range, the grid is too large, or there is neither GPU nor budget.
@@ -70,6 +76,7 @@ def sweep(
     axes: dict[str, list[Any]] = {
         "model": specs,
         "gpu": targets,
+        "layout": _layouts(_unique("gpus-per-run", gpus_per_run), _unique("sharding", shardings)),
         "precision": _unique("precisions", precisions),
         "seq_len": _unique("seq-lens", seq_lens if seq_lens is not None else (None,)),
         "batch_size": _unique("batch-sizes", batch_sizes),
@@ -90,6 +97,7 @@ class _Grid:
     ) -> None:
         self._axes, self._step, self._limit, self._progress = axes, step, limit, progress
         self._workloads: dict[tuple[Any, ...], Workload] = {}
+        self._timers: dict[int, StepTimer] = {}
         self._candidates: dict[tuple[int, str], Candidate | ConfigError] = {}
         self._model: str | None = None
 
@@ -106,6 +114,7 @@ class _Grid:
         """The model is the slowest axis: what was computed for another is never asked for again."""
         if self._model != model.name:
             self._workloads.clear()
+            self._timers.clear()
             self._candidates.clear()
             self._model = model.name
 
@@ -114,7 +123,7 @@ class _Grid:
             request = _request(point, self._step)
             shared = self._shared(request)
             candidate = self._candidate(shared, point["optimizer"])
-            fields = self._figures(Workload(request), shared, candidate)
+            fields = self._figures(Workload(request), shared, candidate) | self._times(request, shared, candidate)
         except ConfigError as error:
             return self._refused(point, str(error))
         return SweepRow(
@@ -144,12 +153,21 @@ class _Grid:
             "fits": peaks.peak_bytes <= limit,
         }
 
+    def _times(self, request: StepRequest, shared: Workload, candidate: Candidate) -> dict[str, Any]:
+        """The time of a row's step; GPUs that share a workload take their own."""
+        timer = self._timers.setdefault(id(shared), StepTimer(shared))
+        seconds, config = timer.seconds(candidate, gpu=request.gpu), request.config
+        if seconds is None:
+            return {}
+        tokens = config.batch_size * config.seq_len * config.grad_accum * config.gpus
+        return {"step_seconds": seconds.step, "tokens_per_second": tokens / seconds.step}
+
     def _identity(
         self, request: StepRequest, optimizer: str, implementation: str, settings: dict[str, Any]
     ) -> dict[str, Any]:
         """What a row is about."""
         config = request.config
-        sizes = ("precision", "batch_size", "seq_len", "grad_accum", "checkpointing", "attention")
+        sizes = ("gpus", "sharding", "precision", "batch_size", "seq_len", "grad_accum", "checkpointing", "attention")
         return {
             "model": request.model.name,
             "num_parameters": request.model.num_parameters,
@@ -166,6 +184,8 @@ class _Grid:
         return SweepRow(
             model=model.name,
             gpu=gpu.id,
+            gpus=point["layout"][0],
+            sharding=point["layout"][1],
             usable_bytes=gpu.usable_bytes,
             limit_bytes=self._limit_of(gpu),
             optimizer=choice.id,
@@ -211,7 +231,20 @@ def _request(point: dict[str, Any], step: dict[str, Any]) -> StepRequest:
     gpu: Gpu = point["gpu"]
     target: dict[str, Any] = {"memory": gpu.total_bytes} if gpu.is_budget else {"gpu": gpu.id}
     sizes = {name: point[name] for name in ("precision", "seq_len", "batch_size", "checkpointing")}
+    sizes["gpus"], sizes["sharding"] = point["layout"]
     return check_request(point["model"], **{**step, **sizes, **target})
+
+
+def _layouts(counts: Sequence[int], shardings: Sequence[str]) -> list[tuple[int, str]]:
+    """Numbers of GPUs with the ways in which they divide the work; one GPU has nothing to divide."""
+    ways = [name for name in shardings if name != "none"]
+    several = [count for count in counts if count != 1]
+    if ways and not several:
+        raise ConfigError(f"--sharding {ways[0]} needs --gpus-per-run of at least 2, got 1")
+    if several and not ways:
+        known = ", ".join(name for name in SHARDINGS if name != "none")
+        raise ConfigError(f"--gpus-per-run {several[0]} needs a --sharding strategy: {known}")
+    return [(count, way) for count in counts for way in (ways if count != 1 else ["none"])]
 
 
 def _targets(gpus: Sequence[str], budget: str | int | None) -> tuple[list[Gpu], int | None]:
@@ -244,8 +277,8 @@ def _check_values(axes: dict[str, list[Any]], step: dict[str, Any]) -> None:
     """
     model, gpu = axes["model"][0], custom_gpu(2**40)
     point: dict[str, Any] = {"model": model, "gpu": gpu, "precision": "bf16", "seq_len": 1, "batch_size": 1}
-    point["checkpointing"] = "none"
-    for name in ("precision", "seq_len", "batch_size", "checkpointing"):
+    point |= {"checkpointing": "none", "layout": (1, "none")}
+    for name in ("precision", "seq_len", "batch_size", "checkpointing", "layout"):
         for value in axes[name]:
             if name == "seq_len" and type(value) is int and 1 <= value <= 2**24:
                 continue  # whether a model has so many positions is the row's answer
@@ -259,4 +292,8 @@ def _shown(axes: dict[str, list[Any]]) -> dict[str, list[Any]]:
         "gpu": lambda gpu: gpu.id,
         "optimizer": lambda choice: choice.id,
     }
-    return {name: [names.get(name, lambda value: value)(value) for value in values] for name, values in axes.items()}
+    shown = {name: [names.get(name, lambda value: value)(value) for value in values] for name, values in axes.items()}
+    layouts = axes["layout"]
+    divided = {"gpus": [count for count, _ in layouts], "sharding": [way for _, way in layouts]}
+    order = [key for name in AXES for key in (divided if name == "layout" else (name,))]
+    return {key: list(dict.fromkeys((shown | divided)[key])) for key in order}

@@ -14,16 +14,22 @@ class SweepRow(msgspec.Struct, frozen=True, kw_only=True):
         usable_bytes: What the GPU leaves to torch's allocator.
         limit_bytes: What the step may need: the usable bytes, or the budget if that is less.
         options: The optimizer's options that are not defaults.
+        gpus: GPUs that work together; `sharding` is how they divide the work, none on one.
+        batch_size: Sequences of one micro-batch on one GPU; `grad_accum` is how many of them make a step.
         parameters_bytes: Resident parameters; this and what follows is None where `reason` says why.
         peak_allocated_bytes: Largest number of allocated bytes, None for a family without step rules.
         device_bytes: Reserved bytes and the GPU's context.
         headroom_bytes: The limit less the peak.
         fits: Whether the peak is within the limit; None if only the resident bytes are known and they are.
+        step_seconds: Time of one step by the model of `optplan estimate`, None where it says nothing.
+        tokens_per_second: Of all GPUs together.
         reason: Why this combination cannot run, None if it can.
     """
 
     model: str
     gpu: str
+    gpus: int
+    sharding: str
     usable_bytes: int
     limit_bytes: int
     optimizer: str
@@ -46,6 +52,8 @@ class SweepRow(msgspec.Struct, frozen=True, kw_only=True):
     device_bytes: int | None = None
     headroom_bytes: int | None = None
     fits: bool | None = None
+    step_seconds: float | None = None
+    tokens_per_second: float | None = None
     reason: str | None = None
 
 
@@ -54,7 +62,8 @@ class SweepReport(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         budget_bytes: What every step must stay within besides its GPU, None if nothing was said.
-        axes: The values of each axis in the order of the rows, first axis slowest.
+        axes: The values of each axis in the order of the rows, first axis slowest; one GPU comes once and without
+            sharding.
         rows: One a combination.
     """
 
@@ -73,8 +82,9 @@ class SweepReport(msgspec.Struct, frozen=True, kw_only=True):
 
 def violation_of(row: SweepRow) -> str | None:
     """Why a row is not known to fit, None if it is."""
+    several = f"{row.gpus} x {row.gpu} under {row.sharding}" if row.gpus > 1 else row.gpu
     where = (
-        f"{row.model} on {row.gpu}: {row.optimizer} ({row.implementation}), batch {row.batch_size}, "
+        f"{row.model} on {several}: {row.optimizer} ({row.implementation}), batch {row.batch_size}, "
         f"sequence {row.seq_len}, {row.precision}, checkpointing {row.checkpointing}"
     )
     if row.reason is not None:

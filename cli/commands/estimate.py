@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from optplan import options, output
+from optplan.jobs import asked
 from optplan.step_options import given, takes_step
 
 if TYPE_CHECKING:
     from optplan.planner.records import EstimateReport
-    from optplan.planner.trainers.importing import JobRequest
 
 
 @takes_step()
@@ -33,35 +33,20 @@ def estimate(
     Prints whether it fits, what to run and why, and for each optimizer its state, its peak and what is left of the GPU.
     The exit status is 0 if something fits, 1 if nothing does, 2 for bad input.
     """
-    from optplan.planner.errors import ConfigError
-
     output.check_targets(html, md)
-    notes: list[str] = []
-    if job is not None:
-        read = _job(job, model=model, optimizers=optimizer, settings=settings, step=step, given=given(context))
-        model, optimizer, settings, step, notes = read.model, read.optimizers, read.settings, read.step, read.notes
-    if model is None:
-        raise ConfigError("missing option '--model' / '-m'; or give a job with --from FILE")
-    report = _report(model, optimizer=optimizer or None, options=settings, per_tensor=per_tensor, **step)
-    report.notes[:0] = notes
+    read = asked(job, model=model, optimizers=optimizer, settings=settings, step=step, given=given(context))
+    report = _report(read.model, optimizer=read.optimizers, options=read.settings, per_tensor=per_tensor, **read.step)
+    report.notes[:0] = read.notes
     if json:
         output.print_json(report)
     else:
         from optplan.reports.terminal.estimate import render_estimate
 
         output.print_terminal(render_estimate, report)
-    name = model
-    output.write_page(html, lambda: _page(report, name))
+    output.write_page(html, lambda: _page(report, read.model))
     output.write_page(md, lambda: _markdown(report))
     if report.estimates and all(row.fits is False for row in report.estimates):
         raise typer.Exit(1)
-
-
-def _job(path: str, **asked: Any) -> JobRequest:
-    """The request that a job file and the command line make together."""
-    from optplan.planner.trainers.importing import read_job, request_of
-
-    return request_of(read_job(path), **asked)
 
 
 def _page(report: EstimateReport, model: str) -> str:

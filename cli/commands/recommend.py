@@ -3,62 +3,42 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from optplan import options, output
-from optplan.step_options import takes_step
+from optplan.jobs import named
+from optplan.search_options import SEARCHED_STEP, takes_search
+from optplan.step_options import given, takes_step
 
 if TYPE_CHECKING:
     from optplan.planner.search.records import SearchReport
 
-_FREE = "searched"
-_SEARCHED = (
-    "precision", "batch_size", "grad_accum", "checkpointing", "fused_loss", "step_in_backward",
-    "gpus", "nodes", "sharding", "tensor_parallel", "sequence_parallel", "pipeline_parallel", "pipeline_schedule",
-)  # fmt: skip
+_TARGETS = "python, hf-args, torchtitan, axolotl, llama-factory, deepspeed or accelerate"
+_Explain = Annotated[
+    bool, typer.Option("--explain", help="Account for every optimizer with its settings and number formats.")
+]
+_Export = Annotated[str | None, typer.Option(metavar="TARGET", help=f"Write the file that runs it: {_TARGETS}.")]
+_Out = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Where --export writes.", show_default="stdout, instead of the answer"),
+]
 
 
-@takes_step(without=(*_SEARCHED, "engine"))
+@takes_step(without=SEARCHED_STEP)
+@takes_search()
 def recommend(
-    model: options.Model,
+    context: typer.Context,
+    *,
+    model: options.OptionalModel = None,
+    job: options.FromFile = None,
     step: Any,
-    gpus: Annotated[str, typer.Option("--gpus", metavar="N|A..B", help="Number of GPUs, or a range of it.")] = "1",
-    budget: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Take no more than this of each GPU, such as 38GiB.")
-    ] = None,
-    reserve: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Leave this much of each GPU alone, such as 2GiB.")
-    ] = None,
-    tokens_per_step: options.TokensPerStep = None,
-    prefer: Annotated[str, typer.Option(help="What to pick by: quality, speed or memory.")] = "quality",
-    optimizer: options.Optimizers = None,
-    settings: options.Settings = None,
-    precision: Annotated[str | None, typer.Option(help="Fix the number formats.", show_default=_FREE)] = None,
-    checkpointing: Annotated[str | None, typer.Option(help="Fix the checkpointing.", show_default=_FREE)] = None,
-    batch_size: options.FixedBatchSize = None,
-    sharding: Annotated[str | None, typer.Option(help="Fix the sharding of several GPUs.", show_default=_FREE)] = None,
-    fused_loss: Annotated[str | None, typer.Option(help="Fix the loss: none or liger.", show_default=_FREE)] = None,
-    step_in_backward: Annotated[
-        bool | None,
-        typer.Option("--step-in-backward/--no-step-in-backward", help="Require or exclude it.", show_default=_FREE),
-    ] = None,
-    explain: Annotated[
-        bool, typer.Option("--explain", help="Account for every optimizer with its settings and number formats.")
-    ] = False,
-    export: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TARGET",
-            help="Write the file that runs it: python, hf-args, torchtitan, axolotl, llama-factory, deepspeed or "
-            "accelerate.",
-        ),
-    ] = None,
-    out: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="Where --export writes.", show_default="stdout, instead of the answer"),
-    ] = None,
+    search: Any,
+    explain: _Explain = False,
+    export: _Export = None,
+    out: _Out = None,
     html: options.Html = None,
     json: options.Json = False,
 ) -> None:
@@ -69,33 +49,14 @@ def recommend(
     best trade-offs, and why each other optimizer lost. The exit status is 0 if something fits, 1 if nothing does, 2
     for bad input.
     """
-    from optplan.planner.search.recommend import recommend as search
+    from optplan.planner.search.recommend import recommend as answer
 
     output.check_targets(html, out)
     _check_export(export, out, json=json)
-    asked: dict[str, Any] = {
-        "optimizer": optimizer or None,
-        "options": settings or None,
-        "precision": precision,
-        "checkpointing": checkpointing,
-        "batch_size": batch_size,
-        "sharding": sharding,
-        "fused_loss": fused_loss,
-        "step_in_backward": step_in_backward,
-    }
-    asked, notes = _limited(export, asked)
-    report = search(
-        model,
-        explain=explain,
-        gpus=gpus,
-        budget=budget,
-        reserve=reserve,
-        tokens_per_step=tokens_per_step,
-        prefer=prefer,
-        **asked,
-        **step,
-    )
-    report.notes[:0] = notes
+    model, asked, notes = _question(job, model, step, search, given(context))
+    asked, left_out = _limited(export, asked)
+    report = answer(model, explain=explain, **asked)
+    report.notes[:0] = [*notes, *left_out]
     if export is not None and report.recommendation is not None:
         _export(report, export, out, model=model)
     if json:
@@ -107,6 +68,20 @@ def recommend(
     output.write_page(html, lambda: _page(report, model))
     if report.recommendation is None:
         raise typer.Exit(1)
+
+
+def _question(
+    job: str | None, model: str | None, step: dict[str, Any], search: dict[str, Any], said: Collection[str]
+) -> tuple[str, dict[str, Any], list[str]]:
+    """The model and what is asked of the search, by a job file or by the command line alone, and notes on the file."""
+    search = search | {"optimizer": search["optimizer"] or None, "options": search["options"] or None}
+    if job is None:
+        return named(model), step | search, []
+    from optplan.planner.trainers.importing import read_job
+    from optplan.planner.trainers.searching import question_of
+
+    question = question_of(read_job(job), model=model, step=step, search=search, given=said)
+    return question.model, question.asked, question.notes
 
 
 def _check_export(target: str | None, out: str | None, *, json: bool) -> None:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from optplan import options, output
-from optplan.step_options import takes_step
+from optplan.jobs import asked
+from optplan.step_options import given, takes_step
 
 if TYPE_CHECKING:
     from optplan.planner.timeline_report import TimelineReport
@@ -15,11 +16,15 @@ if TYPE_CHECKING:
 
 @takes_step()
 def timeline(
-    model: options.Model,
+    context: typer.Context,
+    *,
+    model: options.OptionalModel = None,
+    job: options.FromFile = None,
     step: Any,
     optimizer: Annotated[
-        str, typer.Option("--optimizer", "-o", help="Optimizer: an id of `optplan optimizers`.")
-    ] = "adamw",
+        str | None,
+        typer.Option("--optimizer", "-o", help="Optimizer: an id of `optplan optimizers`.", show_default="adamw"),
+    ] = None,
     settings: options.Settings = None,
     json: options.Json = False,
 ) -> None:
@@ -29,7 +34,10 @@ def timeline(
     which change of the step would lower it by how much. The exit status is 0 if the step fits, 1 if it does not, 2 for
     bad input.
     """
-    report = _report(model, optimizer, settings, step)
+    chosen = [optimizer] if optimizer else None
+    read = asked(job, model=model, optimizers=chosen, settings=settings, step=step, given=given(context))
+    report = _report(read.model, (read.optimizers or ["adamw"])[0], read.settings, read.step)
+    report.notes[:0] = read.notes
     if json:
         output.print_json(report)
     else:

@@ -125,9 +125,8 @@ def _reasons(best: Configuration, choice: Choice, describer: Describer, question
     reasons = [_memory_reason(best, question.limit_bytes)]
     reasons += [_time_reason(best)] if best.time else []
     reasons += [f"{part.part}: {part.class_title}, {part.reason} ({part.source})" for part in best.evidence.parts]
-    reasons += [
-        f"before it by the rule, but tight: {title_of(describer.describe(found, simulate=False))}" for found in choice.passed_over[:3]
-    ]
+    passed_over = [describer.describe(found, simulate=False) for found in choice.passed_over[:3]]
+    reasons += [f"before it by the rule, but tight: {title_of(other)}" for other in passed_over]
     if best.evidence.rank > ADVENTUROUS:
         reasons.append("nothing surer fits")
     return reasons

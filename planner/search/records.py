@@ -8,6 +8,7 @@ import msgspec
 
 from optplan.planner.records import GpuRow, ModelRow, StepConfig
 from optplan.planner.search.evidence import Evidence
+from optplan.planner.step_time_rates import LinkBasis
 
 RECOMMEND_SCHEMA: Literal["optplan.recommend/1"] = "optplan.recommend/1"
 
@@ -40,7 +41,7 @@ class Time(msgspec.Struct, frozen=True, kw_only=True):
     bound: Literal["gpu", "host", "link"]
     basis: TimeBasis
     optimizer_basis: Literal["measured", "estimated"]
-    link_basis: Literal["measured", "cited", "estimated"] | None = None
+    link_basis: LinkBasis | None = None
     median_error: float
     largest_error: float
 

@@ -124,7 +124,8 @@ def _notes(job: ImportedJob, model: str, given: Collection[str]) -> list[str]:
         said += [f"--optimizer {job.optimizer}", *(f"--set {key}={value}" for key, value in job.options.items())]
     said += [_flag(key, value) for key, value in job.flags.items() if key not in given and value not in (None, False)]
     where = printable(job.path)
-    notes = [f"{where}, a job of {job.format}, is answered as {' '.join(said)}"]
+    notes = [f"{where}, a job of {job.format}, is read as {' '.join(said)}"]
+    notes += set_aside(job, model, given)
     assumed = [one.text for one in job.assumed if one.flag not in given]
     if "gpus" not in given and job.gpus is None:
         many = "" if job.sharding == "none" else f", with --gpus N its sharding is {job.sharding}"
@@ -139,6 +140,17 @@ def _notes(job: ImportedJob, model: str, given: Collection[str]) -> list[str]:
             more = f" and {len(keys) - _LISTED} more" if len(keys) > _LISTED else ""
             notes.append(f"{what}: {printable(', '.join(keys[:_LISTED]))}{more}")
     return notes
+
+
+def set_aside(job: ImportedJob, model: str, given: Collection[str]) -> list[str]:
+    """What the file says and the command line goes before."""
+    assumed = {one.flag for one in job.assumed}
+    names = {key: value for key, value in job.flags.items() if key in given and key not in assumed}
+    names |= {"gpus": job.gpus} if "gpus" in given and job.gpus is not None else {}
+    names |= {"optimizer": job.optimizer} if "optimizer" in given and job.optimizer else {}
+    names |= {"model": job.model} if job.model not in (None, model) else {}
+    said = ", ".join(_flag(key, value) for key, value in names.items() if value not in (None, False))
+    return [f"the command line goes before the file's {printable(said)}"] if said else []
 
 
 def _flag(key: str, value: Any) -> str:

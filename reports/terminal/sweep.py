@@ -5,23 +5,25 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from optplan.planner.errors import printable
 from optplan.planner.sweep_records import SweepReport, SweepRow
 from optplan.planner.units import GIB
 from optplan.reports.terminal.console import glyphs_of
 
-_CONSTANT_AXES = ("model", "gpu", "precision", "seq_len", "batch_size", "checkpointing")
+_CONSTANT_AXES = ("model", "gpu", "gpus", "sharding", "precision", "seq_len", "batch_size", "checkpointing")
+_USUAL = {"gpus": 1, "sharding": "none"}
 
 
 def render_sweep(report: SweepReport, console: Console) -> None:
     """Print the rows; what is the same in all of them is said once, above."""
     varying = [name for name in _CONSTANT_AXES if len(report.axes[name]) > 1]
-    same = [f"{name.replace('_', ' ')} {_first(report, name)}" for name in _CONSTANT_AXES if name not in varying]
+    same = [f"{name.replace('_', ' ')} {_first(report, name)}" for name in _CONSTANT_AXES if _is_said(report, name)]
     console.print(", ".join(same), style="dim")
     table = Table(box=glyphs_of(console).box, pad_edge=False)
     for name in varying:
-        table.add_column(name.replace("_", " ").capitalize(), no_wrap=name in ("seq_len", "batch_size"))
+        table.add_column(name.replace("_", " ").capitalize(), no_wrap=name in ("gpus", "seq_len", "batch_size"))
     table.add_column("Optimizer")
-    for title in ("State GiB", "Peak GiB", "Free GiB"):
+    for title in ("State GiB", "Peak GiB", "Free GiB", "Step s"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("Fits")
     for row in report.rows:
@@ -36,6 +38,13 @@ def render_sweep(report: SweepReport, console: Console) -> None:
     console.print(
         f"{num_fitting} of {len(report.rows)} fit.{limit} Bytes and the rest: --json or --csv FILE.", style="dim"
     )
+    for note in report.notes:
+        console.print(f"{glyphs_of(console).bullet} {printable(note)}", style="dim")
+
+
+def _is_said(report: SweepReport, name: str) -> bool:
+    """Whether the same in all rows, and not what is understood anyway."""
+    return len(report.axes[name]) == 1 and _first(report, name) != _USUAL.get(name)
 
 
 def _first(report: SweepReport, name: str) -> object:
@@ -43,7 +52,8 @@ def _first(report: SweepReport, name: str) -> object:
 
 
 def _figures(row: SweepRow) -> list[str]:
-    return [_gib(row.optimizer_state_bytes), _gib(row.peak_allocated_bytes), _gib(row.headroom_bytes)]
+    seconds = "-" if row.step_seconds is None else f"{row.step_seconds:.3g}"
+    return [_gib(row.optimizer_state_bytes), _gib(row.peak_allocated_bytes), _gib(row.headroom_bytes), seconds]
 
 
 def _gib(num_bytes: int | None) -> str:

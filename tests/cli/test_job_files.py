@@ -56,6 +56,47 @@ def test_what_is_on_the_command_line_goes_before_the_file(job: str, capsys: pyte
     assert [row["optimizer"] for row in report["estimates"]] == ["sgd"]
 
 
+def test_a_timeline_of_a_job_is_that_of_its_flags(job: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(app, ["timeline", "--from", job, "--gpu", "h200", "--json"]) == 0
+    from_file = json.loads(capsys.readouterr().out)
+    flags = "--model gpt2 --optimizer adamw-8bit --set hf_embeddings_32bit=true --seq-len 256 --batch-size 4"
+    assert run(app, ["timeline", *flags.split(), "--clip-grad-norm", "1", "--gpu", "h200", "--json"]) == 0
+    by_hand = json.loads(capsys.readouterr().out)
+    assert from_file["peak_allocated_bytes"] == by_hand["peak_allocated_bytes"]
+    assert from_file["notes"][-1] == "not understood: microbatch"
+
+
+def test_a_search_takes_the_job_and_says_how_it_fares(job: str, capsys: pytest.CaptureFixture[str]) -> None:
+    only = ["-o", "adamw", "--precision", "amp", "--no-step-in-backward", "--checkpointing", "none"]
+    assert run(app, ["recommend", "--from", job, "--gpu", "h200", "--batch-size", "2", *only, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    # Micro-batches of 4 sequences, not accumulated, are a step of 4 sequences of 256 tokens.
+    assert (report["seq_len"], report["sequences_per_step"]) == (256, 4)
+    config = report["recommendation"]["config"]
+    assert (config["batch_size"], config["grad_accum"], config["clip_grad_norm"]) == (2, 2, 1.0)
+    notes = report["notes"]
+    assert notes[0].startswith("as it is written, with adamw-8bit: peak 1.")
+    assert any(note.startswith(f"{job}, a job of axolotl, is read as --model openai-community/gpt2 ") for note in notes)
+    assert "the command line goes before the file's --batch-size 4" in " ".join(notes)
+    assert "not understood: microbatch" in notes
+
+
+def test_a_search_for_a_job_counts_the_tokens_of_all_gpus(job: str, capsys: pytest.CaptureFixture[str]) -> None:
+    quick = ["-o", "sgd", "--precision", "bf16", "--fused-loss", "none", "--json"]
+    assert run(app, ["recommend", "--from", job, "--gpu", "h200", "--gpus", "2", *quick]) == 0
+    assert json.loads(capsys.readouterr().out)["sequences_per_step"] == 8
+
+
+def test_a_sweep_around_a_job(job: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--gpus", "h200,t4-16g", "--batch-sizes", "1,2", "--json"]
+    assert run(app, ["sweep", "--from", job, *arguments]) == 0
+    report = json.loads(capsys.readouterr().out)
+    axes = report["axes"]
+    assert (axes["model"], axes["seq_len"], axes["batch_size"]) == (["gpt2"], [256], [1, 2])
+    assert (axes["optimizer"], axes["gpu"]) == (["adamw-8bit"], ["h200-141g", "t4-16g"])
+    assert "the command line goes before the file's --batch-size 4" in report["notes"]
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [

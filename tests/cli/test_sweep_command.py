@@ -34,6 +34,26 @@ def test_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
+def test_numbers_of_gpus_and_shardings(capsys: pytest.CaptureFixture[str]) -> None:
+    several = ["--gpus-per-run", "1,2", "--sharding", "ddp,fsdp2", "--precisions", "mixed", "--json"]
+    assert run(app, ["sweep", "-m", "gpt2", "-g", "h200", "-o", "adamw", *several]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["gpus"], row["sharding"]) for row in rows] == [(1, "none"), (2, "ddp"), (2, "fsdp2")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["-g", "h200"], "missing option '--models' / '-m'; or give a job with --from FILE"),
+        (["-m", "gpt2,", "-g", "h200"], "--models takes values separated by commas, got 'gpt2,'"),
+        (["-m", "gpt2", "-g", "h200", "-s", "64,x"], "--seq-len must be an integer between 1 and 16777216, got 'x'"),
+    ],
+)
+def test_bad_lists_are_one_sentence(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(app, ["sweep", *arguments]) == 2
+    assert capsys.readouterr() == ("", f"optplan: {sentence}\n")
+
+
 def test_csv_to_a_file_and_to_stdout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(app, [*SWEEP, "--csv", str(tmp_path / "sweep.csv")]) == 0
     assert capsys.readouterr().out == ""

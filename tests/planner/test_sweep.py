@@ -115,6 +115,34 @@ def test_violations_are_lines() -> None:
     assert result.violations == [fits, cannot]
 
 
+def test_gpus_work_together_under_each_sharding_and_alone_once() -> None:
+    result = sweep(
+        ["gpt2"],
+        gpus=["a100-40g", "h200-141g"],
+        optimizers=["adamw"],
+        precisions=["mixed"],
+        gpus_per_run=[1, 8],
+        shardings=["none", "ddp", "fsdp2"],
+    )
+    assert [(row.gpus, row.sharding) for row in result.rows[:3]] == [(1, "none"), (8, "ddp"), (8, "fsdp2")]
+    assert (result.axes["gpus"], result.axes["sharding"]) == ([1, 8], ["none", "ddp", "fsdp2"])
+    for row in result.rows:
+        (single,) = estimate(
+            "gpt2", gpu=row.gpu, optimizer="adamw", precision="mixed", gpus=row.gpus, sharding=row.sharding
+        ).estimates
+        assert row.peak_allocated_bytes == single.peak_allocated_bytes
+        assert row.step_seconds == (single.step_seconds or {})["step"]
+        assert row.tokens_per_second == row.gpus * 1024 / (row.step_seconds or 0)
+    # Two fp32 moments of 124,439,808 parameters, an eighth of them on each GPU and a counter for each tensor.
+    assert result.rows[2].optimizer_state_bytes == pytest.approx(124_439_808, rel=1e-3)
+
+
+def test_a_violation_says_how_many_gpus() -> None:
+    result = sweep(["gpt2"], gpus=["t4-16g"], optimizers=["adamw"], gpus_per_run=[2], shardings=["ddp"], budget=2**28)
+    (line,) = result.violations
+    assert line.startswith("gpt2 on 2 x t4-16g under ddp: adamw (fused), batch 1, sequence 1024, bf16, ")
+
+
 def test_a_family_without_rules_is_not_known_to_fit() -> None:
     result = sweep(["bloom-560m"], optimizers=["adamw"], budget="10GiB")
     assert result.rows[0].fits is None
@@ -135,6 +163,19 @@ def test_a_family_without_rules_is_not_known_to_fit() -> None:
         ({"budget": "1GiB", "batch_sizes": []}, "--batch-sizes is empty: give at least one value"),
         ({"budget": "1GiB", "batch_sizes": [1, 0]}, "--batch-size must be an integer between 1 and 1048576, got 0"),
         ({"budget": "1GiB", "seq_lens": [0]}, "--seq-len must be an integer between 1 and 16777216, got 0"),
+        (
+            {"budget": "1GiB", "gpus_per_run": [2]},
+            "--gpus-per-run 2 needs a --sharding strategy: ddp, ddp-copies, zero1, zero1-deepspeed, zero2, zero3, "
+            "fsdp2, fsdp2-noreshard, fsdp2-hybrid, fsdp2-offload",
+        ),
+        (
+            {"budget": "1GiB", "shardings": ["fsdp2"]},
+            "--sharding fsdp2 needs --gpus-per-run of at least 2, got 1",
+        ),
+        (
+            {"budget": "1GiB", "gpus_per_run": [2], "shardings": ["fsdp3"]},
+            "unknown sharding for --sharding 'fsdp3'; nearest: fsdp2, ddp",
+        ),
         ({"budget": "1GiB", "precisions": ["bf61"]}, "unknown precision for --precision 'bf61'; nearest: bf16"),
         (
             {"budget": "1GiB", "step_in_backward": True, "clip_grad_norm": 1.0},

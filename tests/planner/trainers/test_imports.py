@@ -320,7 +320,7 @@ def test_the_command_line_goes_before_the_file(tmp_path: Path) -> None:
     assert (request.step["gpus"], request.step["sharding"]) == (2, "ddp-copies")
     assert request.step["seq_len"] == 1024
     assert request.notes[0] == (
-        f"{tmp_path}/job.yaml, a job of hf-args, is answered as --grad-accum 2 --seq-len 1024 "
+        f"{tmp_path}/job.yaml, a job of hf-args, is read as --grad-accum 2 --seq-len 1024 "
         "--checkpointing full-reentrant --attention flash"
     )
 
