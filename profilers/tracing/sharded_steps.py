@@ -140,7 +140,7 @@ class ShardedStepTracer(StepTracer):
             return slice(start, len(self.recorder.events))
         with self._piece("load") as piece:
             for name, tensor in placed_tensors(self.subject.module):
-                self.recorder.track(_local(tensor), "parameters", name)
+                self.recorder.track(_part(tensor), "parameters", name)
             for name, value in self.subject.inputs.items():
                 if isinstance(value, torch.Tensor):
                     self.recorder.track(value, "activations", name)
@@ -249,7 +249,12 @@ def _states(module: nn.Module) -> Iterator[Any]:
     return (inner._get_fsdp_state() for inner in (*sharded[1:], sharded[0]))
 
 
+def _part(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor, the very tensor that is kept: nothing is run, which would be recorded."""
+    part: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
+    return part
+
+
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a tensor."""
-    part = getattr(tensor, "_local_tensor", tensor)
-    return part.detach()
+    """The same outside any graph."""
+    return _part(tensor).detach()

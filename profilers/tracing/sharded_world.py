@@ -98,6 +98,7 @@ class World:
             import_module(_FSDP + "_fsdp_param").FSDPParam,
         )
         yield group, "_validate_no_meta_params", lambda _: None
+        yield group, "post_backward", self._naming_gradients(group.post_backward)
         for name in ("init_all_gather_outputs", "alloc_all_gather_outputs"):
             yield parameter, name, self._naming(getattr(parameter, name))
         yield torch.UntypedStorage, "resize_", self._resizing(torch.UntypedStorage.resize_)
@@ -122,6 +123,18 @@ class World:
                 original(parameter, *args)
 
         return make_room
+
+    def _naming_gradients(self, original: Callable[..., None]) -> Callable[..., None]:
+        """A method of FSDP2's group that reduces its gradients, which by now are known to be such."""
+
+        def reduce(group: Any, *args: Any) -> None:
+            for parameter in group.fsdp_params:
+                whole = getattr(parameter, "_unsharded_param", None)
+                if whole is not None and whole.grad is not None:
+                    self._recorder.label(whole.grad, "gradients", f"{parameter._param_fqn} gradient")
+            original(group, *args)
+
+        return reduce
 
     def _resizing(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def resize(storage: torch.UntypedStorage, size: int) -> Any:

@@ -57,6 +57,12 @@ def traced_row(row):
     )
 
 
+def of_what(workload, candidate):
+    """Bytes at the peak by category; attention's random state, 1 KiB a layer, is an activation or workspace."""
+    found = dict(workload.peaks(candidate).categories)
+    return found | {"activations": found.pop("activations") + found.pop("workspace")}
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "config.json"
@@ -97,6 +103,18 @@ def test_the_rules_allocate_what_torchs_own_fsdp2_does(tiny, sharding, gpus, pre
     workload, candidate = traced(tiny, **step)
     rules = Workload(check_request(tiny, gpu="h200", **step))
     assert workload.peaks(candidate).phases == rules.peaks(candidate).phases
+    assert of_what(workload, candidate) == of_what(rules, candidate)
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "ddp-copies", "zero1"])
+def test_what_is_alive_under_ddp_is_called_the_same_by_both_engines(tiny, sharding):
+    step = {"sharding": sharding, "gpus": 3, "batch_size": 2, "seq_len": 128}
+    workload, candidate = traced(tiny, **step)
+    rules = Workload(check_request(tiny, gpu="h200", **step))
+    assert workload.peaks(candidate).phases == rules.peaks(candidate).phases
+    assert of_what(workload, candidate) == of_what(rules, candidate)
+    buckets = "communication" if sharding == "ddp-copies" else "gradients"
+    assert of_what(rules, candidate)[buckets] >= 2 * tiny.num_parameters
 
 
 @pytest.mark.parametrize("optimizer", ["adam-mini", "micro-adam", "adapprox"])
