@@ -18,8 +18,11 @@ from optplan.planner.request import StepRequest
 from optplan.planner.timeline import Category, Phase
 from optplan.planner.workload import StepPeaks, Workload, step_options
 
-WORK = 400_000
+WORK = 450_000
 """Events of steps that the whole grid may simulate besides those that are known: half a second of one core or so."""
+
+_MOST_ANSWERS = 96
+"""Combinations that are simulated at most, each the answer for several GPUs: a page should stay small."""
 
 _PREPARATION = 1.6
 """What a step's shared part costs, counted in simulations of one optimizer."""
@@ -27,7 +30,7 @@ _PREPARATION = 1.6
 _USUAL_GPUS = ("a100-40g", "h100-80g", "rtx-4090-24g", "l40s-48g")
 
 _GROWTH = (
-    "checkpointing", "optimizer", "batch_size", "gpu", "seq_len", "optimizer", "batch_size", "optimizer", "batch_size",
+    "checkpointing", "optimizer", "batch_size", "seq_len", "gpu", "optimizer", "batch_size", "optimizer", "batch_size",
     "seq_len", "gpu", "optimizer", "seq_len", "gpu",
 )  # fmt: skip
 """Which axis gets its next value, one after another, where the grid then stays within `WORK`."""
@@ -113,7 +116,8 @@ def _axes(
     lengths = dict.fromkeys(wanted, 1)
     for name in _GROWTH:
         more = lengths | {name: lengths[name] + 1}
-        if more[name] <= len(wanted[name]) and _work(more, num_known) <= budget:
+        is_small = prod(more.values()) <= _MOST_ANSWERS and _work(more, num_known) <= budget
+        if more[name] <= len(wanted[name]) and is_small:
             lengths = more
     return {name: values[: lengths[name]] for name, values in wanted.items()}
 

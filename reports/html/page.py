@@ -14,10 +14,10 @@ from typing import Any
 import jinja2
 import msgspec
 from markupsafe import Markup
-from plotly.graph_objects import Figure
 
 from optplan.planner.version import VERSION
 from optplan.reports.html import theme
+from optplan.reports.html.figures.plot import Figure, Trace
 from optplan.reports.html.parts import Drawing, Page, Switches
 from optplan.reports.html.text import exact, shown
 
@@ -89,29 +89,27 @@ def _figures(page: Page) -> Iterator[tuple[str, Figure]]:
 
 
 def _drawn(figure: Figure) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads(figure.to_json())
-    document["layout"]["showlegend"] = False
-    return document
+    return {"data": figure.data, "layout": {**figure.layout, "showlegend": False}}
 
 
 def legend(figure: Figure) -> list[tuple[str, str, str]]:
     """Name, colour and dash of each trace that a figure wants listed; it wraps as text does, plotly's own does not."""
-    if not figure.layout.showlegend:
+    if not figure.layout["showlegend"]:
         return []
-    traces = [trace for trace in figure.data if trace.name and trace.showlegend is not False]
-    return [(html.unescape(trace.name), _colour(trace), _pattern(trace)) for trace in traces]
+    traces = [trace for trace in figure.data if trace.get("name") and trace.get("showlegend") is not False]
+    return [(html.unescape(trace["name"]), _colour(trace), _pattern(trace)) for trace in traces]
 
 
-def _colour(trace: Any) -> str:
-    if trace.type == "scatter":
-        return str(trace.fillcolor or trace.line.color or trace.marker.color)
-    return str(trace.marker.color)
+def _colour(trace: Trace) -> str:
+    line, marker = trace.get("line", {}), trace.get("marker", {})
+    found = (trace.get("fillcolor"), line.get("color"), marker.get("color"))
+    return str(next(filter(None, found)) if trace["type"] == "scatter" else marker["color"])
 
 
-def _pattern(trace: Any) -> str:
-    if trace.type == "bar" and trace.marker.pattern.shape:
+def _pattern(trace: Trace) -> str:
+    if trace["type"] == "bar" and "pattern" in trace["marker"]:
         return "hatched"
-    return "dashed" if trace.type == "scatter" and trace.line.dash not in (None, "solid") else ""
+    return "dashed" if trace.get("line", {}).get("dash") not in (None, "solid") else ""
 
 
 def _embedded(document: Any) -> Markup:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import msgspec
-from plotly.graph_objects import Figure
+
+from optplan.reports.html.figures.plot import Figure
 
 Kind = Literal["text", "code", "bytes", "signed_bytes", "int", "percent", "signed_percent", "milliseconds", "number"]
 """How a column's values are shown; bytes are shown as GiB and kept exact in CSV."""

@@ -100,7 +100,6 @@ def titled(text: str) -> dict[str, Any]:
 def layout(*, height: int, **more: Any) -> dict[str, Any]:
     """The layout that all figures share, with what one adds; with `showlegend` the page itself lists the traces."""
     return {
-        "template": "none",
         "height": height,
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",

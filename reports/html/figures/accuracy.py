@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from plotly.graph_objects import Box, Figure, Scatter
-
 from optplan.planner.accuracy import AccuracyRow
 from optplan.reports.html import theme
+from optplan.reports.html.figures.plot import Figure, Trace, boxes, scatter
 from optplan.reports.html.text import gib, plain
 
 BAND = 0.01
@@ -16,7 +15,7 @@ BAND = 0.01
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
 
 
-def scatter(rows: Sequence[AccuracyRow]) -> Figure:
+def agreement(rows: Sequence[AccuracyRow]) -> Figure:
     """Predicted peaks against measured ones on logarithmic axes, with equality and the band around it."""
     kinds = list(dict.fromkeys(row.precision for row in rows))
     sizes = [gib(size) for row in rows for size in (row.measured_peak_bytes, row.predicted_peak_bytes or 0) if size]
@@ -40,7 +39,9 @@ def residuals(rows: Sequence[AccuracyRow]) -> Figure:
     traces = []
     for index, kind in enumerate(kinds):
         trace = _points(rows, kind, index)
-        trace.y = [100 * (row.peak_error or 0) for row in rows if row.precision == kind and row.peak_error is not None]
+        trace["y"] = [
+            100 * (row.peak_error or 0) for row in rows if row.precision == kind and row.peak_error is not None
+        ]
         traces.append(trace)
     return Figure(
         data=traces,
@@ -62,7 +63,7 @@ def error_boxes(groups: dict[str, list[float]], *, what: str) -> Figure:
     """The errors of each group: every point, its median and quartiles; the band is shaded."""
     return Figure(
         data=[
-            Box(
+            boxes(
                 name=plain(name),
                 x=[100 * error for error in errors],
                 customdata=errors,
@@ -89,23 +90,23 @@ def error_boxes(groups: dict[str, list[float]], *, what: str) -> Figure:
     )  # fmt: skip
 
 
-def _band(low: float, high: float) -> list[Scatter]:
+def _band(low: float, high: float) -> list[Trace]:
     return [
-        Scatter(
+        scatter(
             name="within 1 %", x=[low, high, high, low], y=[low * (1 - BAND), high * (1 - BAND), high * (1 + BAND),
             low * (1 + BAND)], mode="lines", fill="toself", line={"width": 0}, fillcolor=theme.variable("good-soft"),
             hoverinfo="skip",
         ),
-        Scatter(
+        scatter(
             name="equal", x=[low, high], y=[low, high], mode="lines", hoverinfo="skip",
             line={"color": theme.variable("muted"), "width": 1, "dash": "dot"},
         ),
     ]  # fmt: skip
 
 
-def _points(rows: Sequence[AccuracyRow], precision: str, index: int) -> Scatter:
+def _points(rows: Sequence[AccuracyRow], precision: str, index: int) -> Trace:
     mine = [row for row in rows if row.precision == precision and row.predicted_peak_bytes is not None]
-    return Scatter(
+    return scatter(
         name=plain(precision),
         x=[gib(row.measured_peak_bytes) for row in mine],
         y=[gib(row.predicted_peak_bytes or 0) for row in mine],

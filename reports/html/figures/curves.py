@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from plotly.graph_objects import Figure, Scatter
-
 from optplan.reports.html import theme
+from optplan.reports.html.figures.plot import Figure, scatter
 from optplan.reports.html.text import plain
 from optplan.reports.html.training_runs import Curve
 
@@ -15,7 +14,7 @@ def loss_curves(curves: Sequence[Curve], *, title: str) -> Figure:
     """One line an optimizer: the mean over its seeds."""
     return Figure(
         data=[
-            Scatter(
+            scatter(
                 name=plain(curve.optimizer),
                 x=curve.steps,
                 y=curve.losses,

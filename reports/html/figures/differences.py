@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from plotly.graph_objects import Bar, Figure
-
 from optplan.planner.measured.comparison import ComparedRow, Comparison
 from optplan.reports.html import theme
+from optplan.reports.html.figures.plot import Figure, bars
 from optplan.reports.html.text import gib, plain
 from optplan.reports.labels import ROW_NAMES
 
@@ -17,7 +16,7 @@ def compared_bars(record: Comparison, rows: Sequence[ComparedRow]) -> Figure:
     names = [plain(ROW_NAMES.get(row.name, row.name)) for row in rows]
     return Figure(
         data=[
-            Bar(
+            bars(
                 name=plain(side.label),
                 x=names,
                 y=[None if row.values[index] is None else gib(row.values[index] or 0) for row in rows],

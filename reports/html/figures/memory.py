@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from plotly.graph_objects import Bar, Figure
-
 from optplan.planner.records import Estimate, GpuRow
 from optplan.planner.timeline import Category
 from optplan.reports.html import theme
+from optplan.reports.html.figures.plot import Figure, bars
 from optplan.reports.html.text import gib, plain
 from optplan.reports.labels import CATEGORY_NAMES
 
@@ -25,7 +24,7 @@ def memory_bar(categories: Mapping[Category, int], *, reserved_bytes: int | None
         traces.append(_cached(reserved_bytes - peak))
     most = max(gpu.total_bytes, reserved_bytes or 0, peak)
     return Figure(
-        data=[Bar(**trace) for trace in traces],
+        data=[bars(**trace) for trace in traces],
         layout=theme.layout(
             height=140,
             barmode="stack",
@@ -51,7 +50,7 @@ def optimizer_bars(rows: Sequence[Estimate], *, gpu: GpuRow, chosen: str | None)
     most = max(gpu.usable_bytes, *(row.peak_allocated_bytes or 0 for row in rows))
     bold = [f"<b>{name}</b>" if row.optimizer == chosen else name for row, name in zip(ordered, names, strict=True)]
     return Figure(
-        data=[Bar(**trace) for trace in traces],
+        data=[bars(**trace) for trace in traces],
         layout=theme.layout(
             height=76 + 26 * len(rows),
             barmode="stack",
@@ -70,7 +69,7 @@ def switch_bar(*, most_bytes: int) -> Figure:
     """An empty bar whose segments the page sets to one answer of its grid."""
     traces = [_segment(category, [""], [0]) for category in CATEGORY_NAMES]
     return Figure(
-        data=[Bar(**trace) for trace in traces],
+        data=[bars(**trace) for trace in traces],
         layout=theme.layout(
             height=130,
             barmode="stack",
@@ -87,7 +86,6 @@ def _segment(category: Category, names: Sequence[str], sizes: Sequence[int]) -> 
     return {
         "name": CATEGORY_NAMES[category],
         "meta": category,
-        "orientation": "h",
         "x": [gib(size) for size in sizes],
         "y": list(names),
         "customdata": list(sizes),
@@ -99,7 +97,6 @@ def _segment(category: Category, names: Sequence[str], sizes: Sequence[int]) -> 
 def _cached(num_bytes: int) -> dict[str, Any]:
     return {
         "name": "reserved beyond the peak",
-        "orientation": "h",
         "x": [gib(num_bytes)],
         "y": [""],
         "customdata": [num_bytes],

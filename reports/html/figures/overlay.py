@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from plotly.graph_objects import Figure, Scatter
-
 from optplan.planner.measured.sides import Side
 from optplan.planner.timeline_report import curve
 from optplan.reports.html import theme
+from optplan.reports.html.figures.plot import Figure, Trace, scatter
 from optplan.reports.html.text import gib, plain
 
 
@@ -28,10 +27,10 @@ def overlay(sides: Sequence[Side]) -> Figure:
     )  # fmt: skip
 
 
-def _line(side: Side, index: int) -> Scatter:
+def _line(side: Side, index: int) -> Trace:
     assert side.history is not None
     points = curve(side.history, num_points=600)
-    return Scatter(
+    return scatter(
         name=plain(side.label),
         x=[point.event for point in points],
         y=[gib(point.allocated_bytes) for point in points],

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from plotly.graph_objects import Figure, Scatter
-
 from optplan.planner.records import Estimate, GpuRow
 from optplan.reports.html import theme
+from optplan.reports.html.figures.plot import Figure, Trace, scatter
 from optplan.reports.html.text import gib, plain
 
 
@@ -65,8 +64,8 @@ def pareto(rows: Sequence[Estimate], *, gpu: GpuRow) -> Figure:
     )  # fmt: skip
 
 
-def _points(name: str, rows: Sequence[Estimate], all_rows: Sequence[Estimate], colour: str, *, mode: str) -> Scatter:
-    return Scatter(
+def _points(name: str, rows: Sequence[Estimate], all_rows: Sequence[Estimate], colour: str, *, mode: str) -> Trace:
+    return scatter(
         name=name,
         mode=mode,
         x=[(step_seconds(row) or 0) * 1000 for row in rows],

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from plotly.graph_objects import Bar, Figure
-
 from optplan.planner.records import Estimate
 from optplan.reports.html import theme
+from optplan.reports.html.figures.plot import Figure, Trace, bars
 from optplan.reports.html.text import gib, plain
 
 
@@ -36,10 +35,9 @@ def savings(rows: Sequence[Estimate]) -> Figure:
     )  # fmt: skip
 
 
-def _bar(name: str, names: Sequence[str], sizes: Sequence[int | None], colour: str) -> Bar:
-    return Bar(
+def _bar(name: str, names: Sequence[str], sizes: Sequence[int | None], colour: str) -> Trace:
+    return bars(
         name=name,
-        orientation="h",
         x=[None if size is None else gib(size) for size in sizes],
         y=list(names),
         customdata=list(sizes),

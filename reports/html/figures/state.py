@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from plotly.graph_objects import Figure, Treemap
-
 from optplan.planner.estimate_details import StateRow
 from optplan.reports.html import theme
+from optplan.reports.html.figures.plot import Figure, treemap
 from optplan.reports.html.text import plain
 
 _ROOT = "state"
@@ -21,7 +20,7 @@ def state_treemap(rows: Sequence[StateRow]) -> Figure:
     leaves = set(ids) - {id_.rpartition(_SEPARATOR)[0] for id_ in ids}
     return Figure(
         data=[
-            Treemap(
+            treemap(
                 ids=[plain_id(id_) for id_ in ids],
                 labels=[plain(id_.rpartition(_SEPARATOR)[2]) for id_ in ids],
                 parents=[plain_id(id_.rpartition(_SEPARATOR)[0]) for id_ in ids],

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from plotly.graph_objects import Figure, Scatter
-
 from optplan.planner.step_history import PhaseSpan
 from optplan.planner.timeline import Category
 from optplan.planner.timeline_report import CurvePoint
 from optplan.reports.html import theme
+from optplan.reports.html.figures.plot import Figure, Trace, scatter
 from optplan.reports.html.text import gib, plain
 from optplan.reports.labels import CATEGORY_NAMES
 
@@ -45,8 +44,8 @@ def step_timeline(
     )  # fmt: skip
 
 
-def _area(category: Category, events: Sequence[int], sizes: Sequence[int]) -> Scatter:
-    return Scatter(
+def _area(category: Category, events: Sequence[int], sizes: Sequence[int]) -> Trace:
+    return scatter(
         name=CATEGORY_NAMES[category],
         meta=category,
         x=list(events),
@@ -59,8 +58,8 @@ def _area(category: Category, events: Sequence[int], sizes: Sequence[int]) -> Sc
     )
 
 
-def _outline(points: Sequence[CurvePoint]) -> Scatter:
-    return Scatter(
+def _outline(points: Sequence[CurvePoint]) -> Trace:
+    return scatter(
         name="allocated",
         x=[point.event for point in points],
         y=[gib(point.allocated_bytes) for point in points],
@@ -75,8 +74,8 @@ def _outline(points: Sequence[CurvePoint]) -> Scatter:
     )
 
 
-def _peak(point: CurvePoint, *, late: bool) -> Scatter:
-    return Scatter(
+def _peak(point: CurvePoint, *, late: bool) -> Trace:
+    return scatter(
         name="peak",
         x=[point.event],
         y=[gib(point.allocated_bytes)],

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from plotly.graph_objects import Figure, Scatter
-
 from optplan.planner.search.records import Configuration, SearchReport
 from optplan.reports.html import theme
+from optplan.reports.html.figures.plot import Figure, Trace, scatter
 from optplan.reports.html.text import gib, plain
 
 Point = tuple[Configuration, str]
@@ -74,8 +73,8 @@ def name_of(found: Configuration) -> str:
     )
 
 
-def _trace(name: str, points: Sequence[Point], colour: str, *, size: int, joined: bool = False) -> Scatter:
-    return Scatter(
+def _trace(name: str, points: Sequence[Point], colour: str, *, size: int, joined: bool = False) -> Trace:
+    return scatter(
         name=name,
         mode="lines+markers" if joined else "markers",
         x=[milliseconds(found) for found, _ in points],

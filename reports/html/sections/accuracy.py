@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from statistics import median
 
 from optplan.planner.accuracy import AccuracyReport, AccuracyRow, relative_error
-from optplan.reports.html.figures.accuracy import BAND, error_boxes, residuals, scatter
+from optplan.reports.html.figures.accuracy import BAND, agreement, error_boxes, residuals
 from optplan.reports.html.parts import Column, Drawing, Fact, Facts, Section, Table, Value
 
 
@@ -34,7 +34,7 @@ def measured(report: AccuracyReport) -> Section:
         id="scatter",
         title="Peak allocated, predicted against measured",
         summary=f"{sum(error <= BAND for error in errors)} of {len(rows)} steps lie within 1 %; axes are logarithmic.",
-        figure=scatter(rows),
+        figure=agreement(rows),
         table=_steps(report),
     )
     return Section("steps", "Every measured step", "", [drawing, _residuals(rows)])

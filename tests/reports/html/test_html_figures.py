@@ -67,7 +67,9 @@ def test_tiles_join_modules_that_hold_one_other() -> None:
         state("", "scratch", 1),
     ]
     (tiles,) = state_treemap(rows).data
-    found = {id_: (parent, size) for id_, parent, size in zip(tiles.ids, tiles.parents, tiles.values, strict=True)}
+    found = {
+        id_: (parent, size) for id_, parent, size in zip(tiles["ids"], tiles["parents"], tiles["values"], strict=True)
+    }
     assert found == {
         "state": ("", 14),
         "state.model": ("state", 13),
@@ -86,7 +88,7 @@ def test_tiles_join_modules_that_hold_one_other() -> None:
 def test_the_bar_ends_at_what_is_reserved() -> None:
     categories: dict[Category, int] = {"parameters": 3 * 2**30, "activations": 2**30}
     figure = memory_bar(categories, reserved_bytes=5 * 2**30, gpu=REPORT.gpu)
-    assert [(trace.name, trace.customdata[0]) for trace in figure.data] == [
+    assert [(trace["name"], trace["customdata"][0]) for trace in figure.data] == [
         ("parameters", 3 * 2**30), ("activations", 2**30), ("reserved beyond the peak", 2**30),
     ]  # fmt: skip
 
