@@ -45,13 +45,19 @@ class Device(msgspec.Struct, frozen=True):
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
-    """Within the context memory ends with its last reference, not whenever Python happens to look for cycles."""
+def collected_by_piece() -> Iterator[None]:
+    """Within the context cycles are looked for at the end of each piece alone, and among what is new alone.
+
+    Python looks for them whenever it has made many objects; memory that a cycle held would end at a random operation,
+    or in a piece that knows nothing of it.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
+    gc.freeze()
     try:
         yield
     finally:
+        gc.unfreeze()
         if was_enabled:
             gc.enable()
 
@@ -111,7 +117,7 @@ class StepTracer:
         """Record what is run within the context."""
         tracer = self._make_tracer()
         with ExitStack() as stack:
-            stack.enter_context(uncollected())
+            stack.enter_context(collected_by_piece())
             stack.enter_context(cuda_environment())
             stack.enter_context(without_launches())
             stack.enter_context(self.subject.context())
@@ -223,3 +229,4 @@ class StepTracer:
         start = len(self.recorder.events)
         self.recorder.phase = phase
         yield lambda: slice(start, len(self.recorder.events))
+        gc.collect()

@@ -30,7 +30,7 @@ def without_launches() -> Iterator[None]:
         yield
 
 
-def _kinds(kind: type) -> Iterator[type]:
+def _kinds(kind: type[Any]) -> Iterator[type[Any]]:
     """The classes of kernels that launch in a way of their own."""
     if "run" in vars(kind):
         yield kind
