@@ -10,7 +10,7 @@ import triton.language as tl
 
 from optplan.optim_impls.adapprox import factor_kernels as between
 from optplan.optim_impls.adapprox.kernels import sketch_kernel, update_kernel
-from optplan.optim_impls.adapprox.layout import matrix_table, vector_table
+from optplan.optim_impls.adapprox.layout import Table, TableImage, matrix_table, vector_table
 from optplan.optim_impls.adapprox.reference import Rates
 from optplan.optim_impls.adapprox.subspace import FIRST_SHIFT, SECOND_SHIFT
 from optplan.optim_impls.adapprox.vector_kernels import vector_moment_kernel, vector_update_kernel
@@ -87,21 +87,30 @@ class Kernels(NamedTuple):
     store_factors: BoundKernel
 
 
-def step_matrices(batch: Batch, layout_of: Callable[[Member], MatrixLayout], *, seed: int, numbers: Numbers) -> None:
+def table_images(batch: Batch, layout_of: Callable[[Member], MatrixLayout], *, seed: int) -> list[TableImage]:
+    """The launch tables that a batch needs at every step: one for each round of matrices, or one for all vectors."""
+    members = batch.members
+    if "q_factor" not in members[0].state:
+        batch.scratch["vectors"] = vector_table(members)
+        return [batch.scratch["vectors"]]
+    layouts = [layout_of(member) for member in members]
+    batch.scratch["waves"] = [
+        Wave([members[i] for i in places], [layouts[i] for i in places], seed=seed, aligned=batch.aligned)
+        for places in waves(layouts)
+    ]
+    return [wave.image for wave in batch.scratch["waves"]]
+
+
+def step_matrices(batch: Batch, tables: Sequence[Table], *, numbers: Numbers) -> None:
     """Update matrices with factors, round by round."""
-    if "waves" not in batch.scratch:
-        layouts = [layout_of(member) for member in batch.members]
-        batch.scratch["waves"] = [
-            Wave([batch.members[i] for i in places], [layouts[i] for i in places], seed=seed, aligned=batch.aligned)
-            for places in waves(layouts)
-        ]
-    for wave in batch.scratch["waves"]:
-        step_wave(wave, batch.device, numbers)
+    for wave, table in zip(batch.scratch["waves"], tables, strict=True):
+        step_wave(wave, table, batch.device, numbers)
 
 
-def step_wave(wave: Wave, device: torch.device, numbers: Numbers, *, sums: RankSums | None = None) -> None:
+def step_wave(
+    wave: Wave, table: Table, device: torch.device, numbers: Numbers, *, sums: RankSums | None = None
+) -> None:
     """One round of launches; where rows lie on several ranks, with sums over them in between."""
-    table = wave.image.upload(device)
     scratch = torch.empty(table.num_scratch, dtype=torch.float32, device=device)
     (scale, scaled), (lr, rated) = _kind(numbers.grad_scale), _kind(numbers.lr)
     run, rates, rows = wave.kernels(scaled, rated), numbers.rates, table.rows
@@ -148,13 +157,10 @@ class VectorKernels(NamedTuple):
     update: BoundKernel
 
 
-def step_vectors(batch: Batch, *, numbers: Numbers) -> None:
+def step_vectors(batch: Batch, table: Table, *, numbers: Numbers) -> None:
     """Update tensors whose second moment is whole."""
     (scale, scaled), (lr, rated) = _kind(numbers.grad_scale), _kind(numbers.lr)
     kept, rates = batch.scratch, numbers.rates
-    if "vectors" not in kept:
-        kept["vectors"] = vector_table(batch.members)
-    table = kept["vectors"].upload(batch.device)
     scratch = torch.empty(table.num_scratch, dtype=torch.float32, device=batch.device)
     key = f"kernels of vectors {scaled} {rated}"
     if key not in kept:

@@ -14,7 +14,7 @@ import torch
 from optplan.optim_impls.fingerprint import local_tensor
 from optplan.optim_impls.optimizer_base import Member
 from optplan.optim_impls.rounding import mix_seed
-from optplan.planner.optimizers.adapprox_layout import NUM_FIELDS, MatrixLayout, vector_chunks
+from optplan.planner.optimizers.adapprox_layout import NUM_FIELDS, MatrixLayout, table_places, vector_chunks
 
 FIELDS = NUM_FIELDS
 
@@ -58,76 +58,88 @@ class Table(NamedTuple):
     """A launch table on the device.
 
     Attributes:
-        rows: int64 [tensors, FIELDS].
+        rows: int64 [tensors * FIELDS].
         owners: int32: the row that each program works for: of pass A, of pass B, of what lies between.
         num_scratch: fp32 elements of scratch.
     """
 
     rows: torch.Tensor
-    owners: tuple[torch.Tensor, ...]
+    owners: list[torch.Tensor]
     num_scratch: int
 
 
 class TableImage:
-    """The host image of a launch table, in pinned memory where a GPU is to read it.
+    """The contents of a launch table.
 
     Attributes:
         counts: Programs of each tensor of owners.
+        content: uint8: rows, then owners.
     """
 
-    def __init__(
-        self, rows: list[list[int]], owners: Sequence[torch.Tensor], num_scratch: int, *, pinned: bool
-    ) -> None:
+    def __init__(self, rows: list[list[int]], owners: Sequence[torch.Tensor], num_scratch: int) -> None:
         self.counts = [owner.numel() for owner in owners]
-        self._num_rows, self._num_scratch = len(rows), num_scratch
+        self._num_longs, self._num_scratch = len(rows) * FIELDS, num_scratch
+        parts = [torch.tensor(rows, dtype=torch.int64).flatten(), *owners]
+        self.content = torch.cat([part.view(torch.uint8) for part in parts])
+
+    def table(self, longs: torch.Tensor, ints: torch.Tensor, first_byte: int) -> Table:
+        """The table within memory seen as int64 and as int32, that begins at a byte of it."""
+        end = first_byte // 8 + self._num_longs
+        rows, owners, first = longs[first_byte // 8 : end], [], 2 * end
+        for count in self.counts:
+            owners.append(ints[first : first + count])
+            first += count
+        return Table(rows, owners, self._num_scratch)
+
+
+class TableUpload:
+    """Launch tables one after the other, in pinned memory where a GPU is to read them: one copy brings them all."""
+
+    def __init__(self, images: Sequence[TableImage], device: torch.device) -> None:
+        self._images, self._device = list(images), device
+        self._firsts, size = table_places([image.content.numel() for image in images])
+        self._content = torch.zeros(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        for image, first in zip(images, self._firsts, strict=True):
+            self._content[first : first + image.content.numel()] = image.content
         self._captured = False
-        size = len(rows) * FIELDS * 8 + sum(self.counts) * 4
-        self._image = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-        views = self._views(self._image)
-        views.rows.copy_(torch.tensor(rows, dtype=torch.int64))
-        for view, owner in zip(views.owners, owners, strict=True):
-            view.copy_(owner)
 
-    def upload(self, device: torch.device) -> Table:
-        """The table on `device`; the copy does not wait for the GPU. On the CPU it is the image itself."""
-        if device.type == "cpu":
-            return self._views(self._image)
-        if torch.cuda.is_current_stream_capturing() and not self._captured:
-            self._captured = True
-            _IMAGES_OF_GRAPHS.append(self._image)
-        buffer = torch.empty_like(self._image, device=device, pin_memory=False)
-        return self._views(buffer.copy_(self._image, non_blocking=True))
-
-    def _views(self, buffer: torch.Tensor) -> Table:
-        split = self._num_rows * FIELDS * 8
-        owners = torch.split(buffer[split:].view(torch.int32), self.counts)
-        return Table(buffer[:split].view(torch.int64).view(-1, FIELDS), owners, self._num_scratch)
+    def __call__(self) -> list[Table]:
+        """The tables on the device; the copy does not wait for the GPU. On the CPU they are the contents themselves."""
+        buffer = self._content
+        if self._device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing() and not self._captured:
+                self._captured = True
+                _CONTENTS_OF_GRAPHS.append(self._content)
+            buffer = torch.empty_like(self._content, device=self._device, pin_memory=False)
+            buffer.copy_(self._content, non_blocking=True)
+        longs, ints = buffer[: buffer.numel() // 8 * 8].view(torch.int64), buffer.view(torch.int32)
+        return [image.table(longs, ints, first) for image, first in zip(self._images, self._firsts, strict=True)]
 
 
-_IMAGES_OF_GRAPHS: list[torch.Tensor] = []
-"""Images that a CUDA graph reads at every replay; kept, because nothing tells when the graph dies."""
+_CONTENTS_OF_GRAPHS: list[torch.Tensor] = []
+"""Tables that a CUDA graph reads at every replay; kept, because nothing tells when the graph dies."""
 
 
 def matrix_table(members: Sequence[Member], layouts: Sequence[MatrixLayout], *, seed: int) -> TableImage:
     """The image of the table for one round of launches."""
+    passes = [[layout.pass_a for layout in layouts], [layout.pass_b for layout in layouts]]
+    dealt = [_deal([one.programs for one in of], [one.length for one in of]) for of in passes]
+    dealt.append(_deal([layout.shares for layout in layouts], [0] * len(layouts)))
     rows: list[list[int]] = []
-    offset = first_a = first_b = first_share = 0
-    for member, layout in zip(members, layouts, strict=True):
+    offset = 0
+    for place, (member, layout, a, b) in enumerate(zip(members, layouts, *passes, strict=True)):
         row = _pointers(member, "q_factor", "u_factor")
-        a, b = layout.pass_a, layout.pass_b
         row |= {Field.ROWS: layout.rows, Field.COLUMNS: layout.columns, Field.SEED: mix_seed(seed, 0, member.ordinal)}
-        row |= {Field.FIRST_A: first_a, Field.BANDS_A: a.bands, Field.SPLITS_A: a.splits, Field.WIDTH_A: a.length}
-        row |= {Field.FIRST_B: first_b, Field.BANDS_B: b.bands, Field.SPLITS_B: b.splits, Field.HEIGHT_B: b.length}
-        row |= {Field.NUM_SUMS: a.programs, Field.SHARES: layout.shares, Field.FIRST_SHARE: first_share}
-        row[Field.COUNT] = 0
+        row |= {Field.BANDS_A: a.bands, Field.SPLITS_A: a.splits, Field.WIDTH_A: a.length}
+        row |= {Field.BANDS_B: b.bands, Field.SPLITS_B: b.splits, Field.HEIGHT_B: b.length}
+        row |= {Field.NUM_SUMS: a.programs, Field.SHARES: layout.shares, Field.COUNT: 0}
+        for field, (firsts, _) in zip((Field.FIRST_A, Field.FIRST_B, Field.FIRST_SHARE), dealt, strict=True):
+            row[field] = firsts[place]
         for name, numel in layout.parts().items():
             row[Field[name.upper()]] = offset
             offset += numel
-        first_a, first_b, first_share = first_a + a.programs, first_b + b.programs, first_share + layout.shares
         rows.append([row[field] for field in Field])
-    counts = zip(*((x.pass_a.programs, x.pass_b.programs, x.shares) for x in layouts), strict=True)
-    owners = [_owners(programs) for programs in counts]
-    return TableImage(rows, owners, offset, pinned=members[0].parameter.is_cuda)
+    return TableImage(rows, [owners for _, owners in dealt], offset)
 
 
 def vector_table(members: Sequence[Member]) -> TableImage:
@@ -139,7 +151,7 @@ def vector_table(members: Sequence[Member]) -> TableImage:
         row |= {Field.ROWS: member.parameter.numel(), Field.FIRST_A: first, Field.SUMS: first, Field.NUM_SUMS: count}
         first += count
         rows.append([row[field] for field in Field])
-    return TableImage(rows, [_owners(chunks)], first, pinned=members[0].parameter.is_cuda)
+    return TableImage(rows, [_deal(chunks, [0] * len(chunks))[1]], first)
 
 
 def _pointers(member: Member, second: str, third: str | None) -> dict[Any, int]:
@@ -149,5 +161,15 @@ def _pointers(member: Member, second: str, third: str | None) -> dict[Any, int]:
     return {field: 0 if tensor is None else local_tensor(tensor).data_ptr() for field, tensor in tensors.items()}
 
 
-def _owners(counts: Sequence[int]) -> torch.Tensor:
-    return torch.repeat_interleave(torch.arange(len(counts), dtype=torch.int32), torch.tensor(counts))
+def _deal(counts: Sequence[int], lengths: Sequence[int]) -> tuple[list[int], torch.Tensor]:
+    """The first program of each tensor, and each program's tensor.
+
+    Long programs come first, so that at the end of a launch no multiprocessor is left alone with one.
+    """
+    firsts, end = [0] * len(counts), 0
+    order = sorted(range(len(counts)), key=lambda place: -lengths[place])
+    for place in order:
+        firsts[place] = end
+        end += counts[place]
+    places = torch.tensor(order, dtype=torch.int32)
+    return firsts, torch.repeat_interleave(places, torch.tensor([counts[place] for place in order]))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 
+from optplan.optim_impls.adapprox.layout import TableImage, TableUpload
 from optplan.optim_impls.adapprox.reference import (
     RankRule,
     Rates,
@@ -22,7 +24,7 @@ from optplan.optim_impls.adapprox.sharded import RowBatch, step_by_rows
 from optplan.optim_impls.adapprox.subspace import step_matrix, uniform_start
 from optplan.optim_impls.checks import check_at_least_zero, check_betas, check_choice
 from optplan.optim_impls.fingerprint import local_tensor
-from optplan.optim_impls.optimizer_base import Batch, GradScale, KernelOptimizer, Member, Part, member_of
+from optplan.optim_impls.optimizer_base import Batch, GradScale, GroupPlan, KernelOptimizer, Member, Part, member_of
 from optplan.optim_impls.rounding import mix_seed
 from optplan.optim_impls.sharding import divide_apart, row_shards
 from optplan.optim_impls.step_counters import State
@@ -143,6 +145,30 @@ class Adapprox(KernelOptimizer):
         fits = q is None or (q.shape[1] <= MAX_KERNEL_RANK and "rank" not in member.state)
         return fits and super()._kernels_take(member)
 
+    def _before_batches(self, plan: GroupPlan, group: dict[str, Any], grad_scale: GradScale) -> None:
+        """Bring the launch tables of all kernels to their devices, in one copy each."""
+        del grad_scale
+        if plan.scratch.get("batches") is not plan.batches:
+            plan.scratch.update(batches=plan.batches, uploads=self._new_uploads(plan.batches, group["seed"]))
+        for upload, batches in plan.scratch["uploads"]:
+            tables = iter(upload())
+            for batch in batches:
+                batch.scratch["tables"] = list(islice(tables, batch.scratch["num_tables"]))
+
+    def _new_uploads(self, batches: Sequence[Batch], seed: int) -> list[tuple[TableUpload, list[Batch]]]:
+        uploads: dict[torch.device, tuple[list[TableImage], list[Batch]]] = {}
+        for batch in batches:
+            if batch.triton and not isinstance(batch, RowBatch):
+                # Triton is not there on every machine that can run the reference.
+                from optplan.optim_impls.adapprox.launcher import table_images
+
+                images, served = uploads.setdefault(batch.device, ([], []))
+                new = table_images(batch, _layout, seed=seed)
+                batch.scratch["num_tables"] = len(new)
+                images += new
+                served.append(batch)
+        return [(TableUpload(images, device), served) for device, (images, served) in uploads.items()]
+
     def _step_triton(self, batch: Batch, group: dict[str, Any], grad_scale: GradScale) -> None:
         # Triton is not there on every machine that can run the reference.
         from optplan.optim_impls.adapprox.launcher import Numbers, step_matrices, step_vectors
@@ -158,9 +184,9 @@ class Adapprox(KernelOptimizer):
         elif isinstance(batch, RowBatch):
             step_by_rows(batch, _rates(group, lr=float(lr)), seed=group["seed"], grad_scale=grad_scale)
         elif is_matrices:
-            step_matrices(batch, _layout, seed=group["seed"], numbers=numbers)
+            step_matrices(batch, batch.scratch.pop("tables"), numbers=numbers)
         else:
-            step_vectors(batch, numbers=numbers)
+            step_vectors(batch, *batch.scratch.pop("tables"), numbers=numbers)
 
     def _step_torch(self, batch: Batch, group: dict[str, Any], grad_scale: GradScale) -> None:
         rates = _rates(group, lr=float(group["lr"]))

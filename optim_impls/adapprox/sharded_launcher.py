@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from optplan.optim_impls.adapprox.launcher import Numbers, Wave, step_wave
+from optplan.optim_impls.adapprox.layout import TableUpload
 from optplan.optim_impls.adapprox.sharded import RowBatch, Together, over
 from optplan.optim_impls.adapprox.subspace import FIRST_SHIFT, SECOND_SHIFT
 from optplan.optim_impls.fingerprint import local_tensor
@@ -120,9 +121,10 @@ class RankSums:
 
 
 class RowWave(NamedTuple):
-    """One round: its launches, or None where this rank has no rows, and its collectives."""
+    """One round: its launches and their table, or None where this rank has no rows, and its collectives."""
 
     launches: Wave | None
+    upload: TableUpload | None
     sums: RankSums
 
 
@@ -131,10 +133,10 @@ def step_matrices_on_ranks(batch: RowBatch, *, seed: int, numbers: Numbers) -> N
     if "waves" not in batch.scratch:
         batch.scratch["waves"] = _row_waves(batch, seed=seed)
     for wave in batch.scratch["waves"]:
-        if wave.launches is None:
+        if wave.launches is None or wave.upload is None:
             wave.sums.take_part()
         else:
-            step_wave(wave.launches, batch.device, numbers, sums=wave.sums)
+            step_wave(wave.launches, *wave.upload(), batch.device, numbers, sums=wave.sums)
 
 
 def _row_waves(batch: RowBatch, *, seed: int) -> list[RowWave]:
@@ -158,13 +160,14 @@ def _row_wave(members: list[Member], shards: list[RowShards], *, seed: int, toge
         layout = next(remaining) if len(member.parameter) else None
         matrices.append(None if layout is None else MatrixScratch(layout, offset))
         offset += 0 if layout is None else sum(layout.parts().values())
-    launches = None
+    launches = upload = None
     if present:
         aligned = is_aligned(*(t for m in present for t in (m.parameter, m.gradient, *tensors_of(m.state))))
         launches = Wave(present, layouts, seed=seed, aligned=aligned)
+        upload = TableUpload([launches.image], members[0].parameter.device)
     factors, wide = [member.state["u_factor"] for member in members], _layout(1, members[0]).padded_rank
     sums = RankSums(matrices, [one.numel for one in shards], factors, wide=wide, together=together)
-    return RowWave(launches, sums)
+    return RowWave(launches, upload, sums)
 
 
 def _layout(rows: int, member: Member) -> MatrixLayout:

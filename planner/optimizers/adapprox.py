@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from optplan.planner.dtypes import Dtype
 from optplan.planner.optimizers.adapprox_chunks import write_chunked_step
@@ -19,6 +19,7 @@ from optplan.planner.optimizers.adapprox_layout import (
     MAX_KERNEL_RANK,
     MatrixLayout,
     matrix_table_bytes,
+    table_places,
     vector_scratch_bytes,
     vector_table_bytes,
     waves,
@@ -48,6 +49,14 @@ def matrix_shape(parameter: Parameter) -> tuple[int, int] | None:
 def max_rank(rows: int, columns: int) -> int:
     """The rank at which the adaptation stops."""
     return max(MIN_RANK, min(rows, columns) // MAX_RANK_DIVISOR)
+
+
+class _Round(NamedTuple):
+    """What one round of launches takes."""
+
+    name: str
+    table_bytes: int
+    scratch_bytes: int
 
 
 class Adapprox(OptimizerModel):
@@ -98,7 +107,7 @@ class Adapprox(OptimizerModel):
         return (step_counter("cpu"), *first, q_factor, tensor("u_factor", (shape[1], rank), "float32", why=why))
 
     def write_step(self, timeline: TimelineBuilder, parameters: Sequence[Parameter], context: OptimizerContext) -> None:
-        """A launch table and the scratch of the two passes for each round of matrices, and one pair for all vectors.
+        """One buffer of launch tables, and the scratch of each round of matrices and of all vectors.
 
         Factors of more than `MAX_KERNEL_RANK` columns are worked on in plain torch, a chunk of rows at a time. The
         paper's mode forms the second moment of one matrix after the other, in plain torch.
@@ -106,20 +115,21 @@ class Adapprox(OptimizerModel):
         scratch = Scratch(timeline)
         kinds: dict[str, list[Parameter]] = {}
         for p in parameters:
-            kinds.setdefault(self._kind(p), []).append(p)
+            if p.numel:
+                kinds.setdefault(self._kind(p), []).append(p)
+        rounds = {kind: self._rounds(kind, members) for kind, members in kinds.items()}
+        tables = [r.table_bytes for of_kind in rounds.values() for r in of_kind]
+        if tables:
+            scratch.bind("tables", scratch.alloc("all tensors", ("launch tables", table_places(tables)[1])))
+        left = len(tables)
         for kind, members in kinds.items():
-            if kind == "matrices":
-                self._write_matrices(scratch, [self._layout(p) for p in members])
-            elif kind == "vectors":
-                numels = [p.numel for p in members if p.numel]
-                if numels:
-                    _write_round(scratch, "vectors", vector_table_bytes(numels), vector_scratch_bytes(numels))
-            elif kind == "chunks":
-                for p in members:
-                    write_chunked_step(scratch, p, self._layout(p), context)
-            else:
-                for p in members:
-                    self._write_as_paper(scratch, p, context)
+            for r in rounds[kind]:
+                scratch.passing(r.name, ("sketches, partial sums and Gram matrices", r.scratch_bytes))
+                left -= 1
+                if not left:
+                    scratch.drop("tables")
+            for p in members if not rounds[kind] else ():
+                self._write_in_torch(scratch, p, context)
 
     def _kind(self, p: Parameter) -> str:
         if matrix_shape(p) is None:
@@ -133,13 +143,25 @@ class Adapprox(OptimizerModel):
         assert shape is not None
         return MatrixLayout(*shape, self.rank(p))
 
-    def _write_matrices(self, scratch: Scratch, layouts: list[MatrixLayout]) -> None:
+    def _rounds(self, kind: str, members: Sequence[Parameter]) -> list[_Round]:
+        """What kernels work on together; nothing where the members are worked on in torch."""
+        if kind == "vectors":
+            numels = [p.numel for p in members]
+            return [_Round(kind, vector_table_bytes(numels), vector_scratch_bytes(numels))]
+        if kind != "matrices":
+            return []
+        layouts = [self._layout(p) for p in members]
+        found = []
         for number, places in enumerate(waves(layouts), start=1):
             wave = [layouts[place] for place in places]
             size = sum(layout.scratch_bytes() for layout in wave)
-            _write_round(scratch, f"round {number} of matrices", matrix_table_bytes(wave), size)
+            found.append(_Round(f"round {number} of matrices", matrix_table_bytes(wave), size))
+        return found
 
-    def _write_as_paper(self, scratch: Scratch, p: Parameter, context: OptimizerContext) -> None:
+    def _write_in_torch(self, scratch: Scratch, p: Parameter, context: OptimizerContext) -> None:
+        if self.options["mode"] != "paper":
+            write_chunked_step(scratch, p, self._layout(p), context)
+            return
         momentum = bool(self.options["beta1"])
         dtypes = {"gradient": context.gradient_dtype, "weights": context.parameter_dtype}
         if momentum:
@@ -158,9 +180,3 @@ class Adapprox(OptimizerModel):
             factors = [t for t in self.state(parameter, context) if t.name in ("q_factor", "u_factor")]
             moved += parameter.numel * itemsize(context.gradient_dtype) + sum(t.num_bytes for t in factors)
         return moved
-
-
-def _write_round(scratch: Scratch, owner: str, table_bytes: int, scratch_bytes: int) -> None:
-    table = scratch.alloc(owner, ("launch table", table_bytes))
-    partial_sums = scratch.alloc(owner, ("sketches, partial sums and Gram matrices", scratch_bytes))
-    scratch.free(table, partial_sums)

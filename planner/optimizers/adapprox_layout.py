@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import msgspec
 
+from optplan.planner.units import round_up
+
 TILE = 64
 """Rows and columns of one tile of the second moment."""
 BAND_NUMEL = 2048
@@ -25,6 +27,7 @@ WAVE_NUMEL = 2**31
 NUM_FIELDS = 30
 """64-bit fields of a matrix's row in the launch table."""
 _FP32_BYTES = 4
+_TABLE_ALIGNMENT_BYTES = 16
 
 
 class Split(msgspec.Struct, frozen=True):
@@ -125,6 +128,15 @@ def matrix_table_bytes(layouts: Sequence[MatrixLayout]) -> int:
     """Bytes of the launch table of one round: a row of fields a matrix, and for each program its matrix (int32)."""
     programs = sum(x.pass_a.programs + x.pass_b.programs + x.shares for x in layouts)
     return len(layouts) * NUM_FIELDS * 8 + programs * 4
+
+
+def table_places(sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Where each launch table of a step begins in their one buffer, at 16 bytes, and the bytes of the buffer."""
+    firsts, end = [], 0
+    for size in sizes:
+        firsts.append(round_up(end, _TABLE_ALIGNMENT_BYTES))
+        end = firsts[-1] + size
+    return firsts, end
 
 
 def vector_table_bytes(numels: Sequence[int]) -> int:

@@ -40,8 +40,19 @@ def test_a_step_in_plain_torch(real_events: Any, step_peak: Any, shape: tuple[in
         # Table: 30 fields, 8 + 16 programs of the passes and 2 shares. Scratch at a rank of 16: sums, scales, peaks,
         # three Gram matrices, U twice in bf16, Q' in bf16, Y and Z.
         ([(512, 1024)], {"rank": "16"}, 30 * 8 + 26 * 4 + 4 * (8 + 4 + 16 + 3 * 256 + 16384 + 4096 + 8192 + 16384)),
-        # A matrix whose rows do not begin at 16 bytes has a round of its own; the larger one counts.
-        ([(512, 1024), (9, 33)], {"rank": "16"}, 30 * 8 + 26 * 4 + 4 * (28 + 768 + 16384 + 4096 + 8192 + 16384)),
+        # A matrix whose rows do not begin at 16 bytes has a round of its own; the larger one counts. The tables, the
+        # second of 30 fields and three programs, share a buffer in which each begins at 16 bytes.
+        (
+            [(512, 1024), (9, 33)],
+            {"rank": "16"},
+            352 + (30 * 8 + 3 * 4) + 4 * (28 + 768 + 16384 + 4096 + 8192 + 16384),
+        ),
+        # Vectors have a table beside them, and two sums of 4096 elements each.
+        (
+            [(512, 1024), (5000,)],
+            {"rank": "16"},
+            352 + (30 * 8 + 2 * 4) + 4 * (28 + 768 + 16384 + 4096 + 8192 + 16384),
+        ),
         # A rank of 20 takes the room of 32; 3000 rows are two partial Z and six shares.
         (
             [(3000, 128)],

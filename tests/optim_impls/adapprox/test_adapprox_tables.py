@@ -1,0 +1,98 @@
+"""The launch tables and the scratch of a step of the kernels, as the planner says them: seen without a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from optplan.optim_impls import Adapprox
+from optplan.optim_impls.adapprox.layout import Field
+from optplan.planner.optimizers.base import OptimizerContext
+from optplan.planner.optimizers.registry import build_optimizer
+from optplan.planner.tensors import Parameter
+from optplan.planner.timeline import Allocation, TimelineBuilder
+
+SHAPES: list[tuple[int, ...]] = [(70, 65), (37,), (64, 128), (6, 5, 7), (0,), (66, 136), (1, 9)]
+"""Three rounds (even rows, odd rows, and 6 x 35 whose rank is 1), vectors between them."""
+
+
+class Requests(TorchDispatchMode):
+    """Bytes of what is allocated without contents."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.empty.memory_format and result.numel():  # the interpreter makes empty ones
+            self.sizes.append(result.untyped_storage().nbytes())
+        return result
+
+
+@pytest.fixture(scope="module")
+def stepped() -> tuple[Adapprox, list[torch.nn.Parameter]]:
+    """An optimizer after its first step; rank 10."""
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = Adapprox(parameters, rank=10, backend="triton")
+    optimizer.step()
+    return optimizer, parameters
+
+
+def _tables(optimizer: Adapprox) -> list[Any]:
+    ((upload, _),) = optimizer._plans[0].scratch["uploads"]
+    return upload()
+
+
+def _planned() -> dict[bool, list[int]]:
+    """Bytes of the tables (True) and of the scratch, in order."""
+    timeline, context = TimelineBuilder("step"), OptimizerContext("float32", "float32")
+    described = [Parameter(f"p{i}", shape, "other", "linear") for i, shape in enumerate(SHAPES)]
+    build_optimizer("adapprox", {"rank": "10"}).write_step(timeline, described, context)
+    made = [event for event in timeline.events if isinstance(event, Allocation)]
+    return {kind: [e.bytes for e in made if ("launch tables" in e.name) is kind] for kind in (True, False)}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the tables themselves are allocated")
+def test_a_step_allocates_what_the_planner_says_in_its_order(stepped: Any) -> None:
+    with Requests() as requests:
+        stepped[0].step()
+    assert requests.sizes == _planned()[False]
+
+
+def test_all_tables_come_in_one_buffer_of_the_planned_size(stepped: Any) -> None:
+    tables = _tables(stepped[0])
+    assert len(tables) == 4
+    assert {table.rows.untyped_storage().nbytes() for table in tables} == set(_planned()[True])
+    assert all(table.rows.data_ptr() % 16 == 0 for table in tables)
+
+
+def test_no_table_outlives_the_step(stepped: Any) -> None:
+    batches = stepped[0]._plans[0].batches
+    assert [batch.scratch["num_tables"] for batch in batches] == [3, 1]
+    assert all("tables" not in batch.scratch for batch in batches)
+
+
+def test_long_programs_come_first_and_every_program_finds_its_place(stepped: Any) -> None:
+    even = _tables(stepped[0])[1]
+    # Of 64 x 128 and 66 x 136, pass A walks 2 and 3 tiles in 1 and 2 programs; pass B 1 and 2 tiles in 2 and 3.
+    of_a, of_b, _ = (owners.tolist() for owners in even.owners)
+    assert (of_a, of_b) == ([1, 1, 0], [1, 1, 1, 0, 0])
+    rows = even.rows.view(2, -1).tolist()
+    assert [(row[Field.FIRST_A], row[Field.FIRST_B]) for row in rows] == [(2, 3), (0, 0)]
+
+
+def test_steps_go_on_after_a_counter_was_set_ahead(stepped: Any) -> None:
+    """The batches are then divided anew; their tables with them."""
+    optimizer, parameters = stepped
+    before = [float(optimizer.state[p]["step"]) for p in parameters]
+    optimizer.state[parameters[0]]["step"].fill_(70)
+    moved = [parameter.detach().clone() for parameter in parameters]
+    optimizer.step()
+    assert [float(optimizer.state[p]["step"]) for p in parameters] == [71.0, *(count + 1 for count in before[1:])]
+    assert not any(torch.equal(p, old) for p, old in zip(parameters, moved, strict=True) if p.numel())
