@@ -9,7 +9,7 @@ import msgspec
 
 from optplan.planner.catalog import model_entries
 from optplan.planner.gpus import load_gpus
-from optplan.planner.optimizers.facts import load_facts
+from optplan.planner.optimizers.facts import OptimizerFacts, load_facts
 from optplan.planner.optimizers.options import Option
 from optplan.planner.optimizers.registry import OPTIMIZERS, OptimizerEntry
 from optplan.planner.step.rules import RULED_FAMILIES
@@ -95,7 +95,7 @@ class OptimizerItem(msgspec.Struct, frozen=True):
     id: str
     title: str
     implementations: list[ImplementationItem]
-    facts: Any
+    facts: OptimizerFacts
 
 
 class OptimizerListing(msgspec.Struct, frozen=True, kw_only=True):

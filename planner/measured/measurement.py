@@ -70,7 +70,8 @@ class StepTime(msgspec.Struct, frozen=True, kw_only=True):
     """Times of the measured steps, medians in seconds.
 
     Attributes:
-        step_seconds: The whole step, from before forward to the end of the optimizer's step.
+        step_seconds: The whole step, from before forward to the end of the optimizer's step; None where a record's
+            own figure cannot be a step's time.
         phases: By phase.
         num_steps: How many steps the medians are of.
         tokens_per_second: Tokens of a step over its time, per GPU.
@@ -79,7 +80,7 @@ class StepTime(msgspec.Struct, frozen=True, kw_only=True):
         copy_bandwidth_bytes_per_second: That bandwidth, bytes read plus bytes written.
     """
 
-    step_seconds: float
+    step_seconds: float | None
     phases: dict[Phase, float]
     num_steps: int
     tokens_per_second: float | None = None

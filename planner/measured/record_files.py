@@ -9,6 +9,7 @@ import os
 import tempfile
 import zlib
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,10 +21,24 @@ from optplan.planner.records import EstimateReport
 
 Record = EstimateReport | Measurement
 
-_TYPES: dict[str, type[EstimateReport] | type[Measurement]] = {
-    "optplan.estimate/1": EstimateReport,
-    "optplan.measurement/1": Measurement,
+STEPS = ("optplan.estimate/1", "optplan.measurement/1")
+"""Schemas of the records of training steps, which can be compared."""
+ANSWERS = {
+    "optplan.estimate/1": "optplan.planner.records:EstimateReport",
+    "optplan.measurement/1": "optplan.planner.measured.measurement:Measurement",
+    "optplan.recommend/1": "optplan.planner.search.records:SearchReport",
+    "optplan.sweep/1": "optplan.planner.sweep_records:SweepReport",
+    "optplan.timeline/1": "optplan.planner.timeline_report:TimelineReport",
+    "optplan.explain/1": "optplan.planner.explanation:Explanation",
+    "optplan.compare/1": "optplan.planner.measured.comparison:Comparison",
+    "optplan.validation/1": "optplan.planner.measured.validation:ValidationReport",
+    "optplan.replay/1": "optplan.planner.history.report:HistoryReport",
+    "optplan.models/1": "optplan.planner.listings:ModelListing",
+    "optplan.gpus/1": "optplan.planner.listings:GpuListing",
+    "optplan.optimizers/1": "optplan.planner.listings:OptimizerListing",
+    "optplan.published/1": "optplan.planner.published:PublishedReport",
 }
+"""The type of everything that a command prints with `--json`, by schema."""
 _LARGEST_BYTES = 2**30
 """More than this, unpacked, no record holds; a file that unpacks to more was made to exhaust the memory."""
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -91,10 +106,26 @@ def _beside(path: Path) -> Iterator[tuple[BinaryIO, str]]:
 
 
 def load_record(path: str | Path) -> Record:
-    """Read a record that optplan saved or that `--json` printed, compressed or not.
+    """Read a step's record that optplan saved or that `--json` printed, compressed or not.
 
     Raises:
-        ConfigError: The file is missing, cut short, no record of optplan, or of a newer version.
+        ConfigError: The file is missing, cut short, no record of a step, or of a newer version.
+    """
+    answer = load_answer(path)
+    if isinstance(answer, EstimateReport | Measurement):
+        return answer
+    schema: str = getattr(answer, "schema", "")
+    raise ConfigError(
+        f"{shorten(str(path))} has schema {schema!r}, which is no record of a step and is read by show alone; "
+        f"allowed: {', '.join(STEPS)}"
+    )
+
+
+def load_answer(path: str | Path) -> msgspec.Struct:
+    """Read anything that a command of optplan saved or printed with `--json`, compressed or not.
+
+    Raises:
+        ConfigError: The file is missing, cut short, nothing of optplan's, or of a newer version.
     """
     shown = shorten(str(path))
     content = _read(Path(path), shown)
@@ -103,12 +134,35 @@ def load_record(path: str | Path) -> Record:
     except (ValueError, RecursionError):
         raise ConfigError(f"{shown} is not a record: it is no JSON document, or was cut short") from None
     schema = fields.get("schema") if isinstance(fields, dict) else None
-    if not isinstance(schema, str) or schema not in _TYPES:
+    if not isinstance(schema, str) or schema not in ANSWERS:
         raise _unknown_schema(shown, schema)
+    module, _, name = ANSWERS[schema].partition(":")
     try:
-        return msgspec.convert(fields, _TYPES[schema])
+        answer: msgspec.Struct = msgspec.convert(fields, getattr(import_module(module), name))
     except msgspec.ValidationError as error:
         raise ConfigError(f"{shown} is a damaged {schema} record: {error}") from None
+    return _with_possible_times(answer) if isinstance(answer, Measurement) else answer
+
+
+def _with_possible_times(record: Measurement) -> Measurement:
+    """The record without times that no clock can have shown; early versions read two of their moments swapped."""
+    time = record.time
+    if time is None:
+        return record
+    whole = time.step_seconds
+    wrong = {} if whole is None or whole > 0 else {"whole step": whole}
+    wrong |= {phase: seconds for phase, seconds in time.phases.items() if seconds < 0}
+    if not wrong:
+        return record
+    sound = msgspec.structs.replace(
+        time,
+        step_seconds=None if "whole step" in wrong else whole,
+        tokens_per_second=None if "whole step" in wrong else time.tokens_per_second,
+        phases={phase: seconds for phase, seconds in time.phases.items() if phase not in wrong},
+    )
+    figures = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in wrong.items())
+    note = f"not measured, as the record's own figures cannot be times: {figures}"
+    return msgspec.structs.replace(record, time=sound, notes=[*record.notes, note])
 
 
 def _read(path: Path, shown: str) -> bytes:
@@ -137,10 +191,12 @@ def _unpack(content: bytes, shown: str) -> bytes:
 
 
 def _unknown_schema(shown: str, schema: object) -> ConfigError:
-    known = ", ".join(_TYPES)
+    known = ", ".join(STEPS)
     if not isinstance(schema, str):
         return ConfigError(f"{shown} is not a record of optplan: it names no schema; known: {known}")
     family, _, version = schema.rpartition("/")
-    if any(name.rpartition("/")[0] == family for name in _TYPES) and version.isascii() and version.isdigit():
-        return ConfigError(f"{shown} was made by a newer optplan: schema {shorten(schema)}; this version reads {known}")
+    ours = next((name for name in ANSWERS if name.rpartition("/")[0] == family), None)
+    if ours is not None and version.isascii() and version.isdigit():
+        reads = known if ours in STEPS else ours
+        return ConfigError(f"{shown} was made by a newer optplan: schema {shorten(schema)}; this version reads {reads}")
     return ConfigError(f"{shown} has schema {shorten(schema)}, which cannot be read here; known: {known}")

@@ -100,6 +100,10 @@ REFUSED = [
         _with_schema("optplan.measurement/2"),
         f"was made by a newer optplan: schema 'optplan.measurement/2'; this version reads {KNOWN}",
     ),
+    (
+        _with_schema("optplan.sweep/2"),
+        "was made by a newer optplan: schema 'optplan.sweep/2'; this version reads optplan.sweep/1",
+    ),
     (_with_schema("torch/1"), f"has schema 'torch/1', which cannot be read here; known: {KNOWN}"),
     (
         _without_bytes(),
