@@ -136,7 +136,8 @@ def step_matrices_on_ranks(batch: RowBatch, *, seed: int, numbers: Numbers) -> N
         if wave.launches is None or wave.upload is None:
             wave.sums.take_part()
         else:
-            step_wave(wave.launches, *wave.upload(), batch.device, numbers, sums=wave.sums)
+            (table,) = wave.upload()
+            step_wave(wave.launches, table, batch.device, numbers, sums=wave.sums)
 
 
 def _row_waves(batch: RowBatch, *, seed: int) -> list[RowWave]:
