@@ -254,7 +254,8 @@ class KernelOptimizer(Optimizer):
 
     def _use_triton(self, member: Member) -> bool:
         backend, device = self.defaults["backend"], member.parameter.device.type
-        runs = device == "cuda" or interpreted()
+        # The kernels hold lines of PTX, which AMD's GPUs, also called cuda, do not know.
+        runs = (device == "cuda" and torch.version.hip is None) or interpreted()
         if backend == "triton" and not runs:
             raise ValueError(
                 f"backend='triton' needs parameters on a CUDA device or TRITON_INTERPRET=1, got a {device} tensor"

@@ -64,7 +64,7 @@ class AdamWLaunch:
         """
         scale: Any = 1.0 if grad_scale is None else grad_scale
         scale_on_device = isinstance(scale, torch.Tensor)
-        lr_on_device = self._capturable and isinstance(group["lr"], torch.Tensor)
+        lr_on_device = group["lr"].dtype if self._capturable and isinstance(group["lr"], torch.Tensor) else None
         run = self._kernel(group["rounding"], scale_on_device, lr_on_device)
         table = self._image.upload()
         run(
@@ -77,7 +77,7 @@ class AdamWLaunch:
             step,
         )
 
-    def _kernel(self, rounding: str, scale_on_device: bool, lr_on_device: bool) -> BoundKernel:
+    def _kernel(self, rounding: str, scale_on_device: bool, lr_on_device: torch.dtype | None) -> BoundKernel:
         key = (rounding, scale_on_device, lr_on_device)
         if key not in self._bound:
             self._bound[key] = BoundKernel(
@@ -85,7 +85,7 @@ class AdamWLaunch:
                 self._num_programs,
                 ROUNDING=_ROUNDINGS[rounding],
                 SCALE_ON_DEVICE=scale_on_device,
-                LR_ON_DEVICE=lr_on_device,
+                LR_ON_DEVICE=lr_on_device is not None,
                 **self._constants,
             )
         return self._bound[key]

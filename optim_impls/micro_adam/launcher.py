@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from optplan.optim_impls.launch import TableImage
+from optplan.optim_impls.launch import BoundKernel, TableImage
 from optplan.optim_impls.micro_adam.layout import RUN_NUMEL, Layout, layout_of
 from optplan.optim_impls.micro_adam.reference import Hyperparameters
 from optplan.optim_impls.micro_adam.scratchpad_kernels import SHARED
@@ -102,6 +102,7 @@ class MicroAdamLaunch:
             "PAD": SHARED.format(4 * words),
         }
         self._num_words = max(words, 2 * ranked)
+        self._kernels: dict[tuple[Any, ...], BoundKernel] = {}
 
     def __call__(self, *, step: int, hyper: Hyperparameters, seed: int, scale: GradScale) -> None:
         """Do one step.
@@ -117,27 +118,35 @@ class MicroAdamLaunch:
         window = self._layout.window
         slot = (step - 1) % window
         numbers = (1.0 if scale is None else scale, seed & 0x7FFFFFFF, step, slot)
-        how = self._select | {
-            "FACTOR": 0 if scale is None else 1 + isinstance(scale, torch.Tensor),
+        how = {
+            "FACTOR": 0 if scale is None else 1 + isinstance(scale, torch.Tensor),  # on the device it is fp32
             "STOCHASTIC": hyper.rounding == "stochastic",
         }
-        select_kernel[(self._num_programs,)](*places, *numbers, TAIL=False, maxnreg=MAX_REGISTERS, **how)
+        self._kernel(select_kernel, self._num_programs, TAIL=False, **how)(*places, *numbers)
         if self._has_tails:
-            select_kernel[(self._image.num_rows,)](*places, *numbers, TAIL=True, **how)
-        update_kernel[(self._num_programs,)](
-            *places,
-            slot,
-            min(step, window),
-            *self._numbers(step, hyper),
-            hyper.eps,
-            hyper.alpha,
-            1 - hyper.alpha,
+            self._kernel(select_kernel, self._image.num_rows, TAIL=True, **how)(*places, *numbers)
+        update = self._kernel(
+            update_kernel,
+            self._num_programs,
+            getattr(hyper.lr, "dtype", None),
             DECAY=hyper.weight_decay > 0,
             DENSE=hyper.alpha > 0,
             LR_ON_DEVICE=isinstance(hyper.lr, torch.Tensor),
             FULL=hyper.bias_correction == "full",
-            **self._update,
         )
+        more = (hyper.eps, hyper.alpha, 1 - hyper.alpha)
+        update(*places, slot, min(step, window), *self._numbers(step, hyper), *more)
+
+    def _kernel(self, kernel: Any, num_programs: int, lr: torch.dtype | None = None, **how: Any) -> BoundKernel:
+        """A kernel with its constants, for a learning rate on the device if it has a dtype."""
+        key = (kernel is update_kernel, lr, *how.values())
+        found = self._kernels.get(key)
+        if found is None:
+            constants = self._update if kernel is update_kernel else self._select
+            if not how.get("TAIL", True):
+                constants = constants | {"maxnreg": MAX_REGISTERS}
+            found = self._kernels[key] = BoundKernel(kernel, num_programs, **constants, **how)
+        return found
 
     def _numbers(self, step: int, hyper: Hyperparameters) -> tuple[Any, ...]:
         """Learning rate, weight decay, what decay leaves, the logarithms of betas, the corrections."""

@@ -57,7 +57,7 @@ class MicroAdam(KernelOptimizer):
         alpha: Part of the left-over that enters the update of every element, and is left over no longer; from 0, as in
             the paper, below 1. It makes the update dense, for which error feedback gives no guarantee.
         seed: Of stochastic rounding.
-        backend: `triton`, `torch`, or `auto`.
+        backend: `triton`, `torch`, or `auto`. The kernels need compute capability 8.0.
         capturable: Keep step counters on the device, so that a CUDA graph may record `step()`; `lr` may then be a
             scalar there. For what the kernels do not take, the host reads the counter.
 
@@ -134,7 +134,10 @@ class MicroAdam(KernelOptimizer):
         from optplan.optim_impls.micro_adam.launcher import kernels_take
 
         group = self._group_of(member)
-        return super()._kernels_take(member) and kernels_take(**{name: group[name] for name in _LAYOUT_NAMES})
+        taken = super()._kernels_take(member) and kernels_take(**{name: group[name] for name in _LAYOUT_NAMES})
+        # Codes are read as 32-bit words; a state of somebody else's making may begin anywhere.
+        codes = local_tensor(member.state["error_feedback"])
+        return taken and codes.data_ptr() % 4 == 0 and _computes_in_bf16(member.parameter.device)
 
     def _group_of(self, member: Member | Part) -> dict[str, Any]:
         first = 0
@@ -180,6 +183,11 @@ class MicroAdam(KernelOptimizer):
 def _lists(member: Member, *, capturable: bool) -> list[torch.Tensor]:
     names = (*STATE_NAMES, "step") if capturable else STATE_NAMES
     return [member.parameter, member.gradient, *(local_tensor(member.state[name]) for name in names)]
+
+
+def _computes_in_bf16(device: torch.device) -> bool:
+    """Whether a GPU has bfloat16's arithmetic; the interpreter has."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _whole_blocks(shards: RowShards, group: dict[str, Any]) -> bool:

@@ -3,6 +3,9 @@
 A GPU computes on both halves in one instruction; Triton has no name for these, so a line of PTX stands for each. In the
 interpreter the same is done on floats. A single operation on bf16 numbers rounds alike either way: fp32 has more than
 twice their digits.
+
+Compute capability 8.0 has no addition, no comparison and no integers of this kind: a product with one and a sum stands
+for the first, instructions for fp16 for the others, as magnitudes below 2^120 are numbers of it in the same order.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import triton.language as tl
 from optplan.optim_impls.triton_math import INTERPRETED
 
 MAGNITUDES: tl.constexpr = tl.constexpr(0x7FFF7FFF)
+ONES: tl.constexpr = tl.constexpr(0x3F803F80)
 
 
 @triton.jit
@@ -57,9 +61,7 @@ def tl_add_pairs(a, b):
     if INTERPRETED:
         return tl_pair(tl_lower(a) + tl_lower(b), tl_upper(a) + tl_upper(b))
     else:
-        return tl.inline_asm_elementwise(
-            "add.rn.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
-        )
+        return tl_fma_pairs(a, tl.full(a.shape, ONES, tl.int32), b)
 
 
 @triton.jit
@@ -81,26 +83,26 @@ def tl_fma_pairs(a, b, c):
 
 @triton.jit
 def tl_at_least(a, b):
-    """All bits of a half where a >= b, else none; neither is NaN."""
+    """All bits of a half where a >= b, else none; both are magnitudes below 2^120, or negative."""
     if INTERPRETED:
         lower, upper = tl_lower(a) >= tl_lower(b), tl_upper(a) >= tl_upper(b)
         return tl.where(lower, 0xFFFF, 0) | tl.where(upper, -65536, 0)
     else:
         return tl.inline_asm_elementwise(
-            "set.ge.u32.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+            "set.ge.u32.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
         )
 
 
 @triton.jit
 def _larger_bits(a, b):
     return tl.inline_asm_elementwise(
-        "max.u16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+        "max.NaN.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
     )  # fmt: skip
 
 
 @triton.jit
 def tl_max_of_bits(x, axis: tl.constexpr):
-    """The largest of each half as an unsigned integer; halves are below 2^15, so that their order is that of floats."""
+    """The largest of each half, of magnitudes; 2^121 or more where one is as large or not finite."""
     if INTERPRETED:
         return tl.max(x & 0xFFFF, axis=axis) | (tl.max(x >> 16, axis=axis) << 16)
     else:

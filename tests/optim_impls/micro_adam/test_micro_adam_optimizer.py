@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from optplan.optim_impls import MicroAdam
+from optplan.optim_impls.micro_adam.optimizer import _computes_in_bf16
+from optplan.optim_impls.optimizer_base import Part
 from optplan.planner.optimizers.registry import build_optimizer
 from optplan.planner.tensors import Parameter
 
@@ -114,3 +116,26 @@ def test_a_block_that_is_no_power_of_two_runs_on_the_reference() -> None:
         moved.append(parameter.detach())
     assert torch.equal(*moved)
     assert moved[0].count_nonzero() == 24 + 6
+
+
+@pytest.mark.parametrize(("shift", "taken"), [(0, True), (4, True), (2, False), (1, False)])
+def test_the_kernels_take_codes_that_begin_at_a_word(
+    monkeypatch: pytest.MonkeyPatch, shift: int, *, taken: bool
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    parameter = torch.nn.Parameter(torch.zeros(64))
+    optimizer = MicroAdam([parameter], lr=0.1)
+    parameter.grad = torch.ones(64)
+    optimizer._fill(optimizer.state[parameter], parameter, optimizer.param_groups[0])
+    codes = optimizer.state[parameter]["error_feedback"]
+    optimizer.state[parameter]["error_feedback"] = torch.zeros(len(codes) + 4, dtype=torch.uint8)[shift:][: len(codes)]
+    (batch,) = optimizer._divide([Part(parameter, optimizer.state[parameter], 0)], [])
+    assert batch.triton is taken
+
+
+@pytest.mark.parametrize(("capability", "taken"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_the_kernels_need_a_gpu_with_bfloat16_arithmetic(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], *, taken: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert _computes_in_bf16(torch.device("cuda", 0)) is taken
