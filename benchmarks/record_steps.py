@@ -11,7 +11,7 @@ builds its model and takes its step.
 
 With `--events`, forward and backward of the third step are also saved allocation by allocation: bytes requested, and
 the same negative where an allocation ends. With `--labels`, what made each allocation is added. Needs torch and
-transformers; nothing of optplan is imported.
+transformers; of optplan the chunked loss alone is imported.
 """
 
 from __future__ import annotations

@@ -53,6 +53,10 @@ def build_model(case: dict[str, Any]) -> Any:
 
         kept = dict.fromkeys(("rope", "rms_norm", "swiglu", "geglu", "cross_entropy"), False)
         _apply_liger_kernel_to_instance(model, **kept, fused_linear_cross_entropy=True)
+    elif case.get("fused_loss") == "chunked":
+        from optplan.profilers.workloads.fused_losses import fuse_loss
+
+        fuse_loss(model, "chunked")
     return model.train()
 
 
