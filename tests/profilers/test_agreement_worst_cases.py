@@ -55,6 +55,7 @@ def test_every_option_is_among_the_configurations():
     assert {c.precision for c in configs} == {"bf16", "fp32", "amp", "mixed", "fp16-amp"}
     assert {c.checkpointing for c in configs} == {"none", "full", "full-reentrant", "selective"}
     assert {c.attention for c in configs} == {"sdpa", "eager", "flash"}
+    assert {c.fused_loss for c in configs} == {"none", "chunked"}
     for name in ("padding_mask", "keep_grads", "step_in_backward", "empty_cache", "clip_grad_norm"):
         assert any(getattr(c, name) for c in configs), name
     assert {c.grad_accum for c in configs} == {1, 2, 3}
