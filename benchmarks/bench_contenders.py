@@ -90,7 +90,7 @@ CONTENDERS = {
     ),
     # The paper's five iterations from noise, with the second moment formed: in torch but for vectors.
     "adapprox-paper": Contender(
-        _adapprox_as_paper, {"rank": 32}, {torch.float32: 1e-3, torch.bfloat16: 0.05}, "adapprox"
+        _adapprox_as_paper, {"rank": 32, "mode": "paper"}, {torch.float32: 1e-3, torch.bfloat16: 0.05}, "adapprox"
     ),
     # Selection and codes agree bit by bit; sums of the window may differ in their last.
     "micro-adam": Contender(_micro_adam, {}, {torch.float32: 1e-3, torch.bfloat16: 0.05}),

@@ -4,9 +4,9 @@
 
 For each model and dtype: parameters and random gradients of the model's shapes on the GPU, then steps of torch's
 `AdamW(fused=True)` and of the optimizer in turns, timed with CUDA events; the host's time is that of `step()` until it
-returns. Each optimizer is checked against its own reference on odd shapes first: nothing of a wrong one is reported,
-and the exit code is 1. Where optplan is not installed, `python .ci/link_types.py` links this tree into `.types`, to be
-named in PYTHONPATH.
+returns. Slow steps take fewer turns: `--seconds` says when none begins any more. Each optimizer is checked against its
+own reference on odd shapes first: nothing of a wrong one is reported, and the exit code is 1. Where optplan is not
+installed, `python .ci/link_types.py` links this tree into `.types`, to be named in PYTHONPATH.
 
 A new optimizer is a row of `CONTENDERS`.
 """
@@ -24,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -49,7 +49,15 @@ ODD_SHAPES: tuple[tuple[int, ...], ...] = (
 MAX_BYTES = 115 * 10**9
 """What parameters, gradients and the state of both optimizers may take; layers are left out of larger models."""
 NUM_WARM_UP_STEPS = 3
+MIN_ROUNDS = 3
 SEED = 0
+
+
+class Limits(NamedTuple):
+    """How many rounds at most, and the seconds after which none begins but the first `MIN_ROUNDS`."""
+
+    rounds: int
+    seconds: float
 
 
 def main() -> int:
@@ -66,7 +74,8 @@ def main() -> int:
                 print(f"RED {name} {dtype_name}: {error}", file=sys.stderr)
                 continue
             for model in options.models:
-                row = measure(name, model, dtype_name, rounds=options.rounds, bandwidth=bandwidth)
+                limits = Limits(options.rounds, options.seconds)
+                row = measure(name, model, dtype_name, limits=limits, bandwidth=bandwidth)
                 save(options, row)
     return min(num_red, 1)
 
@@ -79,6 +88,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=["llama-2-7b", "gpt2"])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float32"])
     parser.add_argument("--rounds", type=int, default=15, help="steps of each optimizer that are timed")
+    parser.add_argument("--seconds", type=float, default=20.0, help="after which no more rounds begin, but three do")
     parser.add_argument("--commit", default="", help="commit to record; by default that of the tree")
     return parser.parse_args()
 
@@ -147,7 +157,26 @@ def run_timed(step: Callable[[], Any]) -> tuple[float, float]:
     return start.elapsed_time(end) / 1e3, host
 
 
-def measure(name: str, model: str, dtype_name: str, *, rounds: int, bandwidth: float) -> dict[str, Any]:
+def take_turns(
+    first: Callable[[], Any], second: Callable[[], Any], *, limits: Limits
+) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    """The times of two steps that take turns, after a warm-up; as many rounds as the limits allow."""
+    begin = time.perf_counter()
+    for _ in range(NUM_WARM_UP_STEPS):
+        run_timed(first)
+        run_timed(second)
+        if time.perf_counter() - begin > limits.seconds / 4:
+            break
+    times: tuple[list[tuple[float, float]], list[tuple[float, float]]] = ([], [])
+    while len(times[0]) < limits.rounds:
+        if len(times[0]) >= MIN_ROUNDS and time.perf_counter() - begin > limits.seconds:
+            break
+        times[0].append(run_timed(first))
+        times[1].append(run_timed(second))
+    return times
+
+
+def measure(name: str, model: str, dtype_name: str, *, limits: Limits, bandwidth: float) -> dict[str, Any]:
     """The figures of one optimizer on one model beside torch's."""
     dtype = getattr(torch, dtype_name)
     described, left_out = tensors_of(name, model, dtype_name)
@@ -156,19 +185,14 @@ def measure(name: str, model: str, dtype_name: str, *, rounds: int, bandwidth: f
     tensors = [tensor for _, tensor in pairs]
     baseline = torch.optim.AdamW(tensors, lr=1e-5, weight_decay=0.01, fused=True)
     optimizer = CONTENDERS[name].build(pairs, "triton", 1e-5)
-    for _ in range(NUM_WARM_UP_STEPS):
-        baseline.step()
-        optimizer.step()
-    times: dict[str, list[tuple[float, float]]] = {"torch": [], "ours": []}
-    for _ in range(rounds):
-        times["torch"].append(run_timed(baseline.step))
-        times["ours"].append(run_timed(optimizer.step))
+    times = dict(zip(("torch", "ours"), take_turns(baseline.step, optimizer.step, limits=limits), strict=True))
     num_bytes = moved_bytes(name, described, dtype_name)
     row = {
         "schema": "optplan.optimizer-benchmark/1", "optimizer": name, "options": CONTENDERS[name].options,
         "model": model, "left_out_layers": left_out, "dtype": dtype_name, "num_tensors": len(tensors),
-        "num_parameters": sum(p.numel for p in described), "copy_bytes_per_s": round(bandwidth),
-        "moved_bytes": num_bytes, **{who: summarize(pairs_of_times) for who, pairs_of_times in times.items()},
+        "num_parameters": sum(p.numel for p in described), "rounds": len(times["ours"]),
+        "copy_bytes_per_s": round(bandwidth), "moved_bytes": num_bytes,
+        **{who: summarize(pairs_of_times) for who, pairs_of_times in times.items()},
     }  # fmt: skip
     median = row["ours"]["step_seconds"]["p50"]
     row["ratio_to_torch"] = round(median / row["torch"]["step_seconds"]["p50"], 4)
