@@ -40,7 +40,6 @@ PARTIALS, TURN = (tl.constexpr(int(f)) for f in (Field.PARTIALS, Field.TURN))
 BLOCK = tl.constexpr(64)
 STRIDE = tl.constexpr(START_STRIDE)
 MANY = tl.constexpr(1024)
-FEW = tl.constexpr(8)
 
 
 @triton.jit

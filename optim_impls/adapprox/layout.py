@@ -124,7 +124,8 @@ def matrix_table(members: Sequence[Member], layouts: Sequence[MatrixLayout], *, 
     """The image of the table for one round of launches."""
     passes = [[layout.pass_a for layout in layouts], [layout.pass_b for layout in layouts]]
     dealt = [_deal([one.programs for one in of], [one.length for one in of]) for of in passes]
-    dealt.append(_deal([layout.shares for layout in layouts], [0] * len(layouts)))
+    shares = [layout.shares for layout in layouts]
+    dealt.append(_deal(shares, [max(x.rows, x.columns) // n for x, n in zip(layouts, shares, strict=True)]))
     rows: list[list[int]] = []
     offset = 0
     for place, (member, layout, a, b) in enumerate(zip(members, layouts, *passes, strict=True)):
