@@ -59,11 +59,12 @@ def accuracy_example() -> str:
 def accuracy_report() -> AccuracyReport:
     """Today's estimates of the committed measurements."""
     from optplan.planner.accuracy import AccuracyReport
+    from optplan.planner.rivals import compared_rivals
     from optplan.planner.version import VERSION
 
     names = ("public_h200_cases.jsonl", "h200_steps.jsonl")
     rows = [_row(case, name) for name in names for _, case in cases._cases(name) if not cases._is_beyond_rules(case)]
-    return AccuracyReport(version=VERSION, place=PLACE, rows=rows)
+    return AccuracyReport(version=VERSION, place=PLACE, rows=rows, rivals=compared_rivals())
 
 
 def evidence() -> str:

@@ -13,6 +13,7 @@ from optplan.planner.errors import ConfigError, shorten
 from optplan.planner.measured.expectation import expect
 from optplan.planner.measured.measurement import Measurement
 from optplan.planner.measured.record_files import load_record
+from optplan.planner.rivals import Rivals, compared_rivals
 from optplan.planner.timeline import Phase
 from optplan.planner.version import VERSION
 
@@ -68,12 +69,17 @@ class AccuracyRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AccuracyReport(msgspec.Struct, frozen=True, kw_only=True):
-    """All of them, and where the measurements were made."""
+    """All of them, and where the measurements were made.
+
+    Attributes:
+        rivals: What other estimators say of the steps that are measured for everyone to see.
+    """
 
     schema: Literal["optplan.accuracy/1"] = "optplan.accuracy/1"
     version: str
     place: str
     rows: list[AccuracyRow]
+    rivals: Rivals | None = None
 
 
 class Evidence(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,7 +126,8 @@ def accuracy_of(paths: Iterable[Path]) -> AccuracyReport:
             places.append(record.environment.gpu or "a CPU")
     if not any(row.peak_error is not None for row in rows):
         raise ConfigError("none of the records holds a peak that can be held against an estimate")
-    return AccuracyReport(version=VERSION, place=", ".join(dict.fromkeys(places)), rows=rows)
+    place = ", ".join(dict.fromkeys(places))
+    return AccuracyReport(version=VERSION, place=place, rows=rows, rivals=compared_rivals())
 
 
 def _row(record: Measurement, name: str) -> list[AccuracyRow]:

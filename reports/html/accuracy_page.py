@@ -7,6 +7,7 @@ from optplan.reports.html.figures.accuracy import BAND
 from optplan.reports.html.page import render
 from optplan.reports.html.parts import Page, Points, Section
 from optplan.reports.html.sections.accuracy import groups, measured, totals
+from optplan.reports.html.sections.rivals import rivals
 
 
 def accuracy_page(report: AccuracyReport) -> str:
@@ -19,10 +20,14 @@ def accuracy_page(report: AccuracyReport) -> str:
             headline=f"{sum(error <= BAND for error in errors)} of {len(errors)} peaks are predicted within 1 %",
             tone="",
             lead=f"{errors.count(0.0)} are equal to the byte; the largest error is {max(errors):.2%}.",
-            sections=[totals(report), measured(report), groups(report), _about(report)],
+            sections=[totals(report), measured(report), groups(report), *_others(report), _about(report)],
             records={"accuracy": report},
         )
     )
+
+
+def _others(report: AccuracyReport) -> list[Section]:
+    return [rivals(report.rivals)] if report.rivals else []
 
 
 def _about(report: AccuracyReport) -> Section:
@@ -33,6 +38,5 @@ def _about(report: AccuracyReport) -> Section:
         "Error: predicted over measured, less one. Where cached blocks of one size tie, the addresses that the driver"
         " chose decide how much is reserved, which nobody can know beforehand.",
         "Families without step rules have no predicted peak and no error.",
-        "Other estimators are left out: no figures of theirs on these steps are on record with a source.",
     ]  # fmt: skip
     return Section("about", "What was compared?", f"optplan {report.version}.", [Points(sentences)])

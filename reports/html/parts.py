@@ -95,6 +95,41 @@ class Code(msgspec.Struct, frozen=True):
     kind: Literal["code"] = "code"
 
 
+class Exported(msgspec.Struct, frozen=True):
+    """A configuration as the file of a training program.
+
+    Attributes:
+        id: Unique within the page.
+        title: The program.
+        file_name: What the file is called.
+        text: The file.
+        command: How to start it.
+        by_hand: What the program cannot be told in the file.
+    """
+
+    id: str
+    title: str
+    file_name: str
+    text: str
+    command: str
+    by_hand: list[str]
+
+
+class Refused(msgspec.Struct, frozen=True):
+    """A training program, or several, that cannot run the configuration, and why."""
+
+    title: str
+    reason: str
+
+
+class Exports(msgspec.Struct, frozen=True):
+    """The configuration for training programs."""
+
+    written: list[Exported]
+    refused: list[Refused]
+    kind: Literal["exports"] = "exports"
+
+
 class Points(msgspec.Struct, frozen=True):
     """Sentences, one below the other."""
 
@@ -128,7 +163,7 @@ class Switches(msgspec.Struct, frozen=True):
     kind: Literal["switches"] = "switches"
 
 
-Part = Drawing | Table | Facts | Code | Points | Download | Switches
+Part = Drawing | Table | Facts | Code | Exports | Points | Download | Switches
 
 
 class Section(msgspec.Struct, frozen=True):

@@ -33,7 +33,13 @@ def recommendation_page(report: SearchReport, *, model: str | None = None) -> st
             headline=_headline(report),
             tone=tone,
             lead=report.reasons[0] if report.reasons else "",
-            sections=[fit(report), run(report), why(report), *_step_sections(details), certainty(report)],
+            sections=[
+                fit(report),
+                run(report, model=model or report.model.name),
+                why(report),
+                *_step_sections(details),
+                certainty(report),
+            ],
             records={"recommend": report, "what_if": details[1].what_if if details else None},
         )
     )

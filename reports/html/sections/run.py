@@ -5,7 +5,10 @@ from __future__ import annotations
 import shlex
 
 from optplan.planner.records import EstimateReport, Recommendation
+from optplan.planner.trainers.export import export
+from optplan.planner.trainers.job import Export
 from optplan.reports.html.parts import Code, Column, Download, Part, Section, Table, Value
+from optplan.reports.html.sections.exports import exports
 
 
 def run(report: EstimateReport) -> Section:
@@ -22,6 +25,7 @@ def run(report: EstimateReport) -> Section:
         Code("command", "Command that prints this estimate", advice.command),
         Code("python", "The same in Python", _python(report, advice)),
         Download("optplan-estimate.json"),
+        exports(lambda target: _export(report, advice, target)),
     ]
     return Section("run", "What should I run?", f"{advice.optimizer}, as follows.", parts)
 
@@ -51,10 +55,25 @@ def _configuration(report: EstimateReport, advice: Recommendation) -> Table:
     )
 
 
+def _export(report: EstimateReport, advice: Recommendation, target: str) -> Export:
+    return export(
+        target,
+        model=_model(report, advice),
+        optimizer=advice.optimizer,
+        implementation=advice.implementation,
+        options=advice.options,
+        config=advice.config,
+    )
+
+
+def _model(report: EstimateReport, advice: Recommendation) -> str:
+    """The model as it was asked for."""
+    words = shlex.split(advice.command)
+    return words[words.index("--model") + 1] if "--model" in words else report.model.name
+
+
 def _python(report: EstimateReport, advice: Recommendation) -> str:
     config = advice.config
-    words = shlex.split(advice.command)
-    model = words[words.index("--model") + 1] if "--model" in words else report.model.name
     target = {"memory": report.gpu.total_bytes} if report.gpu.context_bytes == 0 else {"gpu": report.gpu.name}
     settings = {
         **target,
@@ -68,4 +87,4 @@ def _python(report: EstimateReport, advice: Recommendation) -> str:
         "attention": config.attention,
     }
     lines = "".join(f"    {name}={value!r},\n" for name, value in settings.items())
-    return f"import optplan\n\nreport = optplan.estimate(\n    {model!r},\n{lines})\n"
+    return f"import optplan\n\nreport = optplan.estimate(\n    {_model(report, advice)!r},\n{lines})\n"

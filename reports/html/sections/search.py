@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from optplan.planner.search.records import Configuration, SearchReport
+from optplan.planner.trainers.recommended import export_recommendation
 from optplan.planner.units import format_gib
 from optplan.reports.html.figures.trade_off import Point, name_of, trade_off
 from optplan.reports.html.parts import (
@@ -19,6 +20,7 @@ from optplan.reports.html.parts import (
     Table,
     Value,
 )
+from optplan.reports.html.sections.exports import exports
 
 
 def fit(report: SearchReport) -> Section:
@@ -41,8 +43,8 @@ def fit(report: SearchReport) -> Section:
     return Section("fit", "Does it fit?", text, [Facts(facts)])
 
 
-def run(report: SearchReport) -> Section:
-    """The recommendation's settings and its commands, and the runner-up."""
+def run(report: SearchReport, *, model: str) -> Section:
+    """The recommendation's settings and its commands, the runner-up, and the files of training programs."""
     found = report.recommendation
     parts: list[Part] = []
     if found is not None:
@@ -50,6 +52,8 @@ def run(report: SearchReport) -> Section:
     if report.runner_up is not None:
         parts.append(Code("runner-up", f"Runner-up: {name_of(report.runner_up)}", report.runner_up.command))
     parts.append(Download("optplan-recommend.json"))
+    if found is not None:
+        parts.append(exports(lambda target: export_recommendation(report, target, model=model)))
     return Section("run", "What should I run?", report.rule, parts)
 
 

@@ -88,10 +88,11 @@
   document.addEventListener("click", (event) => {
     const button = event.target.closest("button");
     if (!button) return;
-    const { copyTable, csvTable, copyText, saveRecord } = button.dataset;
+    const { copyTable, csvTable, copyText, saveText, fileName, saveRecord } = button.dataset;
     if (copyTable) copy(button, cells(copyTable).map((row) => row.join("\t")).join("\n"));
     if (csvTable) { save(`${csvTable}.csv`, "text/csv", csv(csvTable)); tell("Saved"); }
     if (copyText) copy(button, document.getElementById(copyText).textContent);
+    if (saveText) { save(fileName, "text/plain", document.getElementById(saveText).textContent); tell("Saved"); }
     if (saveRecord) {
       save(saveRecord, "application/json", JSON.stringify(Object.values(records)[0], null, 2));
       tell("Saved");
