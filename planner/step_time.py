@@ -25,6 +25,8 @@ from optplan.planner.step_time_work import PhaseWork, StepWork
 
 Basis = Literal["calibrated", "scaled"]
 Bound = Literal["gpu", "host", "link"]
+_MOVES_PER_COPIED_BYTE = 2.0
+"""A copy is read once and written once."""
 _EXTRA_MASTER_BYTES = 12
 """Moved a parameter with master weights: a bf16 gradient is read and written in fp32, the result read and cast."""
 
@@ -141,10 +143,8 @@ def phase_busy(work: PhaseWork, gpu: Gpu, precision: str, *, model: TimeModel) -
     peak, share = _product_peak(gpu, precision, model=model)
     seconds = work.product_flops / (share * peak) + work.attention_flops / (rates.attention_share * peak)
     layer = model.host.seconds_per_rotary_layer if work.rotates else model.host.seconds_per_other_layer
-    return Busy(
-        seconds + rates.moves_per_written_byte * work.written_bytes / bandwidth,
-        layer * (work.num_layers / 2 + work.num_recomputed_layers),
-    )
+    moved = rates.moves_per_written_byte * work.written_bytes + _MOVES_PER_COPIED_BYTE * work.copied_bytes
+    return Busy(seconds + moved / bandwidth, layer * (work.num_layers / 2 + work.num_recomputed_layers))
 
 
 def _product_peak(gpu: Gpu, precision: str, *, model: TimeModel) -> tuple[float, float]:

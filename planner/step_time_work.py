@@ -2,7 +2,8 @@
 
 Products are counted from the model's matrices, the rest from the step rules: every tensor that forward and backward
 allocate is written once and read a few times, save what products write in backward: their time is that of their
-operations. What checkpointing computes again is on the rules' tape already; its products are added here.
+operations. What is copied for collectives is counted on its own, what they write themselves is the links' time. What
+checkpointing computes again is on the rules' tape already; its products are added here.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from optplan.planner.step.program import Program
 from optplan.planner.timeline import Phase
 
 _NO_PRODUCT = {"token_embedding", "position_embedding", "norm", "bias"}
-_WRITTEN_BY_PRODUCTS = {"weight gradient", "gradient of the input"}
+_WRITTEN_BY_OTHERS = {"weight gradient", "gradient of the input", "all-gather output", "sharded gradients"}
+"""Written by products or collectives, whose time is counted otherwise."""
+_GATHERED = "gathered "
 _BIDIRECTIONAL = {"bert", "roberta", "vit", "t5"}
 RECOMPUTED_SHARE = {"none": 0.0, "selective": 0.5, "full": 1.0, "full-reentrant": 1.0}
 """Share of the layers whose forward runs twice."""
@@ -30,7 +33,8 @@ class PhaseWork(msgspec.Struct, frozen=True):
     Attributes:
         product_flops: Multiplications and additions of products with the model's matrices.
         attention_flops: The same of queries with keys and of weights with values.
-        written_bytes: Bytes of the tensors that it allocates, without the gradients that products write.
+        written_bytes: Bytes of the tensors that it allocates, without those that products or collectives write.
+        copied_bytes: Bytes of copies for collectives and of what they gathered.
         num_layers: Layers that it runs through.
         num_recomputed_layers: Layers whose forward it runs again.
         rotates: Whether positions are encoded by rotation, which takes many small operations.
@@ -39,6 +43,7 @@ class PhaseWork(msgspec.Struct, frozen=True):
     product_flops: float
     attention_flops: float
     written_bytes: float
+    copied_bytes: float
     num_layers: int
     num_recomputed_layers: float
     rotates: bool
@@ -84,11 +89,11 @@ def step_work(spec: ModelSpec, options: StepOptions, program: Program) -> StepWo
     again = RECOMPUTED_SHARE[options.checkpointing]
     num_layers, rotates = _num_layers(program), any(name.startswith("rotary") for name in spec.config)
     return StepWork(
-        PhaseWork(products, attention, _written_bytes(program, "forward"), num_layers, 0.0, rotates),
+        PhaseWork(products, attention, *_written_bytes(program, "forward"), num_layers, 0.0, rotates),
         PhaseWork(
             (2 + again) * products,
             (2.5 + again) * attention,
-            _written_bytes(program, "backward"),
+            *_written_bytes(program, "backward"),
             num_layers,
             again * num_layers,
             rotates,
@@ -103,19 +108,25 @@ def _num_layers(program: Program) -> int:
     )
 
 
-def _written_bytes(program: Program, phase: Phase) -> float:
-    """Bytes of the tensors that a phase writes in the whole model."""
-    tape, written = program.tape, 0
+def _written_bytes(program: Program, phase: Phase) -> tuple[float, float]:
+    """Bytes that a phase writes in the whole model: those of its operations, and those copied for collectives."""
+    tape, written, copied = program.tape, 0, 0
     starts = [segment.first_id - 1 for segment in tape.segments] + [len(tape.records)]
-    sums: dict[int, int] = {}
+    sums: dict[int, tuple[int, int]] = {}
     for index, _ in program.stretches():
         if tape.segments[index].phase != phase:
             continue
         if index not in sums:
-            sums[index] = _sum_of(tape.records[starts[index] : starts[index + 1]])
-        written += sums[index]
-    return float(written)
+            sums[index] = _sums_of(tape.records[starts[index] : starts[index + 1]])
+        written, copied = written + sums[index][0], copied + sums[index][1]
+    return float(written), float(copied)
 
 
-def _sum_of(records: Sequence[Record]) -> int:
-    return sum(record.num_bytes for record in records if record.operation not in _WRITTEN_BY_PRODUCTS)
+def _sums_of(records: Sequence[Record]) -> tuple[int, int]:
+    counted = [record for record in records if record.operation not in _WRITTEN_BY_OTHERS]
+    copied = sum(record.num_bytes for record in counted if _is_copy(record))
+    return sum(record.num_bytes for record in counted) - copied, copied
+
+
+def _is_copy(record: Record) -> bool:
+    return record.category == "communication" or record.operation.startswith(_GATHERED)

@@ -10,6 +10,10 @@ from optplan.planner.search.explore import Found
 from optplan.planner.search.picks import Ranked, in_order
 
 _MOST_TRIES = 40
+_WHOLE = ("none", "ddp", "ddp-copies")
+"""Ways of working on several GPUs in which each holds the whole model and its state."""
+_DEEPSPEED = ("zero1-deepspeed", "zero2", "zero3")
+"""Ways that take another training engine besides."""
 
 
 class Choice(NamedTuple):
@@ -55,18 +59,19 @@ def _is_alike(found: Found, tight: Found) -> bool:
 
 
 def _runner_up(describer: Describer, ordered: Sequence[Found], best: Found) -> Found | None:
-    for candidate in ordered[:_MOST_TRIES]:
-        same = (candidate.bound.candidate.id, candidate.bound.precision) == (
-            best.bound.candidate.id,
-            best.bound.precision,
-        )
-        if not same and describer.simulate(candidate) == "fits":
-            return candidate
-    return None
+    others = [other for other in ordered if _name_of(other) != _name_of(best)]
+    return next((other for other in others[:_MOST_TRIES] if describer.simulate(other) == "fits"), None)
+
+
+def _name_of(found: Found) -> tuple[str, str]:
+    """What a runner-up must differ in."""
+    return found.bound.candidate.id, found.bound.precision
 
 
 def _ranked(found: Found) -> Ranked:
     manner, member = found.manner, found.bound.member
+    sharding = found.bound.frame.layout.sharding
     changed = (manner.checkpointing != "none", manner.fused_loss != "none", member.state_dtype is not None)
-    num_changes = sum(changed) + len(found.bound.candidate.settings)
+    divided = (sharding not in _WHOLE, sharding in _DEEPSPEED)
+    num_changes = sum(changed) + sum(divided) + len(found.bound.candidate.settings)
     return Ranked(found.key, found.seconds, found.peak_bytes, num_changes)

@@ -72,6 +72,9 @@ class Micro(NamedTuple):
     seconds: float
 
 
+_ROOMY = 0.9
+
+
 @contextmanager
 def _collector_paused() -> Iterator[None]:
     """Without the cycle collector, which finds nothing among the short-lived records and takes a fifth of the time."""
@@ -90,6 +93,7 @@ class Exploration:
     Attributes:
         front: The configurations that no other beats, in the order of their evidence.
         best: Of every optimizer under every precision, the quickest that fits, beaten or not.
+        roomy: The same of those that leave a tenth of the limit, for where the quickest turns out tight.
         beaten: What beats each of them, if anything does.
         least_bytes: Of every optimizer under every precision, the lowest peak of all that were tried, fitting or not.
         least_usual_bytes: The same without the step in backward.
@@ -103,6 +107,7 @@ class Exploration:
         self.pool = Pool(base, space)
         self.front: list[Found] = []
         self.best: dict[BoundMember, Found] = {}
+        self.roomy: dict[BoundMember, Found] = {}
         self.beaten: dict[BoundMember, Beaten] = {}
         self.least_bytes: dict[BoundMember, int] = {}
         self.least_usual_bytes: dict[BoundMember, int] = {}
@@ -214,8 +219,9 @@ class Exploration:
         return found._replace(peak_bytes=member.resident_bytes + micro.point.peak_bytes(temporary))
 
     def _note(self, found: Found, winner: Found | None) -> None:
-        known = self.best.get(found.bound)
-        if known is None or (found.key, found.seconds) < (known.key, known.seconds):
+        if found.peak_bytes <= _ROOMY * self.limit_bytes and _is_surer_or_quicker(found, self.roomy.get(found.bound)):
+            self.roomy[found.bound] = found
+        if _is_surer_or_quicker(found, self.best.get(found.bound)):
             self.best[found.bound] = found
             self.beaten.pop(found.bound, None)
             if winner is not None:
@@ -226,3 +232,7 @@ class Exploration:
         self.front = [other for other in self.front if not found.beats(other.peak_bytes, other.seconds, other.key)]
         self.front.append(found)
         self.counts["front"] += 1
+
+
+def _is_surer_or_quicker(found: Found, known: Found | None) -> bool:
+    return known is None or (found.key, found.seconds) < (known.key, known.seconds)

@@ -86,7 +86,7 @@ def _search(question: Question) -> tuple[Exploration, Describer, Choice]:
 
 def _candidates(exploration: Exploration) -> list[Found]:
     """The front, and the best of each optimizer: where those on the front turn out tight, others are tried."""
-    return list(dict.fromkeys([*exploration.front, *exploration.best.values()]))
+    return list(dict.fromkeys([*exploration.front, *exploration.best.values(), *exploration.roomy.values()]))
 
 
 def _best_of(question: Question) -> Configuration | None:

@@ -150,6 +150,17 @@ def test_bytes_between_gpus(sharding: str, precision: str, micro_step: int, redu
     assert (traffic.reduced_bytes, traffic.gathered_bytes) == (reduced * share, gathered * share)
 
 
+def test_what_is_copied_for_collectives_is_counted_on_its_own() -> None:
+    # What two ranks gathered of 1,100,048,384 parameters in bf16 is copied out of the buffer once.
+    request = check_request(load_model("tinyllama-1.1b"), gpu="h200", gpus=2, sharding="fsdp2")
+    options = step_options(request)
+    sharded = step_work(request.model, options, record_step(request.model, options, strategy=request.strategy))
+    alone = step_work(request.model, options, record_step(request.model, options))
+    assert sharded.forward.copied_bytes == pytest.approx(2 * 1_100_048_384, rel=0.01)
+    assert alone.forward.copied_bytes == 0
+    assert sharded.forward.written_bytes == pytest.approx(alone.forward.written_bytes, rel=0.01)
+
+
 def test_hybrid_sharding_gathers_in_the_machine_and_reduces_shards_across() -> None:
     request = check_request(load_model("gpt2"), gpu="h200", gpus=16, nodes=2, sharding="fsdp2-hybrid")
     traffic, parameters = link_traffic(request), 2 * 124_439_808
