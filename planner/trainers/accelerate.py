@@ -96,8 +96,7 @@ def _rest_by_hand(job: TrainingJob) -> list[str]:
     lines = ddp_remark(job, "accelerate")
     if config.checkpointing == "selective":
         lines.append("wrap every second layer with torch.distributed's checkpoint_wrapper")
-    if config.fused_loss == "liger":
-        lines.append("install liger-kernel and apply its fused linear cross entropy alone")
+    lines += hf_fields.fused_loss_lines(job)
     if config.step_in_backward:
         lines.append("step each parameter's own optimizer in register_post_accumulate_grad_hook")
     if config.keep_grads:

@@ -75,6 +75,8 @@ def _check(job: TrainingJob) -> None:
         raise job.refuse(TARGET, "its Trainer takes no optimizer step within backward")
     if job.config.sharding in ("zero1", "fsdp2-hybrid"):
         raise job.refuse(TARGET, f"it has no sharding like {job.config.sharding}")
+    if job.config.fused_loss == "chunked":
+        raise job.refuse(TARGET, "its chunked_cross_entropy casts the logits chunk by chunk and holds all of them")
 
 
 def _precision(job: TrainingJob) -> dict[str, Any]:

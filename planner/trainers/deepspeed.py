@@ -92,7 +92,6 @@ def _by_hand(job: TrainingJob, *, known: bool) -> list[str]:
     elif config.checkpointing != "none":
         reentrant = config.checkpointing == "full-reentrant"
         lines.append(f'model.gradient_checkpointing_enable({{"use_reentrant": {reentrant}}})')
-    if config.fused_loss == "liger":
-        lines.append("install liger-kernel and apply its fused linear cross entropy alone")
+    lines += hf_fields.fused_loss_lines(job)
     lines.append("DeepSpeed's flat buffers come on top: the estimate is of a step without them")
     return lines + hf_fields.common_remarks(job)

@@ -27,6 +27,8 @@ def write(job: TrainingJob) -> Export:
     fields |= hf_fields.checkpointing_fields(job, target=TARGET)
     if config.fused_loss == "liger":
         fields |= {"use_liger_kernel": True, "liger_kernel_config": hf_fields.liger_kernels(job)}
+    if config.fused_loss == "chunked":
+        by_hand.append(hf_fields.LOSS_IN_CHUNKS)
     named = hf_fields.optimizer_fields(job)
     if named is not None:
         fields |= named

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from optplan.planner.step.fused_losses import NUM_CHUNKS
 from optplan.planner.trainers.job import LEARNING_RATE, TrainingJob
 from optplan.planner.trainers.optimizer_code import optimizer_code
 
@@ -65,6 +66,19 @@ def checkpointing_fields(job: TrainingJob, *, target: str) -> dict[str, Any]:
     if kind != "none":
         fields["gradient_checkpointing_kwargs"] = {"use_reentrant": kind == "full-reentrant"}
     return fields
+
+
+LOSS_IN_CHUNKS = (
+    f"compute the loss in {NUM_CHUNKS} chunks of tokens, each head and cross entropy under torch.utils.checkpoint: "
+    "--export python writes that out"
+)
+"""What is left to do by hand for `--fused-loss chunked`."""
+
+
+def fused_loss_lines(job: TrainingJob) -> list[str]:
+    """What is left to do for the loss in a program whose file says nothing of it."""
+    liger = "install liger-kernel and apply its fused linear cross entropy alone"
+    return {"liger": [liger], "chunked": [LOSS_IN_CHUNKS]}.get(job.config.fused_loss, [])
 
 
 def liger_kernels(job: TrainingJob) -> dict[str, bool]:

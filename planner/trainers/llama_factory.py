@@ -85,6 +85,8 @@ def _check(job: TrainingJob) -> None:
         raise job.refuse(
             TARGET, "it applies all of Liger's kernels or none, never the fused loss alone", instead="hf-args"
         )
+    if config.fused_loss == "chunked":
+        raise job.refuse(TARGET, "it has no loss that cuts the logits into chunks")
     if is_fsdp(job):
         raise job.refuse(TARGET, "its FSDP is set up by accelerate's file", instead="accelerate")
     # Refuses every second layer, which the Trainer cannot do.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from optplan.planner.trainers import hf_fields
 from optplan.planner.trainers.job import LEARNING_RATE, Export, TrainingJob, is_causal
 from optplan.planner.trainers.optimizer_code import OptimizerCode, optimizer_code
+from optplan.planner.trainers.python_losses import after_model, before_model, loss_functions, loss_imports
 from optplan.planner.trainers.python_sharding import sharding_imports, sharding_lines, zero1_optimizer
 from optplan.planner.trainers.shardings import DEEPSPEED, is_distributed, is_fsdp, torchrun
 from optplan.planner.trainers.text import head
@@ -61,6 +62,7 @@ def _script(job: TrainingJob, code: OptimizerCode, by_hand: list[str]) -> str:
     blocks = [
         _imports(job, code),
         [f"{name} = {value}" for name, value in constants.items()],
+        *loss_functions(job),
         _model_function(job),
         _optimizer_function(job, code),
         _batches_function(job),
@@ -74,7 +76,8 @@ def _imports(job: TrainingJob, code: OptimizerCode) -> list[str]:
     lines = ["import argparse", *(["import os"] if is_distributed(job) else []), "", "import torch"]
     lines += ["import torch.distributed as dist"] if is_distributed(job) else []
     lines += sharding_imports(job)
-    if job.config.checkpointing == "selective":
+    lines += loss_imports(job)
+    if job.config.checkpointing == "selective" or job.config.fused_loss == "chunked":
         lines.append("from torch.utils.checkpoint import checkpoint")
     lines += [line for line in code.imports if line != "import torch"]
     return [*lines, "from transformers import AutoModelForCausalLM"]
@@ -90,19 +93,10 @@ def _model_function(job: TrainingJob) -> list[str]:
         f'model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.{dtype}, attn_implementation="{attention}")',
         "model.to(device).train()",
         *_checkpointing(config.checkpointing),
+        *after_model(job),
     ]
-    if config.fused_loss == "liger":
-        body = [*_liger(job), *body]
+    body = [*before_model(job), *body]
     return ["def load_model(device):", *(_INDENT + line for line in [*body, *sharding_lines(job), "return model"])]
-
-
-def _liger(job: TrainingJob) -> list[str]:
-    return [
-        "from liger_kernel.transformers.monkey_patch import _apply_liger_kernel",
-        "",
-        "kernels = dict(rope=False, cross_entropy=False, rms_norm=False, swiglu=False)",
-        f"_apply_liger_kernel({job.spec.model_type!r}, fused_linear_cross_entropy=True, **kernels)",
-    ]
 
 
 def _checkpointing(kind: str) -> list[str]:

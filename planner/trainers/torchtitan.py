@@ -126,7 +126,8 @@ def _by_hand(job: TrainingJob) -> list[str]:
     if config.attention != "sdpa":
         raise job.refuse(TARGET, f"its attention is sdpa, not {config.attention}", instead="hf-args")
     if config.fused_loss != "none":
-        raise job.refuse(TARGET, f"it has no {config.fused_loss} loss", instead="hf-args")
+        instead = "python" if config.fused_loss == "chunked" else "hf-args"
+        raise job.refuse(TARGET, f"it has no {config.fused_loss} loss", instead=instead)
     lines = [
         "install torchtitan==0.2.2: later versions take no TOML",
         f"fetch the tokenizer of {job.model} to hf_assets_path, and name your dataset under [training]",

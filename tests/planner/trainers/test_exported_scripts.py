@@ -105,6 +105,7 @@ STEPS: list[dict[str, Any]] = [
     {"precision": "bf16", "checkpointing": "selective", "keep_grads": True},
     {"precision": "fp32", "checkpointing": "full-reentrant", "attention": "eager", "empty_cache": True},
     {"precision": "bf16", "step_in_backward": True},
+    {"precision": "amp", "checkpointing": "selective", "fused_loss": "chunked"},
 ]
 
 
@@ -119,6 +120,18 @@ def test_every_manner_of_step(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     run(script(tiny_model, "adamw", "optplan", {}, **step), tmp_path, monkeypatch)
     assert "step 2: loss " in capsys.readouterr().out
+
+
+def test_the_loss_in_chunks_is_the_models_own(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = import_module("torch")
+    names = run(script(tiny_model, "adamw", "optplan", {}, fused_loss="chunked"), tmp_path, monkeypatch)
+    model, tokens = names["load_model"](torch.device("cpu")), torch.arange(1, 23).view(2, 11)
+    labels = tokens.masked_fill(tokens % 4 == 0, -100)
+    own = import_module("transformers").LlamaForCausalLM.from_pretrained(tiny_model).train()
+    expected = own(input_ids=tokens, labels=labels).loss.item()
+    assert model(input_ids=tokens, labels=labels).loss.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_options_reach_the_optimizer(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

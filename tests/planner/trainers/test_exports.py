@@ -319,12 +319,34 @@ def test_accelerate_sets_up_fsdp() -> None:
             {"optimizer": "muon", "implementation": "torch"},
             "muon (torch) is not a single class over the model's parameters; build it as its documentation says",
         ),
+        (
+            "axolotl",
+            {"fused_loss": "chunked"},
+            "its chunked_cross_entropy casts the logits chunk by chunk and holds all of them; try --export python",
+        ),
+        (
+            "llama-factory",
+            {"fused_loss": "chunked"},
+            "it has no loss that cuts the logits into chunks; try --export python",
+        ),
+        ("torchtitan", {"fused_loss": "chunked"}, "it has no chunked loss; try --export python"),
     ],
 )
 def test_what_a_program_cannot_do_is_said(target: str, arguments: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError) as caught:
         written(target, **arguments)
     assert str(caught.value) == f"--export {target} is not possible: {sentence}"
+
+
+@pytest.mark.parametrize("target", ["hf-args", "deepspeed", "accelerate"])
+def test_a_loss_in_chunks_is_left_to_the_script(target: str) -> None:
+    precision = {"deepspeed": {"precision": "mixed", "sharding": "zero2", "gpus": 2}}.get(target, {})
+    line = (
+        "compute the loss in 8 chunks of tokens, each head and cross entropy under torch.utils.checkpoint: "
+        "--export python writes that out"
+    )
+    assert line in written(target, fused_loss="chunked", **precision).by_hand
+    assert line not in written(target, fused_loss="liger", **precision).by_hand
 
 
 def test_an_unknown_target_is_refused() -> None:
