@@ -15,6 +15,7 @@ from optplan.planner.optimizers.registry import build_optimizer
 from optplan.planner.tensors import Parameter
 from optplan.planner.timeline import Allocation, TimelineBuilder
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES: list[tuple[int, ...]] = [(70, 65), (37,), (64, 128), (6, 5, 7), (0,), (66, 136), (1, 9)]
 """Three rounds (even rows, odd rows, and 6 x 35 whose rank is 1), vectors between them."""
 
@@ -36,7 +37,7 @@ class Requests(TorchDispatchMode):
 @pytest.fixture(scope="module")
 def stepped() -> tuple[Adapprox, list[torch.nn.Parameter]]:
     """An optimizer after its first step; rank 10."""
-    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
+    parameters = [torch.nn.Parameter(torch.zeros(shape, device=DEVICE)) for shape in SHAPES]
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     optimizer = Adapprox(parameters, rank=10, backend="triton")
