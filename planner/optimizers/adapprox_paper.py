@@ -3,8 +3,8 @@
 On CUDA a QR factorization of a tall matrix takes cuSOLVER's workspaces. That of `geqrf` follows the columns: torch
 factors 58,720,256 rows by 36 columns in little memory (pytorch issue 134326). That of `orgqr` is taken to hold 128
 elements a row beside 256 a column: a square matrix was measured to take 384, and the 32-bit query overflows beyond 16
-million rows (CUDA.jl pull request 3258). Neither was measured for tall matrices; they decide no peak where the smaller
-side has some hundred elements, because the update keeps seven matrices alive.
+million rows (CUDA.jl pull request 3258). Neither was measured for tall matrices; they decide no peak where the largest
+matrix has a million elements and a hundred rows and columns, because the update keeps up to eight matrices alive.
 """
 
 from __future__ import annotations
