@@ -38,7 +38,13 @@ def describe_model(model: nn.Module, name: str | None) -> ModelRow:
 
 
 def describe_step(
-    model: nn.Module, *, inputs: Sequence[torch.Size], autocast: torch.dtype | None, num_forwards: int, masters: bool
+    model: nn.Module,
+    *,
+    inputs: Sequence[torch.Size],
+    autocast: torch.dtype | None,
+    num_forwards: int,
+    masters: bool,
+    sharding: str | None = None,
 ) -> StepConfig:
     """How the step is run.
 
@@ -48,6 +54,7 @@ def describe_step(
         autocast: Dtype of autocast during the forward, None without it.
         num_forwards: Forwards of one optimizer step.
         masters: Whether the optimizer steps copies of the parameters.
+        sharding: How this process's group divides the model, None where each process trains one of its own.
     """
     dtype = next(model.parameters()).dtype
     precision = _AUTOCAST_OF.get(autocast, "") if autocast and dtype == torch.float32 else ""
@@ -61,8 +68,8 @@ def describe_step(
         grad_accum=max(1, num_forwards),
         checkpointing=_checkpointing(model),
         attention=str(getattr(config, "_attn_implementation", None) or "sdpa"),
-        gpus=1,
-        sharding="none",
+        gpus=torch.distributed.get_world_size() if sharding else 1,
+        sharding=sharding or "none",
     )
 
 

@@ -57,6 +57,12 @@ def read_environment(
     )
 
 
+def is_first_rank() -> bool:
+    """Whether this process is the first of its group, or alone."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not distributed or torch.distributed.get_rank() == 0
+
+
 def given_notes() -> list[str]:
     """What whoever started this process wants its records to say."""
     return [os.environ[NOTE_VARIABLE]] if os.environ.get(NOTE_VARIABLE) else []

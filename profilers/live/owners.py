@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -26,8 +26,24 @@ class Owners:
         masters: What the optimizer steps besides: fp32 copies that the caller keeps.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        name_gradient: Callable[[str, nn.Parameter], str] = lambda name, _: name,
+    ) -> None:
+        """Remember the names of the parameters.
+
+        Args:
+            model: Whose parameters they are.
+            optimizer: Steps them, or copies of them.
+            name_gradient: Names a gradient's memory by the parameter's name and the parameter: DDP and FSDP2 keep the
+                gradients of several in one piece.
+        """
+        # ZeroRedundancyOptimizer keeps an optimizer of its own for this rank's part.
+        self._optimizer: torch.optim.Optimizer = getattr(optimizer, "optim", optimizer)
+        self._name_gradient = name_gradient
         self.parameters = dict(model.named_parameters())
         self._buffers = dict(model.named_buffers())
         names = {id(parameter): name for name, parameter in self.parameters.items()}
@@ -46,7 +62,10 @@ class Owners:
 
     def gradients(self) -> Iterator[tuple[torch.Tensor, Owner]]:
         """The gradients that there are now."""
-        for name, parameter in (*self.parameters.items(), *self.masters.items()):
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None:
+                yield parameter.grad, Owner("gradients", self._name_gradient(name, parameter))
+        for name, parameter in self.masters.items():
             if parameter.grad is not None:
                 yield parameter.grad, Owner("gradients", name)
 

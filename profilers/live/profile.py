@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -21,7 +21,14 @@ from optplan.planner.records import ResidentBytes
 from optplan.planner.step_history import StepHistory
 from optplan.planner.timeline import Phase
 from optplan.profilers.live.allocator_record import AllocatorRecord, ReplayedRecord, replay_record
-from optplan.profilers.live.live_history import Ownership, phase_peaks, step_history
+from optplan.profilers.live.communication import (
+    CommunicationFollower,
+    GradientNames,
+    bucket_sizes,
+    inner_model,
+    strategy_of,
+)
+from optplan.profilers.live.live_history import Communication, Ownership, phase_peaks, step_history
 from optplan.profilers.live.owners import Owner, Owners, storage_bytes
 from optplan.profilers.live.phases import ModuleFollower, StepWatcher
 from optplan.profilers.live.step_clock import StepClock
@@ -30,6 +37,7 @@ RECORDED_STEP = 2
 """The third step: the first makes the optimizer's state, the second finds the memory that the first has left."""
 
 _MESSAGE_LIMIT = 400
+_ROUNDING_BYTES = 512
 
 
 class Residents(NamedTuple):
@@ -76,6 +84,7 @@ class LiveProfile:
             optimizer: Its `step()` ends each step.
             recorded_step: Which step is recorded, counted from 0.
         """
+        inner = inner_model(model)
         self.device = next(model.parameters()).device
         self.residents: Residents | None = None
         self.history: StepHistory | None = None
@@ -85,11 +94,14 @@ class LiveProfile:
         self.call: Call | None = None
         self.hook_seconds = 0.0
         self.recorded_step = recorded_step
-        self._owners = Owners(model, optimizer)
+        self._model = model
+        self._owners = Owners(inner, optimizer, name_gradient=GradientNames(model))
         self._record = AllocatorRecord(self.device.index or 0) if self.device.type == "cuda" else None
         self._clock = StepClock(self.device)
         self._watcher = StepWatcher(model, optimizer, on_phase=self._phase_begins)
-        self._follower = ModuleFollower(model, count_events=self._record.count if self._record else lambda: 0)
+        count = self._record.count if self._record else lambda: 0
+        self._follower = ModuleFollower(inner, count_events=count)
+        self._communication = CommunicationFollower(inner, count_events=count, on_reduction=self._note_reduction)
         self._ownerships: list[Ownership] = []
         self._recording = False
         self._gradient_bytes = 0
@@ -106,7 +118,7 @@ class LiveProfile:
         finally:
             if self._recording:
                 self._end_record()
-            self._follower.stop()
+            self._stop_following()
 
     def finish_step(self) -> None:
         """Say that the step is over, gradients freed and all; the next forward would say so too."""
@@ -179,10 +191,12 @@ class LiveProfile:
         self._recording = True
         self._note_owners()
         self._follower.start()
+        if self._record is not None:
+            self._communication.start()
 
     def _end_record(self) -> None:
         self._recording = False
-        self._follower.stop()
+        self._stop_following()
         if self._record is None:
             return
         recorded = self._record.stop()
@@ -206,7 +220,27 @@ class LiveProfile:
             marks=self._follower.marks,
             ownerships=self._ownerships,
             reserved_bytes=record.reserved_bytes,
+            communication=Communication(
+                self._communication.ranges,
+                has_streams=strategy_of(self._model) == "fsdp2",
+                bucket_sizes=frozenset(map(_block_bytes, bucket_sizes(self._model))),
+            ),
         )
+
+    def _stop_following(self) -> None:
+        self._follower.stop()
+        self._communication.stop()
+
+    def _note_reduction(self, group: Any) -> None:
+        """Whole gradients, which only FSDP2 knows, before they are reduced."""
+        if self._record is not None:
+            owners = {}
+            for parameter in group.fsdp_params:
+                whole = getattr(parameter, "_unsharded_param", None)
+                if whole is not None and whole.grad is not None:
+                    address = whole.grad.untyped_storage().data_ptr()
+                    owners[address] = Owner("gradients", f"{parameter._param_fqn} gradient")
+            self._ownerships.append(Ownership(self._record.count(), owners))
 
     def _note_owners(self) -> None:
         if self._record is not None:
@@ -239,3 +273,8 @@ class LiveProfile:
 def out_of_memory(error: BaseException, phase: Phase, device: torch.device) -> OutOfMemory:
     """What is known of a failed request when its error arrives."""
     return OutOfMemory(phase, None, torch.cuda.memory_allocated(device), " ".join(str(error).split())[:_MESSAGE_LIMIT])
+
+
+def _block_bytes(size: int) -> int:
+    """What the allocator hands out for a request."""
+    return -(-size // _ROUNDING_BYTES) * _ROUNDING_BYTES

@@ -18,9 +18,10 @@ from optplan.planner.measured.record_files import check_target, save_record
 from optplan.planner.records import GpuRow, StepConfig
 from optplan.planner.version import VERSION
 from optplan.profilers.live.command import this_gpu
+from optplan.profilers.live.communication import inner_model, strategy_of
 from optplan.profilers.live.describe import describe_model, describe_optimizer, describe_step
 from optplan.profilers.live.devices import DeviceMemory, DeviceReader
-from optplan.profilers.live.environment import read_environment
+from optplan.profilers.live.environment import is_first_rank, read_environment
 from optplan.profilers.live.measure import device_bytes, held_by_others, profile_fields, profile_notes, step_time
 from optplan.profilers.live.profile import RECORDED_STEP, LiveProfile
 
@@ -52,7 +53,7 @@ class StepProfile:
             optimizer: Its steps end the training steps.
             name: The model's name in the catalogue, so that estimates of it can be held against the record.
             gpu: The GPU's id in the catalogue; found by its own name when None.
-            out: File to save the record in when the context ends.
+            out: File to save the record in when the context ends; of several processes the first alone saves it.
             recorded_step: Which step to record, counted from 0.
 
         Raises:
@@ -80,7 +81,9 @@ class StepProfile:
             self._observing.__exit__(kind, error, trace)
         finally:
             self._after = self._reader.read() if self._reader else None
-            if self._out is not None and self.live.num_steps:
+            if self._out is not None and not is_first_rank():
+                pass  # of several processes the first alone writes
+            elif self._out is not None and self.live.num_steps:
                 save_record(self.measurement(), self._out)
             elif self._out is not None:
                 warnings.warn("no optimizer step was taken: there is nothing to save", stacklevel=2)
@@ -99,7 +102,7 @@ class StepProfile:
             version=VERSION,
             source="live",
             device="cuda" if on_gpu else "cpu",
-            model=describe_model(self._model, self._name),
+            model=describe_model(inner_model(self._model), self._name),
             gpu=self._gpu_row() if on_gpu else None,
             config=config,
             optimizer=row.optimizer,
@@ -119,12 +122,14 @@ class StepProfile:
     def _config(self) -> StepConfig:
         call = self.live.call
         assert call is not None
+        sharding = strategy_of(self._model)
         return describe_step(
-            self._model,
+            inner_model(self._model),
             inputs=call.shapes,
             autocast=call.autocast,
             num_forwards=call.num_forwards,
             masters=self.live.has_masters,
+            sharding=sharding,
         )
 
     def _gpu_row(self) -> GpuRow | None:

@@ -77,9 +77,9 @@ def _replicated(spec: ModelSpec, config: StepConfig, description: OptimizerModel
     if config.sharding == "zero1":
         whole = _zero1(spec, description, model, trained)
         # The rank's own optimizer has the state; its step is within the whole one's.
-        return RealStep(model, whole.optim, Step(wrapped, whole, trained, [], inputs, config).take)
+        return RealStep(wrapped, whole.optim, Step(wrapped, whole, trained, [], inputs, config).take)
     optimizer = build_optimizer(description, model, masters or trained, spec)
-    return RealStep(model, optimizer, Step(wrapped, optimizer, trained, masters, inputs, config).take)
+    return RealStep(wrapped, optimizer, Step(wrapped, optimizer, trained, masters, inputs, config).take)
 
 
 def _zero1(spec: ModelSpec, description: OptimizerModel, model: Any, trained: list[nn.Parameter]) -> Any:
