@@ -20,6 +20,7 @@ def _read(fields: Fields) -> dict[str, Any]:
     return {
         **config,
         "sliding_window": window,
+        "use_sliding_window": window is not None,
         "layer_types": decoder.windowed_layers(fields, config["num_hidden_layers"], window),
         "rotary_width": decoder.rotary_width(fields, config["head_dim"]),
     }

@@ -16,10 +16,12 @@ from optplan.planner.models.spec import Family, Inventory
 def _read(fields: Fields, *, optional_kv_heads: bool = False) -> dict[str, Any]:
     fields = fields.filled(max_position_embeddings=32_768, sliding_window=4096)
     config = decoder.decoder_fields(fields, optional_kv_heads=optional_kv_heads)
+    window = decoder.sliding_window(fields, switched=True)
     return {
         **config,
         "attention_bias": fields.boolean("attention_bias", False),
-        "sliding_window": decoder.sliding_window(fields, switched=True),
+        "sliding_window": window,
+        "use_sliding_window": window is not None,
         "rotary_width": decoder.rotary_width(fields, config["head_dim"]),
     }
 
@@ -38,7 +40,7 @@ def _read_moe(fields: Fields) -> dict[str, Any]:
         **decoder.expert_fields(fields),
         "moe_intermediate_size": fields.integer("moe_intermediate_size"),
         "norm_topk_prob": fields.boolean("norm_topk_prob", False),
-        "dense_layers": _dense_layers(fields, config["num_hidden_layers"]),
+        "mlp_only_layers": _dense_layers(fields, config["num_hidden_layers"]),
     }
 
 
@@ -50,7 +52,7 @@ def _dense_layers(fields: Fields, num_layers: int) -> tuple[int, ...]:
 
 
 def _build(config: dict[str, Any]) -> Inventory:
-    hidden, dense = config["hidden_size"], set(config.get("dense_layers", range(config["num_hidden_layers"])))
+    hidden, dense = config["hidden_size"], set(config.get("mlp_only_layers", range(config["num_hidden_layers"])))
     inventory = decoder.embed(config)
     for number, layer in enumerate(decoder.layer_names(config)):
         _attention(inventory, f"{layer}.self_attn", config)

@@ -177,7 +177,7 @@ class Bert(StepModel[BertConfig]):
         t.path = "intermediate.intermediate_act_fn"
         expanded = op.activation(t, expanded, c.activation)
         hidden = self._output(expanded, projected, "output", c.intermediate)
-        del expanded, projected, weights
+        del expanded, weights, projected
         return hidden
 
     def _output(self, x: Tensor, residual: Tensor, path: str, num_in: int) -> Tensor:
@@ -189,7 +189,9 @@ class Bert(StepModel[BertConfig]):
         t.path = f"{path}.residual"
         total = op.add(t, hidden, residual)
         t.path = f"{path}.LayerNorm"
-        return op.layer_norm(t, total, c.hidden)
+        normalised = op.layer_norm(t, total, c.hidden)
+        del total
+        return normalised
 
     def _attention(self, hidden: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         t, c = self.t, self.c

@@ -150,7 +150,8 @@ class Decoder(StepModel[DecoderConfig]):
         if out.permuted:
             out = projections.clone(t, out, "attention output with its heads joined")
         t.path = "self_attn.o_proj"
-        return projections.linear(t, out, c.heads * c.head_dim, c.hidden, bias=c.output_bias), weights
+        out = projections.linear(t, out, c.heads * c.head_dim, c.hidden, bias=c.output_bias)
+        return out, weights
 
     def _projections(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         c = self.c

@@ -121,8 +121,8 @@ def decoder_config(spec: ModelSpec) -> DecoderConfig:
 
 def decoder_layers(spec: ModelSpec) -> tuple[str, ...]:
     """Kind of each layer: the mask that its attention takes, and whether it is dense where others are not."""
-    if "dense_layers" in spec.config:
-        dense, mask = set(spec.config["dense_layers"]), SLIDING if spec.config["sliding_window"] else FULL
+    if "mlp_only_layers" in spec.config:
+        dense, mask = set(spec.config["mlp_only_layers"]), SLIDING if spec.config["sliding_window"] else FULL
         return tuple(f"{mask}/{DENSE}" if layer in dense else mask for layer in range(spec.config["num_hidden_layers"]))
     if "layer_types" in spec.config:
         return tuple(spec.config["layer_types"])

@@ -55,7 +55,9 @@ def _route(t: Tape, hidden: Tensor, c: ExpertsConfig) -> tuple[Tensor, Tensor, T
     num_tokens = hidden.numel // c.hidden
     hidden = projections.reshaped(t, hidden)
     scores = projections.linear(t, hidden, c.hidden, c.experts)
-    shares = op.softmax(t, op.cast(t, scores, "float32"), "shares of the experts")
+    wide = scores if c.casts else op.cast(t, scores, "float32")
+    shares = op.wide_softmax(t, wide, "shares of the experts")
+    del wide
     numel, num_shares = num_tokens * c.visits, shares.numel
 
     def backward(_: list[Tensor]) -> list[Tensor]:
@@ -67,7 +69,9 @@ def _route(t: Tape, hidden: Tensor, c: ExpertsConfig) -> tuple[Tensor, Tensor, T
     t.save(node, [chosen])
     if c.normalises:
         weights = _normalised(t, weights, num_tokens)
-    return scores, op.cast(t, weights, scores.dtype) if c.casts else weights, chosen
+    if c.casts:
+        weights = op.cast(t, weights, scores.dtype)
+    return scores, weights, chosen
 
 
 def _normalised(t: Tape, weights: Tensor, num_tokens: int) -> Tensor:
@@ -88,6 +92,7 @@ def _normalised(t: Tape, weights: Tensor, num_tokens: int) -> Tensor:
 
     before = t.new(numel, "float32", "weights before") if t.keeps_graph else None
     node = t.node([weights, total], backward, [total] if before is None else [before, total])
+    del before
     return Tensor(weights.storage, numel, "float32", node)
 
 
@@ -114,7 +119,7 @@ def _run_experts(t: Tape, hidden: Tensor, weights: Tensor, chosen: Tensor, c: Ex
     weighted = indexed(t, weighted, inverse, num_rows, weighted.numel, num_rows)
     total = summed_visits(t, weighted, num_tokens * c.hidden)
     result = op.cast(t, total, hidden.dtype)
-    del in_order, order, selected, share, numbers, counts, offsets, sentinels, out, inverse, weighted, total
+    del in_order, order, selected, share, numbers, counts, offsets, sentinels, out, weighted, inverse, total
     return result
 
 

@@ -112,7 +112,8 @@ class Gpt2(StepModel[Gpt2Config]):
         out, weights = attend(t, self.o, (q, k, v), shape, mask, drop=c.attention_dropout, upcast=False)
         t.path = "attn.c_proj"
         out = projections.conv1d(t, out, c.hidden, c.hidden)
-        return op.dropout(t, out, c.residual_dropout), weights
+        out = op.dropout(t, out, c.residual_dropout)
+        return out, weights
 
     def _mlp(self, hidden: Tensor) -> Tensor:
         t, c = self.t, self.c

@@ -91,7 +91,9 @@ class GptNeox(StepModel[GptNeoxConfig]):
         del positions  # a checkpointed layer holds on to them
         t, c = self.t, self.c
         t.path = "input_layernorm"
-        attended = self._attention(op.layer_norm(t, hidden, c.hidden), mask, rope)
+        normalised = op.layer_norm(t, hidden, c.hidden)
+        attended, weights = self._attention(normalised, mask, rope)
+        del normalised
         t.path = "post_attention_dropout"
         attended = op.dropout(t, attended, c.hidden_dropout)
         if not c.is_parallel:
@@ -105,10 +107,13 @@ class GptNeox(StepModel[GptNeoxConfig]):
         transformed = op.dropout(t, transformed, c.hidden_dropout)
         t.path = "residual"
         if not c.is_parallel:
-            return op.add(t, transformed, attended)
-        return op.add(t, op.add(t, transformed, attended, "sum of attention and MLP"), hidden)
+            hidden = op.add(t, transformed, attended)
+        else:
+            hidden = op.add(t, op.add(t, transformed, attended, "sum of attention and MLP"), hidden)
+        del attended, weights, transformed
+        return hidden
 
-    def _attention(self, hidden: Tensor, mask: Tensor | None, rope: Tables) -> Tensor:
+    def _attention(self, hidden: Tensor, mask: Tensor | None, rope: Tables) -> tuple[Tensor, Tensor | None]:
         t, c = self.t, self.c
         t.path = "attention.query_key_value"
         qkv = projections.linear(t, hidden, c.hidden, 3 * c.hidden, bias=c.has_bias)
@@ -123,8 +128,7 @@ class GptNeox(StepModel[GptNeoxConfig]):
             out = projections.clone(t, out, "attention output with its heads joined")
         t.path = "attention.dense"
         out = projections.linear(t, out, c.hidden, c.hidden, bias=c.has_bias)
-        del weights
-        return out
+        return out, weights
 
     def _mlp(self, hidden: Tensor) -> Tensor:
         t, c = self.t, self.c

@@ -21,6 +21,8 @@ _SORT_TILE = 4608
 """Such keys that one thread block of a larger sort takes."""
 _GROUP_BYTES = 60
 """What a grouped product keeps of each group: pointers, shapes and strides."""
+GROUPED_ALIGNMENT_BYTES = 16
+"""Multiple of which the rows of a grouped product's matrices must be long (`native/GroupedMMUtils.h`)."""
 _FEW_ROWS = 64
 """Rows of an embedding up to which its gradient's segments are added to the rows at once: so of 2 and 32, not 2003."""
 _EMBEDDING_SORT_LIMIT = 3072

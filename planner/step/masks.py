@@ -33,12 +33,14 @@ def causal_mask(
         has_ones: Whether the model makes a padding mask that hides nothing where it is given none.
     """
     t.path = "mask"
-    if options.attention == "flash":
-        return None
     batch, seq = options.batch_size, options.seq_len
     padding = _padding(t, options, has_ones=has_ones)
     if padding is None and finds_packed:
         _find_packed_sequences(t, batch, seq)
+    if options.attention == "flash":
+        if padding is not None:
+            t.new(1, "bool", "whether all are visible")
+        return None
     fits = window is None or seq < window
     if options.attention == "sdpa" and fits:
         if padding is not None:

@@ -57,5 +57,6 @@ def _gemma(t: Tape, x: Tensor, width: int) -> Tensor:
 
 def _gemma_normalised(t: Tape, x: Tensor, width: int) -> Tensor:
     num_rows = x.numel // width
-    root = reciprocal_root(t, add_constant(t, mean_of_rows(t, power(t, x), num_rows)))
-    return multiply(t, x, root, "normalised input")
+    return multiply(
+        t, x, reciprocal_root(t, add_constant(t, mean_of_rows(t, power(t, x), num_rows))), "normalised input"
+    )

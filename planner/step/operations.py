@@ -171,10 +171,22 @@ def gelu_new(t: Tape, x: Tensor) -> Tensor:
 
 def softmax(t: Tape, x: Tensor, operation: str = "softmax") -> Tensor:
     """`softmax(x)` in the dtype of `x`."""
-    numel, dtype = x.numel, x.dtype
+    return _softmax(t, x, x.dtype, operation)
+
+
+def wide_softmax(t: Tape, x: Tensor, operation: str = "softmax") -> Tensor:
+    """`softmax(x, dtype=torch.float32)`: what is in float16 the kernel itself widens, and the gradient it narrows.
+
+    Source: pytorch `aten/src/ATen/native/SoftMax.cpp` (`half_to_float`).
+    """
+    return _softmax(t, x if x.dtype == "float16" else cast(t, x, "float32"), "float32", operation)
+
+
+def _softmax(t: Tape, x: Tensor, dtype: Dtype, operation: str) -> Tensor:
+    numel, source = x.numel, x.dtype
 
     def backward(_: list[Tensor]) -> list[Tensor]:
-        result = t.new(numel, dtype, "gradient of the softmax")
+        result = t.new(numel, source, "gradient of the softmax")
         t.new(numel, dtype, "gradient times softmax")
         return [result]
 

@@ -175,7 +175,8 @@ class Opt(StepModel[OptConfig]):
         t.path = "self_attn"
         shape = AttentionShape(self.o.batch_size, self.o.seq_len, c.heads, c.heads, c.hidden // c.heads)
         out, weights = attend(t, self.o, (q, k, v), shape, mask, drop=c.attention_dropout)
-        return self._project(out, "out_proj"), weights
+        out = self._project(out, "out_proj")
+        return out, weights
 
     def _project(self, hidden: Tensor, name: str) -> Tensor:
         return self._linear(hidden, f"self_attn.{name}", self.c.hidden, self.c.hidden)

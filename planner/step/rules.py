@@ -10,12 +10,14 @@ from typing import Any
 
 import msgspec
 
+from optplan.planner.dtypes import ITEMSIZE_BYTES
 from optplan.planner.errors import ConfigError, unknown
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.sharding.base import Strategy
 from optplan.planner.step.attention import WIDEST_FUSED_HEAD
 from optplan.planner.step.families import FAMILIES
 from optplan.planner.step.hooks import StepHooks
+from optplan.planner.step.kernels import GROUPED_ALIGNMENT_BYTES
 from optplan.planner.step.operations import ACTIVATIONS
 from optplan.planner.step.options import StepOptions, check_options
 from optplan.planner.step.program import CATEGORIES, LayerPlan, Program, plan_layers
@@ -118,8 +120,26 @@ def _check_family(spec: ModelSpec, options: StepOptions) -> None:
         raise unknown("family with a fused loss by Liger", spec.model_type, LIGER_FAMILIES)
     if spec.model_type == "t5" and options.attention == "flash":
         raise ConfigError(f"{spec.name} adds numbers to its attention scores, which flash cannot; use attention sdpa")
+    if options.fused_loss == "chunked" and spec.model_type in _NOT_CAUSAL:
+        raise ConfigError(
+            f"--fused-loss chunked is for causal language models, {spec.name} is none; use --fused-loss none"
+        )
     if spec.model_type == "vit":
         _check_images(spec, options)
+    if "num_experts" in spec.config:
+        _check_experts(spec, options)
+
+
+def _check_experts(spec: ModelSpec, options: StepOptions) -> None:
+    """Refuse experts that the grouped product refuses: its matrices' rows must begin at multiples of 16 bytes."""
+    step = GROUPED_ALIGNMENT_BYTES // ITEMSIZE_BYTES[options.parameter_dtype]
+    inner = "moe_intermediate_size" if "moe_intermediate_size" in spec.config else "intermediate_size"
+    for name in ("hidden_size", inner):
+        if spec.config[name] % step:
+            raise ConfigError(
+                f"{spec.name} has experts of {name} {spec.config[name]}, which the grouped product of their weights in "
+                f"{options.parameter_dtype} refuses: it must be a multiple of {step}"
+            )
 
 
 def _check_images(spec: ModelSpec, options: StepOptions) -> None:

@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from optplan.planner.step.attention_shape import AttentionShape
 from optplan.planner.step.graph import Tensor
-from optplan.planner.step.operations import add, add_constant, cast, dropout, pointwise, promote, scale, softmax
+from optplan.planner.step.operations import (
+    add,
+    add_constant,
+    cast,
+    dropout,
+    pointwise,
+    promote,
+    scale,
+    softmax,
+    wide_softmax,
+)
 from optplan.planner.step.projections import batched_product, clone, expanded
 from optplan.planner.step.tape import Tape
 
@@ -149,9 +159,9 @@ def eager(
     if mask is not None:
         weights = add_constant(t, weights, promote(weights.dtype, mask.dtype), "masked attention scores")
     if upcast:
-        weights = cast(t, softmax(t, cast(t, weights, "float32"), "attention weights in float32"), q.dtype)
+        weights = cast(t, wide_softmax(t, weights, "attention weights in float32"), q.dtype)
     else:
-        weights = softmax(t, cast(t, weights, "float32") if t.autocast else weights, "attention weights")
+        weights = (wide_softmax if t.autocast else softmax)(t, weights, "attention weights")
         weights = cast(t, weights, v.dtype) if casts_back else weights
     weights = dropout(t, weights, drop)
     out = weighted_values(t, weights, values, shape)
@@ -173,7 +183,9 @@ def weighted_values(t: Tape, weights: Tensor, v: Tensor, shape: AttentionShape) 
     cast_weights = cast(t, weights, t.autocast or weights.dtype)
     right = cast_v if _lies_by_head(v, cast_v, shape) else by_head(t, cast_v, shape, "values")
     joined = shape.comes_joined
-    return batched_product(t, cast_weights, right, shape.numel, "attention output by head", joined=joined)
+    out = batched_product(t, cast_weights, right, shape.numel, "attention output by head", joined=joined)
+    del right
+    return out
 
 
 def join_heads(t: Tape, x: Tensor, shape: AttentionShape) -> Tensor:

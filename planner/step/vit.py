@@ -151,7 +151,8 @@ class Vit(StepModel[VitConfig]):
         shape = AttentionShape(self.o.batch_size, c.positions, c.heads, c.heads, c.head_dim, is_causal=False)
         out, weights = attend(t, self.o, (q, k, v), shape, None, drop=c.attention_dropout)
         t.path = "attention.o_proj"
-        return projections.linear(t, out, width, c.hidden, bias=True), weights
+        out = projections.linear(t, out, width, c.hidden, bias=True)
+        return out, weights
 
     def _project(self, hidden: Tensor, name: str, width: int) -> Tensor:
         self.t.path = f"attention.{name}"

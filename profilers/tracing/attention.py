@@ -85,13 +85,13 @@ def attend(
         return aten._scaled_dot_product_flash_attention.default(
             query, key, value, dropout_p, is_causal, False, scale=scale
         )[0]
+    bias = _bias(attn_mask, query.dtype)
     if backend == "math":
         with overwriting_sums(), composing():
             return aten._scaled_dot_product_attention_math.default(
-                query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
+                query, key, value, bias, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
             )[0]
     keeps = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    bias = _bias(attn_mask, query.dtype)
     if backend == "cudnn":
         return aten._scaled_dot_product_cudnn_attention.default(
             query, key, value, bias, keeps, dropout_p, is_causal, False, scale=scale

@@ -56,7 +56,7 @@ def test_values_equal_those_of_transformers(model_type: str, fields: dict[str, A
     real = transformers.AutoConfig.for_model(model_type, **copy.deepcopy(fields))
     config = _spec(model_type, fields).config
     renamed = {"hidden_act": "hidden_activation"} if model_type in ("gemma2", "gemma3_text") else {}
-    own = {"rotary_width", "rotary_widths", "dense_layers"}
+    own = {"rotary_width", "rotary_widths", "mlp_only_layers"}
     expected = {key: getattr(real, renamed.get(key, key), None) for key in config if key not in own}
     # Classes without the field divide, as does Mixtral's for a null.
     expected["head_dim"] = expected["head_dim"] or real.hidden_size // real.num_attention_heads

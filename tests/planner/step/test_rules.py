@@ -149,6 +149,21 @@ def test_a_family_without_rules_is_refused():
             {"attention": "flash"},
             "t5-base adds numbers to its attention scores, which flash cannot; use attention sdpa",
         ),
+        (
+            model(
+                model_type="olmoe",
+                vocab_size=503,
+                hidden_size=96,
+                intermediate_size=100,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_experts=4,
+                num_experts_per_tok=2,
+            ),
+            {},
+            "my-model has experts of intermediate_size 100, which the grouped product of their weights in bfloat16 "
+            "refuses: it must be a multiple of 8",
+        ),
         (LLAMA, {"checkpointing": "ful"}, "unknown checkpointing 'ful'; nearest: full"),
         (LLAMA, {"fused_loss": "lige"}, "unknown fused_loss 'lige'; nearest: liger"),
         (LLAMA, {"attention": "spda"}, "unknown attention 'spda'; nearest: sdpa"),
