@@ -153,7 +153,7 @@ def check_request(model: ModelSpec, **flags: Unpack[StepFlags]) -> StepRequest:
         _in_range(name, asked[name])
     config = StepConfig(**{name: asked[name] for name in StepConfig.__struct_fields__})
     target = _target(asked["gpu"], asked["memory"])
-    _no_contradiction(config, asked["engine"])
+    _no_contradiction(config)
     check_sharding(config, model, engine=asked["engine"])
     target = _with_communication(target, config)
     notes = () if flags.get("attention") is not None else _attention_note(model)
@@ -194,7 +194,7 @@ def change_request(request: StepRequest, settings: Mapping[str, Any]) -> StepReq
         ConfigError: Two settings contradict each other now, or the GPU cannot run them.
     """
     config = msgspec.structs.replace(request.config, **settings)
-    _no_contradiction(config, request.engine)
+    _no_contradiction(config)
     check_sharding(config, request.model, engine=request.engine)
     _check_hardware(config, request.gpu)
     request = msgspec.structs.replace(request, config=config, gpu=_with_communication(request.gpu, config))
@@ -268,7 +268,7 @@ def _with_communication(gpu: Gpu, config: StepConfig) -> Gpu:
     return msgspec.structs.replace(gpu, communication_bytes=taken.bytes, communication_basis=basis)
 
 
-def _no_contradiction(config: StepConfig, engine: str) -> None:
+def _no_contradiction(config: StepConfig) -> None:
     _check_step_in_backward(config)
     norm = config.clip_grad_norm
     if norm is not None and not 0 < norm < math.inf:
@@ -282,8 +282,6 @@ def _no_contradiction(config: StepConfig, engine: str) -> None:
         raise ConfigError(
             "--attention flash and --precision fp32 contradict each other: flash attention needs bf16, amp or fp16-amp"
         )
-    if config.alloc_conf and engine == "trace":
-        raise ConfigError("--alloc-conf is modelled by --engine rules alone in this version, not by trace")
 
 
 def _check_step_in_backward(config: StepConfig) -> None:

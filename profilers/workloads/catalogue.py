@@ -63,8 +63,7 @@ def _played_kernels(options: StepOptions) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if options.attention == "flash":
             stack.enter_context(flash.played_flash_attention())
-        if options.fused_loss == "liger":
-            stack.enter_context(played_liger_loss(options.compute_capability))
+        stack.enter_context(played_liger_loss(options.compute_capability))
         yield
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from optplan.planner.step.options import StepOptions
 from optplan.planner.tensors import Buffer
 from optplan.profilers.workloads.described import described_parameters
 from optplan.profilers.workloads.inputs import model_inputs
+from optplan.profilers.workloads.liger import played_liger_loss
 from optplan.profilers.workloads.subject import Subject
 
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
@@ -55,8 +57,10 @@ class FactorySource:
         """The module in the step's dtype with one micro-batch.
 
         Raises:
-            ConfigError: Checkpointing is asked for, which is the module's own business.
+            ConfigError: Checkpointing or a fused loss is asked for, which is the module's own business.
         """
+        if options.fused_loss != "none":
+            raise ConfigError(f"{self._name} computes its own loss: let the module fuse it and leave --fused-loss none")
         if options.checkpointing != "none" and not hasattr(self._module, "gradient_checkpointing_enable"):
             raise ConfigError(
                 f"{self._name} has no gradient_checkpointing_enable(): let the module checkpoint itself and leave "
@@ -66,7 +70,12 @@ class FactorySource:
         if options.checkpointing != "none":
             module.gradient_checkpointing_enable()  # type: ignore[operator]
         head = getattr(module, "lm_head", None)
-        return Subject(module, self._inputs(options), head=head if isinstance(head, nn.Module) else None)
+        return Subject(
+            module,
+            self._inputs(options),
+            head=head if isinstance(head, nn.Module) else None,
+            context=partial(played_liger_loss, options.compute_capability),
+        )
 
     def _inputs(self, options: StepOptions) -> dict[str, Any]:
         example = getattr(self._module, "example_inputs", None)

@@ -6,6 +6,7 @@ where input and weight are on CUDA, and the number of labels is read off the GPU
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+_MODULE = "liger_kernel.ops.fused_linear_cross_entropy"
 _CUDA, _META = torch.device("cuda", 0), torch.device("meta")
 _ANSWERS: dict[Any, Any] = {torch.Tensor.device.__get__: _CUDA, torch.Tensor.item: 1}
 """What is asked of a tensor: where it is, and its value, the number of labels, on which no size depends."""
@@ -24,12 +26,15 @@ _ANSWERS: dict[Any, Any] = {torch.Tensor.device.__get__: _CUDA, torch.Tensor.ite
 def played_liger_loss(capability: tuple[int, int]) -> Iterator[None]:
     """Within the context Liger's loss takes tensors without contents for those of a GPU.
 
+    Nothing is to be done where the loss has not been imported: the model that is run does not use it.
+
     Args:
         capability: Compute capability of the GPU.
     """
-    from liger_kernel.ops import fused_linear_cross_entropy as module
-
-    name = "fused_linear_cross_entropy_forward"
+    module, name = sys.modules.get(_MODULE), "fused_linear_cross_entropy_forward"
+    if module is None:
+        yield
+        return
     with (
         patch.object(module, name, _looking_like_cuda(getattr(module, name))),
         patch.object(torch.cuda, "get_device_capability", lambda *_: capability),

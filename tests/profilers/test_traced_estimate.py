@@ -58,6 +58,8 @@ def package(tmp_path, monkeypatch):
         {"checkpointing": "selective", "clip_grad_norm": 1.0},
         {"step_in_backward": True},
         {"keep_grads": True, "precision": "mixed"},
+        {"fused_loss": "chunked", "alloc_conf": "expandable_segments:True"},
+        {"alloc_conf": "max_split_size_mb:64,roundup_power2_divisions:4", "precision": "amp", "empty_cache": True},
     ],
     ids=str,
 )
@@ -90,6 +92,12 @@ def test_attention_that_falls_to_the_math_kernel_is_reported():
         "attention kernel: math",
         "attention falls to the math kernel, which keeps every attention weight",
     ]
+
+
+def test_a_model_of_ones_own_computes_its_own_loss(package):
+    with pytest.raises(ConfigError) as refused:
+        traced_estimate(f"{package}:build", gpu="a100-80g", optimizer="adamw", fused_loss="chunked")
+    assert str(refused.value) == "mynet:build computes its own loss: let the module fuse it and leave --fused-loss none"
 
 
 @pytest.mark.parametrize(("usable", "start", "largest"), [(1000, 1, 9), (1000, 30, 9), (109, 1, 0), (110, 2, 1)])
