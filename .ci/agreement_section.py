@@ -25,7 +25,6 @@ GAPS = (
     " Both stand for transformers 5.17, the measured version, which leaves T5's learned bias to the unfused attention"
     " kernel; later versions copy it so that a fused kernel takes it, and `--engine trace` says so for the version that"
     " is installed.",
-    "Fused loss: Liger's kernels are described by the rules alone.",
 )
 
 

@@ -74,7 +74,7 @@ Attention = Annotated[
     str | None,
     typer.Option(help="Attention implementation: sdpa, eager or flash.", show_default="sdpa; eager for Gemma 2"),
 ]
-FusedLoss = Annotated[str, typer.Option(help="Loss that never holds all logits: none or liger.")]
+FusedLoss = Annotated[str, typer.Option(help="Loss that never holds all logits: none, liger or chunked.")]
 StepInBackward = Annotated[
     bool, typer.Option("--step-in-backward", help="Take each parameter's step as soon as its gradient is there.")
 ]

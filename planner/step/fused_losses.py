@@ -21,7 +21,7 @@ from optplan.planner.step.tape import Tape
 from optplan.planner.step.vocabulary import shifted_labels, token_cross_entropy
 
 NUM_CHUNKS = 8
-"""Chunks that the tokens of a micro-batch are cut into by `--fused-loss chunked`, as in torchtune and torchtitan."""
+"""Chunks that the tokens of a micro-batch are cut into by `--fused-loss chunked`: torchtune's number."""
 
 
 def chunk_sizes(num_tokens: int) -> list[int]:
