@@ -8,6 +8,7 @@ from optplan.reports.html.page import render
 from optplan.reports.html.parts import Page, Points, Section
 from optplan.reports.html.sections.accuracy import groups, measured, totals
 from optplan.reports.html.sections.rivals import rivals
+from optplan.reports.html.text import percent
 
 
 def accuracy_page(report: AccuracyReport) -> str:
@@ -19,7 +20,7 @@ def accuracy_page(report: AccuracyReport) -> str:
             kicker=f"{len(report.rows)} training steps measured on {report.place}",
             headline=f"{sum(error <= BAND for error in errors)} of {len(errors)} peaks are predicted within 1 %",
             tone="",
-            lead=f"{errors.count(0.0)} are equal to the byte; the largest error is {max(errors):.2%}.",
+            lead=f"{errors.count(0.0)} are equal to the byte; the largest error is {percent(max(errors))}.",
             sections=[totals(report), measured(report), groups(report), *_others(report), _about(report)],
             records={"accuracy": report},
         )

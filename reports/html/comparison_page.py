@@ -15,6 +15,7 @@ from optplan.planner.units import format_bytes, format_gib
 from optplan.reports.html.page import render
 from optplan.reports.html.parts import Page
 from optplan.reports.html.sections.compared import bytes_apart, environments, errors, timelines, times
+from optplan.reports.html.text import percent
 
 _SMALL = 0.0005
 """A smaller share is told in bytes."""
@@ -74,7 +75,7 @@ def _headline(record: Comparison, sides: Sequence[Side]) -> str:
     if apart == 0:
         return f"{base.model}: the peaks are equal to the byte"
     fraction = apart / base.peak_allocated_bytes
-    by = f"{fraction:.2%}" if fraction >= _SMALL else format_bytes(apart)
+    by = percent(fraction) if fraction >= _SMALL else format_bytes(apart)
     return f"{base.model}: the peaks are {by} apart"
 
 

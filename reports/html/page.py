@@ -21,6 +21,9 @@ from optplan.reports.html.figures.plot import Figure, Trace
 from optplan.reports.html.parts import Drawing, Page, Switches
 from optplan.reports.html.text import exact, shown
 
+_SHAPES = {"circle": "round", "circle-open": "hollow", "diamond": "diamond", "line-ns-open": "tick"}
+"""Symbol of a trace to the class of its mark in the legend; squares are the rule."""
+
 
 def render(page: Page) -> str:
     """The document."""
@@ -109,6 +112,8 @@ def _colour(trace: Trace) -> str:
 def _pattern(trace: Trace) -> str:
     if trace["type"] == "bar" and "pattern" in trace["marker"]:
         return "hatched"
+    if trace["type"] == "scatter" and trace.get("mode", "").startswith("markers"):
+        return _SHAPES.get(trace["marker"].get("symbol", "circle"), "")
     return "dashed" if trace.get("line", {}).get("dash") not in (None, "solid") else ""
 
 

@@ -8,8 +8,11 @@ import msgspec
 
 from optplan.reports.html.figures.plot import Figure
 
-Kind = Literal["text", "code", "bytes", "signed_bytes", "int", "percent", "signed_percent", "milliseconds", "number"]
-"""How a column's values are shown; bytes are shown as GiB and kept exact in CSV."""
+Kind = Literal[
+    "text", "code", "bytes", "signed_bytes", "int", "percent", "signed_percent", "error", "duration", "milliseconds",
+    "decimal", "number",
+]  # fmt: skip
+"""How a column's values are shown; bytes are shown as GiB and kept exact in CSV, an error is a share without a sign."""
 
 Value = str | int | float | bool | None
 

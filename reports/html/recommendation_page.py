@@ -13,6 +13,7 @@ from optplan.reports.html.sections.search import certainty, fit, run, why
 from optplan.reports.html.sections.state import state
 from optplan.reports.html.sections.step import step
 from optplan.reports.html.sections.what_if import what_if
+from optplan.reports.html.text import sentence
 
 
 def recommendation_page(report: SearchReport, *, model: str | None = None) -> str:
@@ -32,7 +33,7 @@ def recommendation_page(report: SearchReport, *, model: str | None = None) -> st
             f"{report.sequences_per_step} sequences a step · preferring {report.prefer}",
             headline=_headline(report),
             tone=tone,
-            lead=report.reasons[0] if report.reasons else "",
+            lead=sentence(report.reasons[0]) if report.reasons else "",
             sections=[
                 fit(report),
                 run(report, model=model or report.model.name),

@@ -31,6 +31,19 @@ def shown(value: Value, kind: Kind) -> str:
     return _FORMATS[kind](value)
 
 
+def percent(value: float, *, digits: int = 2, signed: bool = False) -> str:
+    """A share in percent, with a real minus."""
+    sign = ("+" if value > 0 else "−") if signed and value else ""
+    return f"{sign}{abs(value) * 100:.{digits}f} %"
+
+
+def sentence(text: str) -> str:
+    """Text as a sentence: what begins with a word, not a name, with a capital, and with a full stop at its end."""
+    first = text.split(" ", 1)[0]
+    begun = text[:1].upper() + text[1:] if first.rstrip(",:").isalpha() else text
+    return begun if begun.endswith((".", "!", "?")) or not begun else f"{begun}."
+
+
 def exact(value: Value, kind: Kind) -> str:
     """A value with all its digits, for the tooltip; empty where the cell shows them already."""
     if value is None or isinstance(value, str) or "bytes" not in kind:
@@ -46,8 +59,22 @@ def _signed_bytes(value: float) -> str:
 
 def _signed_percent(value: float) -> str:
     if not value:
-        return "0 %"
-    return f"{value:+.3%}" if abs(value) >= 5e-6 else "below 0.001%"
+        return percent(0, digits=0)
+    return percent(value, digits=3, signed=True) if abs(value) >= 5e-6 else "below 0.001 %"
+
+
+def _error(value: float) -> str:
+    if not value:
+        return percent(0, digits=0)
+    if abs(value) < 5e-6:
+        return "below 0.001 %"
+    return percent(value, digits=3 if abs(value) < 0.001 else 2 if abs(value) < 0.1 else 1)
+
+
+def _duration(seconds: float) -> str:
+    if seconds >= 60:
+        return f"{seconds / 60:,.1f} min"
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"
 
 
 _FORMATS: dict[Kind, Callable[[float], str]] = {
@@ -56,8 +83,11 @@ _FORMATS: dict[Kind, Callable[[float], str]] = {
     "bytes": lambda value: f"{value / GIB:,.2f}",
     "signed_bytes": _signed_bytes,
     "int": lambda value: f"{int(value):,}",
-    "percent": lambda value: f"{value:.0%}",
+    "percent": lambda value: percent(value, digits=0),
+    "error": _error,
     "signed_percent": _signed_percent,
+    "duration": _duration,
     "milliseconds": lambda value: f"{value * 1000:,.2f}",
+    "decimal": lambda value: f"{value:,.3f}",
     "number": lambda value: f"{value:,.4g}",
 }

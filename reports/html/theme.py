@@ -125,7 +125,22 @@ def log_axis(title: str, values: Iterable[float]) -> dict[str, Any]:
     return axis(
         type="log",
         title=titled(f"{title}, logarithmic"),
+        range=[math.log10(min(positive) * 0.8), math.log10(max(positive) * 1.25)],
         tickvals=ticks,
         ticktext=[f"{tick:,.10g}" for tick in ticks],
         zeroline=False,
     )
+
+
+def limit_line(gib: float, label: str) -> dict[str, Any]:
+    """Layout of a horizontal line that marks a limit in GiB, with its name above its right end."""
+    return {
+        "shapes": [{
+            "type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": gib, "y1": gib,
+            "line": {"color": variable("limit"), "width": 2, "dash": "dash"},
+        }],
+        "annotations": [{
+            "text": f"{label} {gib:.2f} GiB", "xref": "paper", "x": 1, "xanchor": "right", "y": gib,
+            "yanchor": "bottom", "showarrow": False, "font": {"color": variable("limit"), "size": 12},
+        }],
+    }  # fmt: skip

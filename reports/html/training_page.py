@@ -41,9 +41,9 @@ def _results(final: dict[str, list[TrainingRun]], source: str) -> Section:
     table = Table(
         id="results",
         caption="Validation loss after the last step",
-        columns=[Column("Optimizer"), Column("Mean loss", "number"), Column("Deviation", "number"),
+        columns=[Column("Optimizer"), Column("Mean loss", "decimal"), Column("Deviation", "decimal"),
                  Column("Seeds", "int"), Column("Learning rate", "number"), Column("Steps", "int"),
-                 Column("State, bytes a parameter", "number")],
+                 Column("State, bytes a parameter", "decimal")],
         rows=rows,
         source=source,
     )  # fmt: skip
@@ -70,7 +70,7 @@ def _drawing(id_: str, title: str, curves: list[Curve], source: str) -> Drawing:
         table=Table(
             id=f"{id_}-data",
             caption=f"{title} by step",
-            columns=[Column("Optimizer"), Column("Step", "int"), Column("Loss", "number")],
+            columns=[Column("Optimizer"), Column("Step", "int"), Column("Loss", "decimal")],
             rows=[[curve.optimizer, step, loss] for curve in curves
                   for step, loss in zip(curve.steps, curve.losses, strict=True)],
             source=source,

@@ -86,6 +86,7 @@ def _segment(category: Category, names: Sequence[str], sizes: Sequence[int]) -> 
     return {
         "name": CATEGORY_NAMES[category],
         "meta": category,
+        "orientation": "h",
         "x": [gib(size) for size in sizes],
         "y": list(names),
         "customdata": list(sizes),
@@ -97,6 +98,7 @@ def _segment(category: Category, names: Sequence[str], sizes: Sequence[int]) -> 
 def _cached(num_bytes: int) -> dict[str, Any]:
     return {
         "name": "reserved beyond the peak",
+        "orientation": "h",
         "x": [gib(num_bytes)],
         "y": [""],
         "customdata": [num_bytes],

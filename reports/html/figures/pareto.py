@@ -9,6 +9,9 @@ from optplan.reports.html import theme
 from optplan.reports.html.figures.plot import Figure, Trace, scatter
 from optplan.reports.html.text import gib, plain
 
+_SIDES = ("top right", "bottom left", "bottom right", "top right")
+"""Where the names of the front stand beside their points: neighbours go different ways."""
+
 
 def step_seconds(row: Estimate) -> float | None:
     """The time of a whole step, None where the record has none."""
@@ -56,10 +59,7 @@ def pareto(rows: Sequence[Estimate], *, gpu: GpuRow) -> Figure:
             margin={"l": 8, "r": 40, "t": 12, "b": 8},
             xaxis=theme.log_axis("milliseconds a step", [1000 * (step_seconds(row) or 0) for row in timed]),
             yaxis=theme.axis(title=theme.titled("GiB, peak allocated"), rangemode="tozero"),
-            shapes=[{
-                "type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": gib(gpu.usable_bytes),
-                "y1": gib(gpu.usable_bytes), "line": {"color": theme.variable("limit"), "width": 2, "dash": "dash"},
-            }],
+            **theme.limit_line(gib(gpu.usable_bytes), "usable"),
         ),
     )  # fmt: skip
 
@@ -71,7 +71,7 @@ def _points(name: str, rows: Sequence[Estimate], all_rows: Sequence[Estimate], c
         x=[(step_seconds(row) or 0) * 1000 for row in rows],
         y=[gib(row.peak_allocated_bytes or 0) for row in rows],
         text=[plain(row.optimizer) for row in rows],
-        textposition=["bottom right" if index % 2 else "top right" for index in range(len(rows))],
+        textposition=[_SIDES[index % len(_SIDES)] for index in range(len(rows))],
         textfont={"size": 11, "color": theme.variable("muted")},
         customdata=[plain(why_not(row, all_rows)) for row in rows],
         hovertemplate="<b>%{text}</b><br>%{x:.1f} ms · %{y:.2f} GiB<br>%{customdata}<extra></extra>",

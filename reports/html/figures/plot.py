@@ -27,8 +27,8 @@ def scatter(**properties: Any) -> Trace:
 
 
 def bars(**properties: Any) -> Trace:
-    """Horizontal bars."""
-    return {"type": "bar", "orientation": "h", **properties}
+    """Bars."""
+    return {"type": "bar", **properties}
 
 
 def boxes(**properties: Any) -> Trace:

@@ -10,7 +10,7 @@ from optplan.reports.html import theme
 from optplan.reports.html.figures.plot import Figure, Trace, scatter
 from optplan.reports.html.text import plain
 
-_TICKS = (-90, -50, -20, 0, 25, 100, 300)
+_TICKS = (-80, -50, -20, 0, 25, 100, 300)
 """Marks of the axis in percent: half and double are equally far from the middle."""
 
 

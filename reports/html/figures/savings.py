@@ -37,6 +37,7 @@ def savings(rows: Sequence[Estimate]) -> Figure:
 
 def _bar(name: str, names: Sequence[str], sizes: Sequence[int | None], colour: str) -> Trace:
     return bars(
+        orientation="h",
         name=name,
         x=[None if size is None else gib(size) for size in sizes],
         y=list(names),

@@ -41,10 +41,7 @@ def trade_off(report: SearchReport, points: Sequence[Point]) -> Figure:
             margin={"l": 8, "r": 24, "t": 16, "b": 8},
             xaxis=theme.log_axis("milliseconds for 1000 tokens", [milliseconds(found) for found, _ in points]),
             yaxis=theme.axis(title=theme.titled("GiB, peak allocated"), rangemode="tozero"),
-            shapes=[{
-                "type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": gib(report.limit_bytes),
-                "y1": gib(report.limit_bytes), "line": {"color": theme.variable("limit"), "width": 2, "dash": "dash"},
-            }],
+            **theme.limit_line(gib(report.limit_bytes), "limit"),
         ),
     )  # fmt: skip
 

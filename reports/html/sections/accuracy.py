@@ -8,6 +8,7 @@ from statistics import median
 from optplan.planner.accuracy import AccuracyReport, AccuracyRow, relative_error
 from optplan.reports.html.figures.accuracy import BAND, agreement, error_boxes, residuals
 from optplan.reports.html.parts import Column, Drawing, Fact, Facts, Section, Table, Value
+from optplan.reports.html.text import percent
 
 
 def totals(report: AccuracyReport) -> Section:
@@ -17,10 +18,10 @@ def totals(report: AccuracyReport) -> Section:
     facts = [
         Fact("steps predicted", len(errors), f"of {len(report.rows)} measured", "int"),
         Fact("state equal to the byte", sum(row.state_is_exact for row in report.rows), "steps, records", "int"),
-        Fact("median error", median(map(abs, errors)), "peak allocated", "signed_percent"),
-        Fact("largest error", max(errors, key=abs), "peak allocated", "signed_percent"),
-        Fact("median error", median(map(abs, reserved)), "peak reserved", "signed_percent"),
-        Fact("largest error", max(reserved, key=abs), "peak reserved", "signed_percent"),
+        Fact("median error", median(map(abs, errors)), "peak allocated", "error"),
+        Fact("largest error", max(map(abs, errors)), "peak allocated", "error"),
+        Fact("median error", median(map(abs, reserved)), "peak reserved", "error"),
+        Fact("largest error", max(map(abs, reserved)), "peak reserved", "error"),
     ]
     text = f"Steady training steps on {report.place}, every one committed with the code, beside today's estimate."
     return Section("totals", "How far off?", text, [Facts(facts)])
@@ -42,6 +43,7 @@ def measured(report: AccuracyReport) -> Section:
 
 def _residuals(rows: Sequence[AccuracyRow]) -> Drawing:
     ordered = sorted(rows, key=lambda row: -abs(row.peak_error or 0))
+    worst = ordered[0]
     table = Table(
         id="residuals-data",
         caption="Steps by the size of their error",
@@ -52,7 +54,7 @@ def _residuals(rows: Sequence[AccuracyRow]) -> Drawing:
     return Drawing(
         id="residuals",
         title="Error of each step",
-        summary=f"The largest is {ordered[0].peak_error:+.2%}: {ordered[0].model}, {ordered[0].setting}.",
+        summary=f"The largest is {percent(worst.peak_error or 0, signed=True)}: {worst.model}, {worst.setting}.",
         figure=residuals(rows),
         table=table,
     )
@@ -96,7 +98,7 @@ def _boxes(grouped: dict[str, list[float]], id_: str, title: str, what: str) -> 
     table = Table(
         id=f"error-{id_}-data",
         caption=title,
-        columns=[Column(id_.capitalize()), Column("Steps", "int"), Column("Median of |error|", "signed_percent"),
+        columns=[Column(id_.capitalize()), Column("Steps", "int"), Column("Median of |error|", "error"),
                  Column("Lowest", "signed_percent"), Column("Highest", "signed_percent")],
         rows=[[name, len(errors), median(map(abs, errors)), min(errors), max(errors)]
               for name, errors in grouped.items()],
@@ -105,7 +107,7 @@ def _boxes(grouped: dict[str, list[float]], id_: str, title: str, what: str) -> 
     return Drawing(
         id=f"error-{id_}",
         title=title,
-        summary=f"The largest error is {max(grouped[worst], key=abs):+.2%}, for {worst}.",
+        summary=f"The largest error is {percent(max(grouped[worst], key=abs), signed=True)}, for {worst}.",
         figure=error_boxes(grouped, what=what),
         table=table,
     )

@@ -12,6 +12,7 @@ from optplan.planner.explanation import ExplainedPart
 from optplan.planner.records import Estimate, EstimateReport
 from optplan.planner.units import format_gib
 from optplan.reports.html.parts import Column, Part, Points, Section, Table
+from optplan.reports.html.text import percent
 
 
 @cache
@@ -38,11 +39,13 @@ def _levels(report: EstimateReport) -> list[str]:
         f"{found.num_exact} of {found.num_measured} steps measured on {found.place} have the predicted ones.",
     ]
     if report.engine == "rules":
+        median, largest = percent(found.median_error, digits=3), percent(found.largest_error)
+        reserved = percent(found.median_reserved_error, digits=3), percent(found.largest_reserved_error)
         sentences.append(
             f"Peaks come from rules and a simulated allocator: over {found.num_steps} measured steps the median error"
-            f" of peak allocated is {found.median_error:.3%}, the largest {found.largest_error:.2%};"
-            f" {found.share_within_band:.0%} are within 1 %. Reserved: median {found.median_reserved_error:.3%},"
-            f" largest {found.largest_reserved_error:.2%}."
+            f" of peak allocated is {median}, the largest {largest};"
+            f" {percent(found.share_within_band, digits=0)} are within 1 %. Reserved: median {reserved[0]}, largest"
+            f" {reserved[1]}."
         )
     else:
         sentences.append("Peaks come from the model itself, run without contents, and a simulated allocator.")

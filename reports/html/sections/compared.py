@@ -190,10 +190,24 @@ def _names(record: Comparison) -> Table:
     return Table(
         id="by-name",
         caption="Largest differences by name, allocated at the peak",
-        columns=[Column("Name", "code"), Column("Category"), *(Column(side.label, "bytes") for side in record.sides)],
-        rows=[[tensor.name, CATEGORY_NAMES[tensor.category], *tensor.values] for tensor in record.tensors],
+        columns=[
+            Column("Name", "code"),
+            Column("Category"),
+            *(Column(side.label, "bytes") for side in record.sides),
+            Column("Largest difference", "signed_bytes"),
+        ],
+        rows=[
+            [tensor.name, CATEGORY_NAMES[tensor.category], *tensor.values, _spread(tensor.values, record.reference)]
+            for tensor in record.tensors
+        ],
         source=_sources(record),
     )
+
+
+def _spread(values: Sequence[int | None], reference: int) -> int:
+    """The largest difference from the reference; what a record does not hold counts as nothing."""
+    base = values[reference] or 0
+    return max(((value or 0) - base for value in values), key=abs)
 
 
 def _sources(record: Comparison) -> str:

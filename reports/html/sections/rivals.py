@@ -7,6 +7,7 @@ from statistics import median
 from optplan.planner.rivals import RivalAnswer, Rivals, RivalTool
 from optplan.reports.html.figures.rivals import rival_errors
 from optplan.reports.html.parts import Column, Drawing, Points, Section, Table, Value
+from optplan.reports.html.text import percent
 
 _FAIRNESS = (
     "They answer different questions: one that counts weights, gradients and optimizer state alone says so, and cannot"
@@ -30,11 +31,12 @@ def rivals(record: Rivals) -> Section:
 
 def _errors(record: Rivals) -> Drawing:
     best, *others = record.tools
+    medians = [_median(record, tool) for tool in others]
     return Drawing(
         id="rival-errors",
         title="Errors on the same steps",
-        summary=f"The median error is {_median(record, best):.2%} for {best.title}; for the others it is"
-        f" {min(_median(record, tool) for tool in others):.1%} to {max(_median(record, tool) for tool in others):.0%}.",
+        summary=f"The median error is {percent(_median(record, best))} for {best.title}; for the others it is"
+        f" between {percent(min(medians), digits=1)} and {percent(max(medians), digits=0)}.",
         figure=rival_errors(record),
         table=_matrix(record),
     )
@@ -46,9 +48,9 @@ def _summary(record: Rivals) -> Table:
         id="rival-summary",
         caption="Each estimator over all steps",
         columns=[
-            Column("Estimator"), Column("Version", "code"), Column("What its figure is"),
-            *(Column(title, "int") for title in titles), Column("Median of |error|, as measured", "signed_percent"),
-            Column("Median of |error|, all", "signed_percent"), Column("Largest", "signed_percent"), Column("Source"),
+            Column("Estimator"), Column("What its figure is"), Column("Median of |error|, all", "error"),
+            Column("Median of |error|, as measured", "error"), Column("Largest error", "signed_percent"),
+            *(Column(title, "int") for title in titles), Column("Version"), Column("Documented", "code"),
         ],
         rows=[_row(record, tool) for tool in record.tools],
         source=f"planner/data/rivals.toml, asked on {record.date} by benchmarks/run_rivals.py; optplan: today's rules",
@@ -58,8 +60,9 @@ def _summary(record: Rivals) -> Table:
 def _row(record: Rivals, tool: RivalTool) -> list[Value]:
     exact, errors = record.errors(tool, with_nearest=False), record.errors(tool)
     return [
-        tool.title, tool.version, tool.counts, len(exact), len(errors) - len(exact), len(tool.answers) - len(errors),
-        median(map(abs, exact)) if exact else None, median(map(abs, errors)), max(errors, key=abs), tool.source,
+        tool.title, tool.counts, median(map(abs, errors)), median(map(abs, exact)) if exact else None,
+        max(errors, key=abs), len(exact), len(errors) - len(exact), len(tool.answers) - len(errors), tool.version,
+        tool.source,
     ]  # fmt: skip
 
 

@@ -86,5 +86,12 @@ def _python(report: EstimateReport, advice: Recommendation) -> str:
         "checkpointing": config.checkpointing,
         "attention": config.attention,
     }
-    lines = "".join(f"    {name}={value!r},\n" for name, value in settings.items())
+    lines = "".join(f"    {name}={_literal(value)},\n" for name, value in settings.items())
     return f"import optplan\n\nreport = optplan.estimate(\n    {_model(report, advice)!r},\n{lines})\n"
+
+
+def _literal(value: object) -> str:
+    """A value as Python is written: options one below the other where a line would be long."""
+    if not isinstance(value, dict) or len(repr(value)) < 50:
+        return repr(value)
+    return "{\n" + "".join(f"        {name!r}: {setting!r},\n" for name, setting in value.items()) + "    }"

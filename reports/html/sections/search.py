@@ -21,6 +21,7 @@ from optplan.reports.html.parts import (
     Value,
 )
 from optplan.reports.html.sections.exports import exports
+from optplan.reports.html.text import sentence
 
 
 def fit(report: SearchReport) -> Section:
@@ -36,10 +37,13 @@ def fit(report: SearchReport) -> Section:
         Fact("margin", found.margin_bytes, "limit less peak", tone=tone),
         Fact("peak reserved", found.peak_reserved_bytes, "allocator simulated"),
         Fact("limit", report.limit_bytes, "usable or budget, less reserve"),
-        Fact("step, ms", time.step_seconds if time else None, time.basis if time else "no time model", "milliseconds"),
+        Fact(
+            "time of a step", time.step_seconds if time else None, time.basis if time else "no time model", "duration"
+        ),
         Fact("tokens a second", time.tokens_per_second if time else None, "all GPUs", "int"),
     ]
-    text = f"{name_of(found)}; {found.tokens_per_step:,} tokens a step on {found.config.gpus} GPU(s)."
+    count = f"{found.config.gpus} GPUs" if found.config.gpus > 1 else "one GPU"
+    text = f"{name_of(found)}; {found.tokens_per_step:,} tokens a step on {count}."
     return Section("fit", "Does it fit?", text, [Facts(facts)])
 
 
@@ -54,7 +58,7 @@ def run(report: SearchReport, *, model: str) -> Section:
     parts.append(Download("optplan-recommend.json"))
     if found is not None:
         parts.append(exports(lambda target: export_recommendation(report, target, model=model)))
-    return Section("run", "What should I run?", report.rule, parts)
+    return Section("run", "What should I run?", sentence(f"Picked by {report.rule}"), parts)
 
 
 def why(report: SearchReport) -> Section:
@@ -87,9 +91,10 @@ def certainty(report: SearchReport) -> Section:
     if found is not None:
         sentences.append(f"What is known of its quality: {found.evidence.class_title}.")
     if found is not None and found.time is not None:
+        bound = {"gpu": "GPU", "host": "host"}.get(found.time.bound, found.time.bound)
         sentences.append(
             f"Times are {found.time.basis}; the optimizer's own part is {found.time.optimizer_basis}; the step is"
-            f" bound by the {found.time.bound}."
+            f" bound by the {bound}."
         )
     parts: list[Part] = [Points([*sentences, *report.notes])]
     if found is not None:

@@ -76,7 +76,7 @@ def _third(row: Estimate) -> Fact:
     seconds = (row.step_seconds or {}).get("step")
     if seconds is None:
         return Fact("resident", row.bytes.total, "exact, inventory")
-    return Fact("step, ms", seconds, "analytic model", "milliseconds")
+    return Fact("time of a step", seconds, "analytic model", "duration")
 
 
 def _bar(report: EstimateReport, row: Estimate) -> Drawing:

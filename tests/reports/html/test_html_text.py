@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from optplan.reports.html.parts import Kind, Value
-from optplan.reports.html.text import exact, plain, shown
+from optplan.reports.html.text import exact, plain, sentence, shown
 
 
 @pytest.mark.parametrize(
@@ -18,10 +18,19 @@ from optplan.reports.html.text import exact, plain, shown
         (1536, "signed_bytes", "+1.50 KiB"),
         (-1536, "signed_bytes", "−1.50 KiB"),
         (1234567, "int", "1,234,567"),
-        (0.985, "percent", "98%"),
+        (0.985, "percent", "98 %"),
         (0, "signed_percent", "0 %"),
-        (-0.00013, "signed_percent", "-0.013%"),
-        (1e-9, "signed_percent", "below 0.001%"),
+        (-0.00013, "signed_percent", "−0.013 %"),
+        (1e-9, "signed_percent", "below 0.001 %"),
+        (0, "error", "0 %"),
+        (1e-9, "error", "below 0.001 %"),
+        (0.00042, "error", "0.042 %"),
+        (-0.0203, "error", "2.03 %"),
+        (1.166, "error", "116.6 %"),
+        (0.0245, "duration", "24.5 ms"),
+        (25.687, "duration", "25.69 s"),
+        (90, "duration", "1.5 min"),
+        (1.25, "decimal", "1.250"),
         (0.0245, "milliseconds", "24.50"),
         (1.18206, "number", "1.182"),
         ("a\x1b[2Jb\u202e", "text", "a?[2Jb?"),
@@ -36,6 +45,19 @@ def test_exact_bytes_are_kept() -> None:
     assert exact(-5, "signed_bytes") == "-5 bytes"
     assert exact(7, "int") == ""
     assert exact(None, "bytes") == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("fits: peak 1 GiB", "Fits: peak 1 GiB."),
+        ("adam-mini fits", "adam-mini fits."),
+        ("Nothing fits.", "Nothing fits."),
+        ("", ""),
+    ],
+)
+def test_a_sentence_begins_and_ends_as_one(text: str, expected: str) -> None:
+    assert sentence(text) == expected
 
 
 def test_plotly_takes_names_for_text() -> None:
