@@ -68,6 +68,11 @@ def product_flops(spec: ModelSpec, *, num_tokens: int) -> float:
     return 2.0 * num_tokens * numel
 
 
+def head_flops(spec: ModelSpec, *, num_tokens: int) -> float:
+    """Operations of the forward's product with the output head, which a loss in chunks takes a second time."""
+    return 2.0 * num_tokens * sum(p.numel for p in spec.parameters if p.role == "output_head" and len(p.shape) > 1)
+
+
 def attention_flops(spec: ModelSpec, options: StepOptions) -> float:
     """Operations of the forward's attention; a fused causal kernel leaves the upper triangle out."""
     width = sum(p.heads.num_query_heads * p.heads.head_dim for p in spec.parameters if p.heads and len(p.shape) > 1)
@@ -87,11 +92,12 @@ def step_work(spec: ModelSpec, options: StepOptions, program: Program) -> StepWo
     products = product_flops(spec, num_tokens=options.batch_size * options.seq_len)
     attention = attention_flops(spec, options)
     again = RECOMPUTED_SHARE[options.checkpointing]
+    head = head_flops(spec, num_tokens=options.batch_size * options.seq_len) if options.fused_loss == "chunked" else 0.0
     num_layers, rotates = _num_layers(program), any(name.startswith("rotary") for name in spec.config)
     return StepWork(
         PhaseWork(products, attention, *_written_bytes(program, "forward"), num_layers, 0.0, rotates),
         PhaseWork(
-            (2 + again) * products,
+            (2 + again) * products + head,
             (2.5 + again) * attention,
             *_written_bytes(program, "backward"),
             num_layers,

@@ -116,8 +116,7 @@ def _check_family(spec: ModelSpec, options: StepOptions) -> None:
             raise ConfigError(f"{spec.name} {what} ({field}), which the step rules do not model")
     if spec.config.get("layer_norm_elementwise_affine") is False:
         raise ConfigError(f"{spec.name} has norms without weights, which the step rules do not model")
-    if options.fused_loss == "liger" and spec.model_type not in LIGER_FAMILIES:
-        raise unknown("family with a fused loss by Liger", spec.model_type, LIGER_FAMILIES)
+    _check_loss(spec, options)
     if spec.model_type == "t5" and options.attention == "flash":
         raise ConfigError(f"{spec.name} adds numbers to its attention scores, which flash cannot; use attention sdpa")
     if options.fused_loss == "chunked" and spec.model_type in _NOT_CAUSAL:
@@ -140,6 +139,18 @@ def _check_experts(spec: ModelSpec, options: StepOptions) -> None:
                 f"{spec.name} has experts of {name} {spec.config[name]}, which the grouped product of their weights in "
                 f"{options.parameter_dtype} refuses: it must be a multiple of {step}"
             )
+
+
+def _check_loss(spec: ModelSpec, options: StepOptions) -> None:
+    is_causal = spec.model_type not in _NOT_CAUSAL
+    if options.fused_loss == "liger" and spec.model_type not in LIGER_FAMILIES:
+        instead = "; use --fused-loss chunked" if is_causal else ""
+        known = ", ".join(LIGER_FAMILIES)
+        raise ConfigError(f"liger-kernel has no fused loss for {spec.model_type} models; known: {known}{instead}")
+    if options.fused_loss == "chunked" and not is_causal:
+        raise ConfigError(
+            f"--fused-loss chunked is for causal language models, {spec.name} is none; use --fused-loss none"
+        )
 
 
 def _check_images(spec: ModelSpec, options: StepOptions) -> None:

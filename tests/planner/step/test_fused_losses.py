@@ -8,6 +8,7 @@ from optplan.planner.models.fields import Fields
 from optplan.planner.models.registry import family_of
 from optplan.planner.step.fused_losses import chunk_sizes, liger_chunk
 from optplan.planner.step.rules import StepOptions, record_step
+from optplan.planner.step_time_work import step_work
 
 VOCAB, WIDTH = 32003, 384
 LLAMA = {
@@ -75,3 +76,11 @@ def test_the_heads_gradient_is_there_three_times_while_chunks_are_added_up(preci
     # The sum so far, the next chunk's and the new sum: autograd adds a transposed gradient to no other in place.
     assert chunked == 3 * head
     assert plain == 2 * head + WIDTH * itemsize  # at the end: head, embedding and the last norm
+
+
+def test_a_loss_in_chunks_takes_the_heads_product_twice():
+    spec = family_of("llama").spec(Fields(LLAMA, where="test"), name="m", source="test")
+    steps = [StepOptions(batch_size=3, seq_len=173, fused_loss=loss) for loss in ("none", "chunked")]
+    plain, chunked = (step_work(spec, step, record_step(spec, step)) for step in steps)
+    assert chunked.backward.product_flops - plain.backward.product_flops == 2 * 519 * VOCAB * WIDTH
+    assert chunked.forward.product_flops == plain.forward.product_flops

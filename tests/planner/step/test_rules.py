@@ -131,8 +131,14 @@ def test_a_family_without_rules_is_refused():
         (
             load_model("gpt2"),
             {"fused_loss": "liger"},
-            "unknown family with a fused loss by Liger 'gpt2'; "
-            "known: llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, phi3, gemma, gemma2, gemma3_text, olmo2",
+            "liger-kernel has no fused loss for gpt2 models; "
+            "known: llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, phi3, gemma, gemma2, gemma3_text, olmo2; "
+            "use --fused-loss chunked",
+        ),
+        (
+            load_model("bert-base"),
+            {"fused_loss": "chunked"},
+            "--fused-loss chunked is for causal language models, bert-base is none; use --fused-loss none",
         ),
         (
             load_model("vit-base"),
