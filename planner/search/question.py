@@ -156,7 +156,7 @@ def _space(base: StepRequest, asked: dict[str, Any], fixed: dict[str, Any], memb
     """The space that is left once some options are fixed."""
     counts = gpu_counts(asked.get("gpus", 1))
     sequences = _sequences(base, asked, counts, fixed)
-    sharding = fixed.get("sharding")
+    sharding = _sharding(fixed, counts)
     return Space(
         members=members,
         precisions=_one(fixed.get("precision"), _usable_precisions(base.gpu)),
@@ -185,7 +185,9 @@ def _checked(fixed: dict[str, Any]) -> dict[str, Any]:
         raise unknown("fused-loss for --fused-loss", str(fixed["fused_loss"]), FUSED_LOSS)
     if "sharding" in fixed and fixed["sharding"] not in SHARDINGS:
         raise unknown("sharding for --sharding", str(fixed["sharding"]), SHARDINGS)
-    return {name: value for name, value in fixed.items() if name in ("precision", "batch_size")}
+    # What no other choice could make up for is refused here, such as a step in backward with clipping.
+    always = {"step_in_backward": True} if fixed.get("step_in_backward") else {}
+    return always | {name: value for name, value in fixed.items() if name in ("precision", "batch_size")}
 
 
 def gpu_counts(text: int | str) -> tuple[int, ...]:
@@ -203,6 +205,17 @@ def gpu_counts(text: int | str) -> tuple[int, ...]:
     if high > MOST_GPUS:
         raise ConfigError(f"--gpus {text} is beyond the {MOST_GPUS} that are searched")
     return tuple(count for count in range(low, high + 1) if count in (low, high) or count & (count - 1) == 0)
+
+
+def _sharding(fixed: dict[str, Any], counts: tuple[int, ...]) -> str | None:
+    """The sharding that was given, if it can hold on any of these numbers of GPUs."""
+    sharding = fixed.get("sharding")
+    if sharding == "none" and counts[-1] > 1:
+        known = ", ".join(name for name in SHARDINGS if name != "none")
+        raise ConfigError(f"--gpus {counts[-1]} needs a --sharding strategy: {known}")
+    if sharding not in (None, "none") and counts[-1] == 1:
+        raise ConfigError(f"--sharding {sharding} needs --gpus of at least 2, got 1")
+    return None if sharding == "none" else sharding
 
 
 def _layouts(count: int, gpu: Gpu, sharding: str | None) -> tuple[Layout, ...]:
@@ -260,6 +273,8 @@ def _size(value: str | int) -> int:
 
 def _limit(gpu: Gpu, budget: str | int | None, reserve: int) -> int:
     limit = gpu.usable_bytes if budget is None else min(gpu.usable_bytes, _size(budget))
+    if limit < 1:
+        raise ConfigError(f"--budget must be more than 0, got {shorten(budget)}")
     if reserve >= limit:
         raise ConfigError(f"--reserve {format_gib(reserve)} leaves nothing of {format_gib(limit)}")
     return limit - reserve

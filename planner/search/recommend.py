@@ -162,7 +162,7 @@ def _sureness(time: Time) -> list[str]:
 
 def _advice(best: Configuration) -> list[str]:
     facts = load_facts()[best.optimizer]
-    return [f"defaults: {facts.defaults}", f"limits: {facts.limits}"]
+    return [f"shown: {facts.evidence}", f"defaults: {facts.defaults}", f"limits: {facts.limits}"]
 
 
 def _notes(question: Question) -> list[str]:

@@ -10,9 +10,11 @@ from typing import Any
 
 import msgspec
 
+from optplan.planner.catalog import load_model
 from optplan.planner.errors import ConfigError
 from optplan.planner.estimate import estimate
 from optplan.planner.records import Estimate
+from optplan.planner.request import default_seq_len
 from optplan.planner.trainers.importing import request_of, set_aside
 from optplan.planner.trainers.reading import ImportedJob
 from optplan.planner.units import format_gib
@@ -58,23 +60,24 @@ def question_of(
     stays = {name for name in given if name in step}
     written = request_of(job, model=model, optimizers=None, settings=None, step=whole, given=stays)
     if "tokens_per_step" not in given:
-        asked["tokens_per_step"] = _tokens(job, written.step, gpus, batch_size=search["batch_size"])
+        seq_len = asked.get("seq_len") or default_seq_len(load_model(written.model))
+        asked["tokens_per_step"] = _tokens(job, seq_len, gpus, batch_size=search["batch_size"])
     aside = set_aside(job, job.model or written.model, {*given} - stays)
     notes = [_as_written(job, written.model, written.step), *written.notes, *aside, _searched(job, given)]
     return JobQuestion(written.model, asked, [note for note in notes if note])
 
 
-def _tokens(job: ImportedJob, step: dict[str, Any], gpus: str, *, batch_size: int | None) -> int | None:
-    """Tokens of one step of the job on these GPUs: a whole number of sequences for the most of them."""
-    seq_len = step.get("seq_len")
-    if seq_len is None:
-        return None
+def _tokens(job: ImportedJob, seq_len: Any, gpus: str, *, batch_size: Any) -> int | None:
+    """Tokens of one step of the job on these GPUs: a whole number of sequences for the most of them.
+
+    None where a number is out of range: the search says so.
+    """
     counts = [int(part) for part in gpus.split("..") if part.isascii() and part.isdigit()]
-    if not counts or 0 in counts:
+    sizes = [job.flags.get("batch_size", 1), job.flags.get("grad_accum", 1), seq_len, batch_size or 1, *counts]
+    if not counts or not all(isinstance(size, int) and size > 0 for size in sizes):
         return None
-    sequences = int(job.flags.get("batch_size", 1)) * int(job.flags.get("grad_accum", 1)) * counts[0]
-    least = counts[-1] * (batch_size if isinstance(batch_size, int) and batch_size > 0 else 1)
-    return -(-sequences // least) * least * int(seq_len)
+    sequences, least = sizes[0] * sizes[1] * counts[0], counts[-1] * (batch_size or 1)
+    return -(-sequences // least) * least * seq_len
 
 
 def _searched(job: ImportedJob, given: Collection[str]) -> str | None:

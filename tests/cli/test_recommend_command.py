@@ -126,6 +126,13 @@ def test_nothing_fits_and_what_would_is_confirmed(capsys: pytest.CaptureFixture[
         ("--gpus many", "--gpus takes a number or a range such as 1..8, got 'many'"),
         ("--gpus 4096", "--gpus 4096 is beyond the 1024 that are searched"),
         ("--prefer cheap", "unknown preference for --prefer 'cheap'; known: quality, speed, memory"),
+        ("--budget 0", "--budget must be more than 0, got '0'"),
+        ("--sharding fsdp2", "--sharding fsdp2 needs --gpus of at least 2, got 1"),
+        (
+            "--step-in-backward --clip-grad-norm 1",
+            "--step-in-backward and --clip-grad-norm contradict each other: the norm of all gradients needs all of "
+            "them",
+        ),
         ("--reserve 200GiB", "--reserve 200.00 GiB leaves nothing of 38.73 GiB"),
         ("--tokens-per-step 3000", "--tokens-per-step 3000 is not a whole number of sequences of 2048 tokens"),
         (
