@@ -119,10 +119,6 @@ def _check_family(spec: ModelSpec, options: StepOptions) -> None:
     _check_loss(spec, options)
     if spec.model_type == "t5" and options.attention == "flash":
         raise ConfigError(f"{spec.name} adds numbers to its attention scores, which flash cannot; use attention sdpa")
-    if options.fused_loss == "chunked" and spec.model_type in _NOT_CAUSAL:
-        raise ConfigError(
-            f"--fused-loss chunked is for causal language models, {spec.name} is none; use --fused-loss none"
-        )
     if spec.model_type == "vit":
         _check_images(spec, options)
     if "num_experts" in spec.config:
