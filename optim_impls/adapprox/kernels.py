@@ -40,13 +40,13 @@ def as_tf32(x):
 
 @triton.jit
 def number(x, KIND: tl.constexpr):
-    """A number that may be absent (one), given by value, or lie in device memory: KIND is 0, 1 or 2."""
+    """A number that may be absent (one), given by value, or lie in device memory in any dtype: KIND is 0, 1 or more."""
     if KIND == 0:
         return 1.0
     elif KIND == 1:
         return x
     else:
-        return tl.load(x)
+        return tl.load(x).to(tl.float32)
 
 
 @triton.jit

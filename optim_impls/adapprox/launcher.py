@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from optplan.optim_impls.adapprox.sharded_launcher import RankSums
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_DTYPES_OF_NUMBERS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _SUMS_AT_ONCE = 1024
 
 
@@ -183,7 +184,7 @@ def _bind_vectors(like: Member, num_programs: int, scaled: int, rated: int) -> V
 
 
 def _kind(x: GradScale) -> tuple[float | torch.Tensor, int]:
-    """A number as a kernel argument, and how the kernel gets it: not at all, by value, from memory."""
+    """A number as a kernel argument, and how the kernel gets it: not at all, by value, from memory in some dtype."""
     if x is None:
         return 1.0, 0
-    return (x, 2) if isinstance(x, torch.Tensor) else (float(x), 1)
+    return (x, 2 + _DTYPES_OF_NUMBERS.index(x.dtype)) if isinstance(x, torch.Tensor) else (float(x), 1)

@@ -88,3 +88,21 @@ def test_tensors_without_elements_take_part(backend: str, options: dict[str, Any
     (state,) = optimizer.state.values()
     assert {name: value.numel() for name, value in state.items() if name != "step"} == {"exp_avg": 0, "exp_avg_sq": 0}
     assert float(state["step"]) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_rate_on_the_device_is_a_rate_on_the_host_to_the_bit(dtype: torch.dtype) -> None:
+    """Also where it changes its dtype from one step to the next."""
+    grads = [[_random(*shape, seed=10 * step + i) for i, shape in enumerate(SHAPES[:3])] for step in range(2)]
+    expected, _ = _trained(grads, "triton", rank=4)
+    parameters = [torch.nn.Parameter(torch.ones_like(gradient)) for gradient in grads[0]]
+    optimizer = Adapprox(parameters, lr=torch.tensor(0.1, device=DEVICE), rank=4, backend="triton", capturable=True)
+    for step in grads:
+        for parameter, gradient in zip(parameters, step, strict=True):
+            if parameter.grad is None:
+                parameter.grad = gradient.clone()
+            parameter.grad.copy_(gradient)
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] = torch.tensor(0.1, dtype=dtype, device=DEVICE)
+    for found, exact in zip(parameters, expected, strict=True):
+        assert torch.equal(found, exact)
