@@ -24,14 +24,15 @@ _CHUNK_BYTES = 4 + 8  # int32 tensor index, int64 offset
 
 
 def launch_table_bytes(parameters: Sequence[Parameter], *, num_lists: int) -> int:
-    """Bytes of the table.
+    """Bytes of the table, which has no row for a tensor without elements.
 
     Args:
         parameters: The tensors of one launch.
         num_lists: Pointers a tensor needs: parameter, gradient, and each state tensor that is not in a flat buffer.
     """
     num_chunks = sum(-(-p.numel // CHUNK_NUMEL) for p in parameters)
-    return len(parameters) * (num_lists + NUM_EXTRA_COLUMNS) * _POINTER_BYTES + num_chunks * _CHUNK_BYTES
+    num_rows = sum(p.numel > 0 for p in parameters)
+    return num_rows * (num_lists + NUM_EXTRA_COLUMNS) * _POINTER_BYTES + num_chunks * _CHUNK_BYTES
 
 
 def write_launch_table(timeline: TimelineBuilder, parameters: Sequence[Parameter], *, num_lists: int) -> int:

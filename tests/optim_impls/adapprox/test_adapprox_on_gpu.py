@@ -1,4 +1,4 @@
-"""What a CUDA GPU shows of Adapprox beside what it shows of every optimizer: the second moment that the factors hold."""
+"""What a CUDA GPU shows of Adapprox beside what it shows of every optimizer: how well factors hold second moments."""
 
 from __future__ import annotations
 

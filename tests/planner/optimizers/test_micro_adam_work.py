@@ -26,3 +26,8 @@ def test_bytes_of_a_step(options: dict[str, Any], step_peak: Any) -> None:
     assert model.moved_bytes(MATRIX, BF16) == MOVED
     assert step_peak(model, [MATRIX], BF16) == TABLE
     assert model.state(MATRIX, BF16) == plain.state(MATRIX, BF16)
+
+
+def test_a_tensor_without_elements_takes_no_room(step_peak: Any) -> None:
+    empty = Parameter("unused", (0, 4096), "mlp", "linear")
+    assert step_peak(build_optimizer("micro-adam"), [empty, MATRIX], BF16) == TABLE
