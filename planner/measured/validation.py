@@ -72,7 +72,7 @@ class ValidationReport(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         state_exact: Records whose state bytes are predicted to the byte.
         state_known: Records that tell state bytes.
-        skipped: Records that cannot be estimated, with the reason.
+        skipped: Records that cannot be read or estimated, with the reason.
     """
 
     schema: Literal["optplan.validation/1"] = "optplan.validation/1"
@@ -90,17 +90,13 @@ class ValidationReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def validate_records(paths: Iterable[str | Path]) -> ValidationReport:
-    """Hold saved measurements against today's rules.
-
-    Raises:
-        ConfigError: A file is no measurement.
-    """
+    """Hold saved measurements against today's rules; a file that cannot be is told of and keeps no other from it."""
     judgements, skipped = [], {}
     for path in sorted(map(Path, paths)):
-        record = load_record(path)
-        if not isinstance(record, Measurement):
-            raise ConfigError(f"{shorten(str(path))} is no measurement but {record.schema}")
         try:
+            record = load_record(path)
+            if not isinstance(record, Measurement):
+                raise ConfigError(f"{shorten(str(path))} is no measurement but {record.schema}")
             judgements.append(judge(record, name=path.name.removesuffix(".gz").removesuffix(".json")))
         except ConfigError as error:
             skipped[path.name] = str(error)

@@ -16,6 +16,7 @@ import msgspec
 import torch
 
 _Answer = TypeVar("_Answer")
+_PART = "MIG-"
 
 
 class DeviceMemory(msgspec.Struct, frozen=True):
@@ -67,9 +68,12 @@ class DeviceReader:
         if shares is None:
             return DeviceMemory(used, None, None)
         mine = shares.get(os.getpid())
-        others = sum(share for process, share in shares.items() if process != os.getpid())
-        # In a container the driver may list processes under numbers that are not those seen inside it.
-        return DeviceMemory(used, mine, others if mine is not None or not shares else None)
+        if mine is None:
+            # In a container the driver may list none, or under numbers that are not those seen inside it.
+            if torch.cuda.is_initialized():
+                self.remark = "the driver does not tell processes apart: it does not list this one"
+            return DeviceMemory(used, None, None)
+        return DeviceMemory(used, mine, sum(shares.values()) - mine)
 
     def _used(self, nvml: Any) -> int:
         """Bytes in use, without what the driver keeps for itself where it tells the two apart."""
@@ -93,7 +97,7 @@ class DeviceReader:
         """The driver's answer, None and a remark where it refuses."""
         try:
             return question(self._nvml)
-        except (self._nvml.NVMLError, AttributeError, ValueError, RuntimeError) as error:
+        except (self._nvml.NVMLError, AttributeError, IndexError, OSError, ValueError, RuntimeError) as error:
             self.remark = f"{refusal}: {error}"
             return None
 
@@ -101,8 +105,13 @@ class DeviceReader:
 def _open(nvml: Any, index: int) -> tuple[str, Any]:
     """The driver's version and the GPU's handle."""
     nvml.nvmlInit()
-    # torch's own answer to what CUDA_VISIBLE_DEVICES makes of an index.
-    handle = nvml.nvmlDeviceGetHandleByIndex(torch.cuda._get_nvml_device_index(index))
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    if visible[min(index, len(visible) - 1)].startswith(_PART):
+        # A part of a GPU has memory of its own, and no number.
+        handle = nvml.nvmlDeviceGetHandleByUUID(visible[index])
+    else:
+        # torch's own answer to what CUDA_VISIBLE_DEVICES makes of an index.
+        handle = nvml.nvmlDeviceGetHandleByIndex(torch.cuda._get_nvml_device_index(index))
     return _text(nvml.nvmlSystemGetDriverVersion()), handle
 
 

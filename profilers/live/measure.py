@@ -10,6 +10,7 @@ import torch
 
 from optplan.planner.candidates import OptimizerChoice
 from optplan.planner.errors import ConfigError
+from optplan.planner.gpus import Gpu
 from optplan.planner.measured.measurement import Measurement, OutOfMemory, StepTime
 from optplan.planner.measured.packed_history import pack
 from optplan.planner.records import GpuRow, ModelRow, PhasePeak, ResidentBytes, StepConfig
@@ -17,6 +18,7 @@ from optplan.planner.request import StepRequest
 from optplan.planner.step_history import StepHistory
 from optplan.planner.timeline import Phase
 from optplan.planner.timeline_report import categories_of
+from optplan.planner.units import format_gib
 from optplan.planner.version import VERSION
 from optplan.planner.workload import Workload
 from optplan.profilers.live.bandwidth import copy_bandwidth
@@ -30,6 +32,9 @@ MIN_STEPS = RECORDED_STEP + 1
 
 INTERRUPTED = "interrupted: fewer steps were timed than asked for"
 """Note of a record whose run was stopped after its recorded step."""
+
+_SIZES_DIFFER = 0.03
+"""How far apart two drivers' figures for one GPU's memory can be."""
 
 Progress = Callable[[str], None]
 
@@ -82,10 +87,25 @@ def measure(
         environment=read_environment(
             driver=reader.driver if reader else None, other_processes_bytes=held_by_others(before)
         ),
-        notes=[*profile_notes(run.profile, reader), *([INTERRUPTED] if run.is_interrupted else [])],
+        notes=[
+            *_size_notes(gpu, device),
+            *profile_notes(run.profile, reader),
+            *([INTERRUPTED] if run.is_interrupted else []),
+        ],
         **profile_fields(run.profile),
         **device_bytes(before, after),
     )
+
+
+def _size_notes(gpu: Gpu, device: torch.device) -> list[str]:
+    """That the GPU at hand has not the memory of the one that predictions are for: part of one (MIG), or another."""
+    if device.type != "cuda":
+        return []
+    here = torch.cuda.get_device_properties(device).total_memory
+    if abs(here - gpu.total_bytes) <= _SIZES_DIFFER * gpu.total_bytes:
+        return []
+    name, sizes = torch.cuda.get_device_properties(device).name, (format_gib(here), format_gib(gpu.total_bytes))
+    return [f"measured on {name} with {sizes[0]}; what is predicted is for {gpu.id} with {sizes[1]}"]
 
 
 def held_by_others(before: DeviceMemory | None) -> int | None:

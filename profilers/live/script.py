@@ -19,6 +19,8 @@ from optplan.planner.measured.measurement import Measurement
 from optplan.profilers.live.measure import MIN_STEPS
 from optplan.profilers.live.session import StepProfile
 
+_MESSAGE_LIMIT = 300
+
 
 class _Enough(BaseException):
     """Ends the script once all steps are measured; no handler of ordinary errors stops it."""
@@ -44,10 +46,12 @@ def profile_script(
         name: The model's name in the catalogue.
         gpu: The GPU's id in the catalogue.
 
+    An interrupt, too, ends the script; what is measured by then is kept if its third step is.
+
     Raises:
         ConfigError: The script is not there, ends before its steps are measured, or steps no optimizer whose model can
             be found.
-        OptplanError: The script fails.
+        OptplanError: The script fails, or runs out of memory in its first optimizer step.
     """
     if num_steps < MIN_STEPS:
         raise ConfigError(f"--steps must be at least {MIN_STEPS}, the last of which is recorded; got {num_steps}")
@@ -59,12 +63,18 @@ def profile_script(
         _run(path, arguments)
     except _Enough:
         pass
-    except torch.cuda.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError as error:
         if watch.profile is None:
+            words = " ".join(str(error).split())[:_MESSAGE_LIMIT]
+            raise OptplanError(f"{shorten(path)} ran out of memory in its first optimizer step: {words}") from None
+        watch.close(error)
+    except KeyboardInterrupt as error:
+        if not watch.has_recorded:
             raise
+        watch.close(error)
     finally:
         handle.remove()
-        watch.close()
+        watch.close(sys.exc_info()[1])
     return watch.result(path)
 
 
@@ -101,6 +111,7 @@ class _Watch:
         self._num_steps = num_steps
         self._name, self._gpu = name, gpu
         self._optimizer: torch.optim.Optimizer | None = None
+        self._is_closed = False
 
     def stepped(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """Called after every step of every optimizer."""
@@ -113,10 +124,16 @@ class _Watch:
         elif optimizer is self._optimizer and self.profile.live.num_steps >= self._num_steps:
             raise _Enough
 
-    def close(self) -> None:
-        """Stop observing."""
-        if self.profile is not None:
-            self.profile.__exit__(*sys.exc_info())
+    @property
+    def has_recorded(self) -> bool:
+        """Whether the step that is recorded event by event has ended."""
+        return self.profile is not None and self.profile.live.num_steps > self.profile.live.recorded_step
+
+    def close(self, error: BaseException | None) -> None:
+        """Stop observing, once; `error` is what ended the script."""
+        if self.profile is not None and not self._is_closed:
+            self._is_closed = True
+            self.profile.__exit__(type(error) if error else None, error, None)
 
     def result(self, path: str) -> Measurement:
         """What was found.

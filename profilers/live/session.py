@@ -22,7 +22,14 @@ from optplan.profilers.live.communication import inner_model, strategy_of
 from optplan.profilers.live.describe import describe_model, describe_optimizer, describe_step
 from optplan.profilers.live.devices import DeviceMemory, DeviceReader
 from optplan.profilers.live.environment import is_first_rank, read_environment
-from optplan.profilers.live.measure import device_bytes, held_by_others, profile_fields, profile_notes, step_time
+from optplan.profilers.live.measure import (
+    INTERRUPTED,
+    device_bytes,
+    held_by_others,
+    profile_fields,
+    profile_notes,
+    step_time,
+)
 from optplan.profilers.live.profile import RECORDED_STEP, LiveProfile
 
 
@@ -68,6 +75,7 @@ class StepProfile:
         self._reader = DeviceReader(self.live.device.index or 0) if self.live.device.type == "cuda" else None
         self._before: DeviceMemory | None = None
         self._after: DeviceMemory | None = None
+        self._is_interrupted = False
 
     def __enter__(self) -> Self:
         self._before = self._reader.read() if self._reader else None
@@ -77,6 +85,7 @@ class StepProfile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._is_interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
         try:
             self._observing.__exit__(kind, error, trace)
         finally:
@@ -114,7 +123,7 @@ class StepProfile:
                 driver=self._reader.driver if self._reader else None,
                 other_processes_bytes=held_by_others(self._before),
             ),
-            notes=profile_notes(self.live, self._reader),
+            notes=[*profile_notes(self.live, self._reader), *([INTERRUPTED] if self._is_interrupted else [])],
             **profile_fields(self.live),
             **device_bytes(None, self._after),
         )

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from optplan.planner.errors import OptplanError, shorten
+from optplan.planner.errors import ConfigError, OptplanError, shorten
 from optplan.planner.measured.measurement import Measurement
 from optplan.planner.measured.record_files import load_record, save_record
 from optplan.profilers.live.measure import INTERRUPTED
@@ -157,7 +157,7 @@ class _Matrix:
         """Start a case once there is a place for it, if it is to be measured at all."""
         path = self._folder / f"{case.name}.json.gz"
         if path.exists():
-            self._outcome.kept.append(case.name)
+            self._keep(case, path)
             return
         reason = refuse(case)
         if reason is not None:
@@ -168,6 +168,15 @@ class _Matrix:
             self._outcome.left.append(case.name)
         else:
             self._start(case, path)
+
+    def _keep(self, case: ValidationCase, path: Path) -> None:
+        """Count a record that is there; one that cannot be read is left alone, whatever it is, and told of."""
+        try:
+            load_record(path)
+        except ConfigError as error:
+            self._outcome.failed[case.name] = f"{error}; remove the file to measure the step again"
+        else:
+            self._outcome.kept.append(case.name)
 
     def _make_room(self, case: ValidationCase) -> None:
         """Wait for a place; a case of several processes runs alone."""

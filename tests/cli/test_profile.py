@@ -1,6 +1,8 @@
 """`optplan profile` on a machine without a GPU: a small model on the CPU, and what is refused."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -150,3 +152,63 @@ def test_an_interrupt_keeps_what_is_measured(
         assert isinstance(record, Measurement)
         assert record.notes[-1] == "interrupted: fewer steps were timed than asked for"
         assert record.time is not None and record.time.num_steps == 1
+
+
+def _failing(monkeypatch: pytest.MonkeyPatch, phase: str, *, at: int) -> None:
+    """Let the memory run out in a phase of the step of this number, counted from 1."""
+    torch = pytest.importorskip("torch")
+    owner, name = {
+        "load": (torch.optim.SGD, "__init__"),
+        "forward": (torch.nn.Embedding, "forward"),
+        "backward": (torch.autograd, "backward"),
+        "step": (torch.optim.SGD, "step"),
+    }[phase]
+    calls, original = iter(range(1, 100)), getattr(owner, name)
+
+    def fails(*args: object, **kwargs: object) -> object:
+        if next(calls) == at:
+            raise torch.cuda.OutOfMemoryError(f"CUDA out of memory. Tried to allocate 2.00 GiB in {phase}")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, fails)
+
+
+@pytest.mark.parametrize(
+    ("phase", "at"), [("load", 1), ("forward", 1), ("forward", 3), ("backward", 2), ("backward", 3), ("step", 1)]
+)
+def test_running_out_of_memory_is_a_result(
+    config: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    phase: str,
+    at: int,
+) -> None:
+    _failing(monkeypatch, phase, at=at)
+    out = tmp_path / "step.json.gz"
+    command = ["profile", "-m", config, *ON_CPU, "-o", "sgd", "--set", "implementation=foreach", "--out", str(out)]
+    assert run(app, command) == 1
+    assert f"out of memory in {phase}" in " ".join(capsys.readouterr().out.split())
+    record = load_record(out)
+    assert isinstance(record, Measurement) and record.out_of_memory is not None
+    assert record.out_of_memory.phase == phase
+    assert record.out_of_memory.message == f"CUDA out of memory. Tried to allocate 2.00 GiB in {phase}"
+    assert len(record.losses) == (0 if phase == "load" else at - 1)
+    assert run(app, ["show", str(out)]) == 0
+
+
+def test_a_full_disk_loses_no_figure(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    (tmp_path / "records").mkdir()
+    monkeypatch.chdir(tmp_path / "records")
+    command = ["profile", "-m", config, *ON_CPU, "-o", "sgd", "--set", "implementation=foreach", "--steps", "3"]
+    assert run(app, [*command, "--out", "step.json.gz", "--json"]) == 1
+    printed, told = capsys.readouterr()
+    assert json.loads(printed)["bytes"]["parameters"] == 2 * NUM_PARAMETERS
+    assert told.splitlines()[-1] == "optplan: cannot write 'step.json.gz': No space left on device; nothing was saved"
+    assert list((tmp_path / "records").iterdir()) == []

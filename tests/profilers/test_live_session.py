@@ -207,3 +207,68 @@ def test_a_script_that_ends_early(
 def test_one_sentence(capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str) -> None:
     assert run(app, ["profile", *arguments]) == 2
     assert capsys.readouterr().err == f"optplan: {sentence}\n"
+
+
+def _edited(script: str, line: str) -> str:
+    """The script with a line before each step, and without its own handler."""
+    text = Path(script).read_text().replace("        model(torch", f"        {line}\n        model(torch")
+    Path(script).write_text(text.replace("except Exception", "except ZeroDivisionError"))
+    return script
+
+
+OOM = "raise torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')"
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "told"),
+    [
+        (f"if step == 4: {OOM}", 1, None),
+        ("if step == 4: raise KeyboardInterrupt", 130, "optplan: interrupted"),
+        ("if step == 1: raise KeyboardInterrupt", 130, "optplan: interrupted"),
+    ],
+)
+def test_a_script_that_is_cut_short(
+    script: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    line: str,
+    status: int,
+    told: str | None,
+) -> None:
+    monkeypatch.delitem(sys.modules, "helper", raising=False)
+    out = tmp_path / "step.json.gz"
+    assert run(app, ["profile", "--script", _edited(script, line), "--out", str(out), "--", "1000"]) == status
+    printed = capsys.readouterr()
+    if told is not None:
+        assert printed.err.splitlines()[-1] == told
+    # The first step shows the optimizer, the fourth is recorded; before its end there is nothing to keep.
+    assert out.exists() == ("4" in line)
+    if out.exists():
+        record = load_record(out)
+        assert isinstance(record, Measurement)
+        assert (record.out_of_memory is not None) == (told is None)
+        assert ("interrupted: fewer steps were timed than asked for" in record.notes) == (told is not None)
+
+
+def test_memory_that_runs_out_in_a_script_s_first_step(
+    script: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "helper", raising=False)
+    monkeypatch.chdir(Path(_edited(script, OOM)).parent)
+    assert run(app, ["profile", "--script", "train.py", "--", "9"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "optplan: 'train.py' ran out of memory in its first optimizer step: "
+        "CUDA out of memory. Tried to allocate 2.00 GiB"
+    )
+
+
+def test_an_interrupted_loop_says_so() -> None:
+    model = nn.Linear(6, 3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    prof = optplan.profile_step(model, optimizer)
+    with pytest.raises(KeyboardInterrupt), prof:
+        for _ in range(4):
+            _step(model, optimizer)
+        raise KeyboardInterrupt
+    assert prof.measurement().notes[-1] == "interrupted: fewer steps were timed than asked for"

@@ -8,7 +8,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from optplan.planner.errors import ConfigError
 from optplan.planner.estimate import estimate
 from optplan.planner.measured.measurement import Environment, Measurement, OutOfMemory, StepTime
 from optplan.planner.measured.record_files import save_record
@@ -94,8 +93,19 @@ def test_times_are_compared_where_both_tell_them() -> None:
     assert row.step_seconds_error == (None if predicted is None else pytest.approx(predicted["step"] - 1))
 
 
-def test_an_estimate_is_no_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_are_no_measurements_keep_none_from_being_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
+    whole = save_record(_measured(), "whole.json.gz").read_bytes()
     save_record(estimate("gpt2", gpu="h200-141g", optimizer="adamw"), "estimate.json.gz")
-    with pytest.raises(ConfigError, match=r"^'estimate\.json\.gz' is no measurement but optplan\.estimate/1$"):
-        validate_records(["estimate.json.gz"])
+    Path("half.json.gz").write_bytes(whole[: len(whole) // 2])
+    Path("newer.json").write_text('{"schema": "optplan.measurement/2"}')
+    report = validate_records(["estimate.json.gz", "half.json.gz", "newer.json", "whole.json.gz"])
+    assert [row.record for row in report.judgements] == ["whole"]
+    assert report.skipped == {
+        "estimate.json.gz": "'estimate.json.gz' is no measurement but optplan.estimate/1",
+        "half.json.gz": "'half.json.gz' was cut short: its compressed content has no end",
+        "newer.json": "'newer.json' was made by a newer optplan: schema 'optplan.measurement/2'; "
+        "this version reads optplan.estimate/1, optplan.measurement/1",
+    }

@@ -127,10 +127,26 @@ def test_a_record_cut_short_is_measured_again(play: Callable[..., tuple[Stage, R
     assert outcome.measured == [ONE.name, TWO.name]
 
 
+def test_a_file_that_cannot_be_read_is_left_alone(
+    play: Callable[..., tuple[Stage, RunOutcome]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "records"
+    folder.mkdir()
+    newer = folder / f"{ONE.name}.json.gz"
+    newer.write_text('{"schema": "optplan.measurement/9"}')
+    stage, outcome = play([ONE, TWO])
+    assert outcome.measured == [TWO.name] and len(stage.begun) == 1
+    assert outcome.failed[ONE.name].endswith(
+        "was made by a newer optplan: schema 'optplan.measurement/9'; this version reads optplan.estimate/1, "
+        "optplan.measurement/1; remove the file to measure the step again"
+    )
+    assert newer.read_text() == '{"schema": "optplan.measurement/9"}'
+
+
 def test_a_case_that_does_not_end_is_ended(play: Callable[..., tuple[Stage, RunOutcome]]) -> None:
     slow = Script(looks=10**9, record=None)
-    stage, outcome = play([ONE, TWO], {"adamw": slow}, limits=Limits(4, 60, case_seconds=0.1))
-    assert outcome.failed == {ONE.name: "it did not end within 0 s"}
+    stage, outcome = play([ONE, TWO], {"adamw": slow}, limits=Limits(4, 60, case_seconds=1.0))
+    assert outcome.failed == {ONE.name: "it did not end within 1 s"}
     assert outcome.measured == [TWO.name]
     assert stage.stubs[0].signals == [signal.SIGINT]
 
