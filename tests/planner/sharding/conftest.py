@@ -3,7 +3,17 @@
 from contextlib import contextmanager
 
 import pytest
+import torch
 import torch.distributed as dist
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Tensors here are so small that threads wait for each other longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @contextmanager

@@ -19,12 +19,14 @@ from optplan.planner.step.options import StepOptions
 from optplan.planner.step.rules import write_forward_backward
 from optplan.planner.timeline import Allocation, TimelineBuilder
 
+NUM_LAYERS = 5
+"""As few as the rules need to write some of them once for all."""
 CONFIG = {
     "model_type": "llama",
     "vocab_size": 203,
     "hidden_size": 96,
     "intermediate_size": 250,
-    "num_hidden_layers": 6,
+    "num_hidden_layers": NUM_LAYERS,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
@@ -38,7 +40,7 @@ KINDS = {
 
 
 def planned_events(strategy, precision, checkpointing, *, stage=None):
-    config = CONFIG if stage is None else CONFIG | {"num_hidden_layers": 6 * stage.num_stages}
+    config = CONFIG if stage is None else CONFIG | {"num_hidden_layers": NUM_LAYERS * stage.num_stages}
     spec = family_of("llama").spec(Fields(config, where="test"), name="m", source="test")
     stored = "float32" if precision == "mixed" else None
     options = StepOptions(

@@ -1,32 +1,40 @@
 """Published memory of large training steps, and DeepSpeed's own formulas, beside ours."""
 
+from functools import cache
+
 import pytest
 
+from optplan.planner.candidates import choose_optimizers
 from optplan.planner.catalog import load_model
 from optplan.planner.estimate import estimate
+from optplan.planner.request import check_request
 from optplan.planner.sharding.deepspeed import REDUCE_BUCKET_NUMEL
 from optplan.planner.sharding.published_steps import published_steps
 from optplan.planner.units import GIB
+from optplan.planner.workload import Workload
 
 STEPS = {row.id: row for row in published_steps()}
 LLAMA = load_model("llama-2-7b")
 NUMEL = 6_738_415_616
 
 
-def reserved_gib(row, checkpointing):
-    (found,) = estimate(row.model, gpu="h100", optimizer="adamw", checkpointing=checkpointing, **row.step).estimates
-    return found.peak_reserved_bytes / GIB
+@cache
+def reserved_gib(id_, checkpointing):
+    row = STEPS[id_]
+    workload = Workload(check_request(load_model(row.model), gpu="h100", checkpointing=checkpointing, **row.step))
+    (candidate,), _ = workload.candidates(choose_optimizers("adamw"))
+    return workload.peaks(candidate).reserved_bytes / GIB
 
 
 @pytest.mark.parametrize("row", STEPS.values(), ids=lambda row: row.id)
 def test_the_published_figure_lies_between_two_settings(row):
-    lower, upper = (reserved_gib(row, checkpointing) for checkpointing in row.between)
+    lower, upper = (reserved_gib(row.id, checkpointing) for checkpointing in row.between)
     assert lower < row.value_gib < upper
 
 
 def test_sixteen_times_the_gpus_save_what_the_shards_shrink():
     few, many = STEPS["torchtitan-llama-3.1-8b-8-gpus"], STEPS["torchtitan-llama-3.1-8b-128-gpus"]
-    ours = reserved_gib(few, "full") - reserved_gib(many, "full")
+    ours = reserved_gib(few.id, "full") - reserved_gib(many.id, "full")
     # 16 B a parameter: fp32 shard, gradient and two moments; blocks' rests and caches come on top.
     shards = 16 * 8_030_261_248 * (1 / 8 - 1 / 128) / GIB
     assert few.value_gib - many.value_gib == pytest.approx(15.4)

@@ -2,12 +2,13 @@
 
 import pytest
 
+from optplan.planner.candidates import choose_optimizers
 from optplan.planner.catalog import load_model
 from optplan.planner.errors import ConfigError
-from optplan.planner.estimate import estimate
 from optplan.planner.optimizers.registry import build_optimizer
 from optplan.planner.request import check_request
 from optplan.planner.sharding.search import possible_counts, smallest_fitting
+from optplan.planner.workload import Workload
 
 ADAMW = build_optimizer("adamw")
 
@@ -31,10 +32,11 @@ def test_the_number_found_fits_and_the_one_before_does_not(model, gpu, sharding)
     fits = {}
     for count in (below, found.num_gpus):
         where = {"gpus": count, "sharding": sharding} if count > 1 else {}
-        (row,) = estimate(model, gpu=gpu, optimizer="adamw", **where).estimates
-        fits[count] = row.fits
+        workload = Workload(check_request(load_model(model), gpu=gpu, **where))
+        (candidate,), _ = workload.candidates(choose_optimizers("adamw"))
+        fits[count] = workload.fits(candidate)
     assert fits == {below: False, found.num_gpus: True}
-    assert found.peak_bytes == row.peak_allocated_bytes
+    assert found.peak_bytes == workload.peaks(candidate).peak_bytes
 
 
 def test_where_every_rank_holds_everything_no_number_helps():
