@@ -118,4 +118,5 @@ def token_cross_entropy(t: Tape, logits: Tensor, labels: Tensor | None) -> Tenso
     loss, weight = t.new(1, dtype, "loss"), t.new(1, dtype, "number of labels")
     loss.node = node
     t.save(node, [weight])
+    del weight  # it ends first where a checkpoint keeps nothing
     return loss
