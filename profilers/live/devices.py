@@ -70,7 +70,7 @@ class DeviceReader:
         mine = shares.get(os.getpid())
         if mine is None:
             # In a container the driver may list none, or under numbers that are not those seen inside it.
-            if torch.cuda.is_initialized():
+            if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
                 self.remark = "the driver does not tell processes apart: it does not list this one"
             return DeviceMemory(used, None, None)
         return DeviceMemory(used, mine, sum(shares.values()) - mine)

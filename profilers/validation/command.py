@@ -39,6 +39,7 @@ PRELOADED = (
 """What a measurement imports, but for the model's own code."""
 BUSY_HOST = "measured while other GPUs of this host were busy: the host's share of the times may be longer"
 """Note of records that are made beside others."""
+_GPUS = "optplan.profilers.validation.gpus"
 _GPU_SECONDS = 120.0
 
 
@@ -63,8 +64,8 @@ def run_matrix(
     """
     _check(budget_seconds, steps, gpus_in_parallel, device)
     cases = read_matrix(matrix)
-    with launching(_preloaded(cases)) as launcher:
-        target = check_device(device)
+    target = check_device(device)
+    with launching(_preloaded(cases), probe=_GPUS if target.type == "cuda" else None) as launcher:
         seen = _visible_gpus(launcher) if target.type == "cuda" else []
         outcome = run_cases(
             cases,
@@ -101,7 +102,7 @@ def _preloaded(cases: Iterable[ValidationCase]) -> list[Sequence[str]]:
 
 
 def _visible_gpus(launcher: Launcher) -> list[VisibleGpu]:
-    asked = launcher.start("optplan.profilers.validation.gpus", [], {})
+    asked = launcher.start(_GPUS, [], {})
     if not asked.wait(_GPU_SECONDS) or asked.status:
         raise OptplanError(f"the GPUs cannot be asked: {asked.last_words()}")
     return msgspec.json.decode(asked.output, type=list[VisibleGpu])

@@ -85,15 +85,16 @@ class Launcher(Protocol):
 
 
 @contextmanager
-def launching(preload: Sequence[Sequence[str]]) -> Iterator[Launcher]:
-    """A launcher; at the end of the context what still runs is asked to stop, then killed.
+def launching(preload: Sequence[Sequence[str]], *, probe: str | None = None) -> Iterator[Launcher]:
+    """A launcher; at the end of the context what still runs is killed.
 
     Args:
         preload: What a server imports before it forks, the richest list first; a list after which CUDA could not be
             used is passed over. Where none is left, or a system does not fork, every process starts from nothing.
+        probe: A module that children must be able to run; a list after which they are not is passed over, too.
     """
     with tempfile.TemporaryDirectory(prefix="optplan-") as name:
-        launcher = _launcher(preload, Path(name))
+        launcher = _launcher(preload, Path(name), probe)
         try:
             yield launcher
         finally:
@@ -123,13 +124,18 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _launcher(preload: Sequence[Sequence[str]], folder: Path) -> ForkLauncher | PlainLauncher:
+def _launcher(preload: Sequence[Sequence[str]], folder: Path, probe: str | None) -> ForkLauncher | PlainLauncher:
     for names in preload if hasattr(os, "fork") and sys.platform != "darwin" else ():
         forking = ForkLauncher(names, folder)
-        if forking.is_ready():
+        if forking.is_ready() and (probe is None or _runs(forking, probe)):
             return forking
         forking.close()
     return PlainLauncher(folder)
+
+
+def _runs(launcher: ForkLauncher, module: str) -> bool:
+    process = launcher.start(module, [], {})
+    return process.wait(READY_SECONDS) and process.status == 0
 
 
 class PlainLauncher:

@@ -116,3 +116,15 @@ def test_a_server_that_asked_for_a_gpu_is_passed_over(tmp_path: Path, monkeypatc
         assert process.wait(20) and process.output == "threads 2\n__main__\n"
     with launching.launching([["torch", "poisoned"]]) as plain:
         assert isinstance(plain, PlainLauncher)
+
+
+def test_a_server_whose_children_cannot_do_what_is_needed_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "harmful.py").write_text("")
+    (tmp_path / "probe.py").write_text("import sys\nsys.exit('harmful' in sys.modules)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    with launching.launching([["harmful"], ["json"]], probe="probe") as launcher:
+        assert isinstance(launcher, ForkLauncher) and launcher.start("probe", [], {}).wait(20)
+    with launching.launching([["harmful"]], probe="probe") as plain:
+        assert isinstance(plain, PlainLauncher)
