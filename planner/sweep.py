@@ -17,21 +17,14 @@ from optplan.planner.candidates import (
 )
 from optplan.planner.catalog import load_model
 from optplan.planner.errors import ConfigError
-from optplan.planner.gpus import Gpu, custom_gpu, load_gpu
+from optplan.planner.gpus import Gpu
 from optplan.planner.models.spec import ModelSpec
-from optplan.planner.request import StepRequest, check_request, default_attention, default_seq_len
-from optplan.planner.sharding.registry import SHARDINGS
+from optplan.planner.request import StepRequest, default_attention, default_seq_len
 from optplan.planner.step_timer import StepTimer
+from optplan.planner.sweep_axes import AXES, check_size, check_values, layouts_of, request_at, shown, targets_of, unique
 from optplan.planner.sweep_records import SweepReport, SweepRow
-from optplan.planner.units import parse_size
 from optplan.planner.version import VERSION
 from optplan.planner.workload import Workload
-
-MAX_ROWS = 20_000
-"""Combinations of one sweep: at a few milliseconds to a second each, more is a job for several processes."""
-
-AXES = ("model", "gpu", "layout", "precision", "seq_len", "batch_size", "checkpointing", "optimizer")
-"""The order of the rows, first axis slowest."""
 
 
 def sweep(
@@ -71,22 +64,22 @@ def sweep(
         ConfigError: A name is unknown, a value out of range, the grid is too large, or there is neither GPU nor budget.
     """
     choices = choose_optimizers(optimizers, options)
-    targets, limit = _targets(gpus, budget)
-    specs = [load_model(name) for name in _unique("models", models)]
+    targets, limit = targets_of(gpus, budget)
+    specs = [load_model(name) for name in unique("models", models)]
     axes: dict[str, list[Any]] = {
         "model": specs,
         "gpu": targets,
-        "layout": _layouts(_unique("gpus-per-run", gpus_per_run), _unique("sharding", shardings)),
-        "precision": _unique("precisions", precisions),
-        "seq_len": _unique("seq-lens", seq_lens if seq_lens is not None else (None,)),
-        "batch_size": _unique("batch-sizes", batch_sizes),
-        "checkpointing": _unique("checkpointing", checkpointings),
+        "layout": layouts_of(unique("gpus-per-run", gpus_per_run), unique("sharding", shardings)),
+        "precision": unique("precisions", precisions),
+        "seq_len": unique("seq-lens", seq_lens if seq_lens is not None else (None,)),
+        "batch_size": unique("batch-sizes", batch_sizes),
+        "checkpointing": unique("checkpointing", checkpointings),
         "optimizer": choices,
     }
-    _check_size(axes)
-    _check_values(axes, step)
+    check_size(axes)
+    check_values(axes, step)
     rows = list(_Grid(axes, step, limit, progress).rows())
-    return SweepReport(version=VERSION, budget_bytes=limit, axes=_shown(axes), rows=rows)
+    return SweepReport(version=VERSION, budget_bytes=limit, axes=shown(axes), rows=rows)
 
 
 class _Grid:
@@ -120,7 +113,7 @@ class _Grid:
 
     def _row(self, point: dict[str, Any]) -> SweepRow:
         try:
-            request = _request(point, self._step)
+            request = request_at(point, self._step)
             shared = self._shared(request)
             candidate = self._candidate(shared, point["optimizer"])
             fields = self._figures(Workload(request), shared, candidate) | self._times(request, shared, candidate)
@@ -225,75 +218,3 @@ class _Grid:
         if isinstance(found, ConfigError):
             raise found
         return found
-
-
-def _request(point: dict[str, Any], step: dict[str, Any]) -> StepRequest:
-    gpu: Gpu = point["gpu"]
-    target: dict[str, Any] = {"memory": gpu.total_bytes} if gpu.is_budget else {"gpu": gpu.id}
-    sizes = {name: point[name] for name in ("precision", "seq_len", "batch_size", "checkpointing")}
-    sizes["gpus"], sizes["sharding"] = point["layout"]
-    return check_request(point["model"], **{**step, **sizes, **target})
-
-
-def _layouts(counts: Sequence[int], shardings: Sequence[str]) -> list[tuple[int, str]]:
-    """Numbers of GPUs with the ways in which they divide the work; one GPU has nothing to divide."""
-    ways = [name for name in shardings if name != "none"]
-    several = [count for count in counts if count != 1]
-    if ways and not several:
-        raise ConfigError(f"--sharding {ways[0]} needs --gpus-per-run of at least 2, got 1")
-    if several and not ways:
-        known = ", ".join(name for name in SHARDINGS if name != "none")
-        raise ConfigError(f"--gpus-per-run {several[0]} needs a --sharding strategy: {known}")
-    return [(count, way) for count in counts for way in (ways if count != 1 else ["none"])]
-
-
-def _targets(gpus: Sequence[str], budget: str | int | None) -> tuple[list[Gpu], int | None]:
-    limit = parse_size(budget) if isinstance(budget, str) else budget
-    if gpus:
-        return [load_gpu(name) for name in _unique("gpus", gpus)], limit
-    if limit is None:
-        raise ConfigError("no GPU given: add --gpus NAME,NAME (`optplan gpus` lists them) or --budget SIZE")
-    return [custom_gpu(limit)], limit
-
-
-def _unique(name: str, values: Sequence[Any]) -> list[Any]:
-    found = list(dict.fromkeys(values))
-    if not found:
-        raise ConfigError(f"--{name} is empty: give at least one value")
-    return found
-
-
-def _check_size(axes: dict[str, list[Any]]) -> None:
-    total = prod(len(values) for values in axes.values())
-    if total > MAX_ROWS:
-        sizes = " x ".join(f"{len(values)} {name}" for name, values in axes.items() if len(values) > 1)
-        raise ConfigError(f"the grid has {total} combinations ({sizes}); at most {MAX_ROWS} are computed in one sweep")
-
-
-def _check_values(axes: dict[str, list[Any]], step: dict[str, Any]) -> None:
-    """Refuse a value that no combination could have, before anything is computed.
-
-    What only some combinations cannot have is said in their rows.
-    """
-    model, gpu = axes["model"][0], custom_gpu(2**40)
-    point: dict[str, Any] = {"model": model, "gpu": gpu, "precision": "bf16", "seq_len": 1, "batch_size": 1}
-    point |= {"checkpointing": "none", "layout": (1, "none")}
-    for name in ("precision", "seq_len", "batch_size", "checkpointing", "layout"):
-        for value in axes[name]:
-            if name == "seq_len" and type(value) is int and 1 <= value <= 2**24:
-                continue  # whether a model has so many positions is the row's answer
-            _request({**point, name: value}, {})
-    _request(point, step)
-
-
-def _shown(axes: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    names: dict[str, Callable[[Any], Any]] = {
-        "model": lambda model: model.name,
-        "gpu": lambda gpu: gpu.id,
-        "optimizer": lambda choice: choice.id,
-    }
-    shown = {name: [names.get(name, lambda value: value)(value) for value in values] for name, values in axes.items()}
-    layouts = axes["layout"]
-    divided = {"gpus": [count for count, _ in layouts], "sharding": [way for _, way in layouts]}
-    order = [key for name in AXES for key in (divided if name == "layout" else (name,))]
-    return {key: list(dict.fromkeys((shown | divided)[key])) for key in order}

@@ -73,11 +73,13 @@ def _tokens(job: ImportedJob, seq_len: Any, gpus: str, *, batch_size: Any) -> in
     None where a number is out of range: the search says so.
     """
     counts = [int(part) for part in gpus.split("..") if part.isascii() and part.isdigit()]
-    sizes = [job.flags.get("batch_size", 1), job.flags.get("grad_accum", 1), seq_len, batch_size or 1, *counts]
-    if not counts or not all(isinstance(size, int) and size > 0 for size in sizes):
+    given = [job.flags.get("batch_size", 1), job.flags.get("grad_accum", 1), seq_len, batch_size or 1, *counts]
+    sizes = [size for size in given if isinstance(size, int) and size > 0]
+    if not counts or len(sizes) < len(given):
         return None
-    sequences, least = sizes[0] * sizes[1] * counts[0], counts[-1] * (batch_size or 1)
-    return -(-sequences // least) * least * seq_len
+    batch, accumulated, length, micro_batch = sizes[:4]
+    sequences, least = batch * accumulated * counts[0], counts[-1] * micro_batch
+    return -(-sequences // least) * least * length
 
 
 def _searched(job: ImportedJob, given: Collection[str]) -> str | None:

@@ -137,6 +137,22 @@ def test_gpus_work_together_under_each_sharding_and_alone_once() -> None:
     assert result.rows[2].optimizer_state_bytes == pytest.approx(124_439_808, rel=1e-3)
 
 
+def test_a_sharding_that_refuses_a_precision_keeps_its_row() -> None:
+    result = sweep(
+        ["gpt2"],
+        gpus=["h200"],
+        optimizers=["adamw"],
+        precisions=["mixed", "bf16"],
+        gpus_per_run=[2],
+        shardings=["zero2"],
+    )
+    mixed, bf16 = result.rows
+    assert mixed.fits
+    assert bf16.reason == (
+        "--sharding zero2 is DeepSpeed's, which keeps fp32 master weights: use --precision mixed, got bf16"
+    )
+
+
 def test_a_violation_says_how_many_gpus() -> None:
     result = sweep(["gpt2"], gpus=["t4-16g"], optimizers=["adamw"], gpus_per_run=[2], shardings=["ddp"], budget=2**28)
     (line,) = result.violations
