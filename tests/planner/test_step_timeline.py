@@ -58,6 +58,26 @@ def test_every_change_is_an_estimate_that_one_can_ask_for() -> None:
         assert change.saved_bytes == report.peak_allocated_bytes - change.peak_allocated_bytes > 0
 
 
+@pytest.mark.parametrize(
+    ("model", "found"),
+    [
+        (
+            "llama-3.2-1b",
+            {
+                "--fused-loss liger": "makes the head's gradients in the forward, chunk by chunk",
+                "--fused-loss chunked": "holds the logits of an eighth of the tokens, made again later",
+            },
+        ),
+        # Liger's package has no loss for it.
+        ("gpt2", {"--fused-loss chunked": "holds the logits of an eighth of the tokens, made again later"}),
+    ],
+)
+def test_losses_that_hold_fewer_logits_are_tried(model: str, found: dict[str, str]) -> None:
+    report = timeline(model, gpu="a100-40g", batch_size=4, seq_len=1024)
+    losses = {change.change: change.why for change in report.changes if change.change.startswith("--fused-loss")}
+    assert losses == found
+
+
 def test_only_what_the_peak_holds_is_addressed() -> None:
     # With 8 tokens the peak holds weights, gradients and state; recomputing activations would lower nothing.
     report = timeline("llama-3.2-1b", gpu="a100-40g", seq_len=8)
