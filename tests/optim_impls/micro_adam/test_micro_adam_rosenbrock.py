@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from optplan.optim_impls import MicroAdam
+
 START, LR, STEPS = (-0.5, 1.0), 0.02, 4000
 
 
@@ -46,3 +48,17 @@ def test_error_feedback_restores_the_path_of_adam() -> None:
     # How far each strays from Adam's path at the same step.
     astray, near = ((path - adam).norm(dim=1).max() for path in (topk, feedback))
     assert near < 0.5 * astray
+
+
+def test_the_optimizer_walks_down_the_valley() -> None:
+    """The class itself, which selects one of the two gradients and keeps the other in a code."""
+    point = torch.nn.Parameter(torch.tensor(START, dtype=torch.float64))
+    options = {"density": 0.5, "block": 64, "bucket": 8, "bias_correction": "window"}
+    optimizer = MicroAdam([point], lr=LR, window=100, **options)
+    for _ in range(500):
+        point.grad = _gradient(point.detach())
+        optimizer.step()
+    x, y = point.tolist()
+    # On the floor, and most of the way along it: from 3.8 over 0.56 at the origin.
+    assert abs(y - x * x) < 0.01
+    assert (1 - x) ** 2 + 100 * (y - x * x) ** 2 < 0.05
