@@ -118,26 +118,26 @@ class MicroAdamLaunch:
         window = self._layout.window
         slot = (step - 1) % window
         numbers = (1.0 if scale is None else scale, seed & 0x7FFFFFFF, step, slot)
-        how = {
+        how: dict[str, Any] = {
             "FACTOR": 0 if scale is None else 1 + isinstance(scale, torch.Tensor),  # on the device it is fp32
             "STOCHASTIC": hyper.rounding == "stochastic",
         }
-        self._kernel(select_kernel, self._num_programs, TAIL=False, **how)(*places, *numbers)
+        self._kernel(select_kernel, self._num_programs, {**how, "TAIL": False})(*places, *numbers)
         if self._has_tails:
-            self._kernel(select_kernel, self._image.num_rows, TAIL=True, **how)(*places, *numbers)
-        update = self._kernel(
-            update_kernel,
-            self._num_programs,
-            getattr(hyper.lr, "dtype", None),
-            DECAY=hyper.weight_decay > 0,
-            DENSE=hyper.alpha > 0,
-            LR_ON_DEVICE=isinstance(hyper.lr, torch.Tensor),
-            FULL=hyper.bias_correction == "full",
-        )
+            self._kernel(select_kernel, self._image.num_rows, {**how, "TAIL": True})(*places, *numbers)
+        how = {
+            "DECAY": hyper.weight_decay > 0,
+            "DENSE": hyper.alpha > 0,
+            "LR_ON_DEVICE": isinstance(hyper.lr, torch.Tensor),
+            "FULL": hyper.bias_correction == "full",
+        }
+        update = self._kernel(update_kernel, self._num_programs, how, getattr(hyper.lr, "dtype", None))
         more = (hyper.eps, hyper.alpha, 1 - hyper.alpha)
         update(*places, slot, min(step, window), *self._numbers(step, hyper), *more)
 
-    def _kernel(self, kernel: Any, num_programs: int, lr: torch.dtype | None = None, **how: Any) -> BoundKernel:
+    def _kernel(
+        self, kernel: Any, num_programs: int, how: dict[str, Any], lr: torch.dtype | None = None
+    ) -> BoundKernel:
         """A kernel with its constants, for a learning rate on the device if it has a dtype."""
         key = (kernel is update_kernel, lr, *how.values())
         found = self._kernels.get(key)
