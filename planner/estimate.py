@@ -13,6 +13,7 @@ from optplan.planner.models.spec import ModelSpec
 from optplan.planner.recommend import recommend
 from optplan.planner.records import Estimate, EstimateReport, ModelRow, Recommendation, Skipped, TensorRow
 from optplan.planner.request import StepFlags, StepRequest, check_request
+from optplan.planner.sharding.search import fewest_gpus_note
 from optplan.planner.step_timer import StepTimer
 from optplan.planner.units import MIB, format_bytes
 from optplan.planner.version import VERSION
@@ -73,18 +74,20 @@ def estimate_request(
     advice = recommend(workload, candidates)
     ordered = candidates if all(choice.explicit for choice in choices) else _recommended_first(candidates, advice)
     gpu, timer = request.gpu, StepTimer(workload)
+    estimates = [
+        _estimate(workload, timer, candidate, chosen[candidate.id], per_tensor=per_tensor) for candidate in ordered
+    ]
+    fewest = fewest_gpus_note(request, ordered[0].optimizer) if [row.fits for row in estimates] == [False] else None
     return EstimateReport(
         version=VERSION,
         engine=request.engine,
         model=ModelRow(request.model.name, request.model.num_parameters, request.model.source),
         gpu=gpu_row(gpu),
         config=request.config,
-        estimates=[
-            _estimate(workload, timer, candidate, chosen[candidate.id], per_tensor=per_tensor) for candidate in ordered
-        ],
+        estimates=estimates,
         recommendation=advice,
         skipped=[Skipped(name, reason) for name, reason in skipped],
-        notes=[*request.notes, *workload.findings()],
+        notes=[*request.notes, *workload.findings(), *([fewest] if fewest else [])],
     )
 
 

@@ -136,14 +136,14 @@ class FullyShardedHooks(StepHooks):
     def _members(self, layer: int | None) -> Group:
         return self._root if layer is None else self._groups.of_layer(layer)
 
-    def _gather(self, t: Tape, layer: int | None) -> None:
+    def _gather(self, t: Tape, layer: int | None, name: str = "all-gather output") -> None:
         """Start to gather a group, unless it is there or on its way."""
         if layer in self._gathered or layer in self._whole or not self._members(layer):
             return
         shard, itemsize = self._how.shard, ITEMSIZE_BYTES[self._how.compute_dtype]
         numel = sum(map(shard.padded_numel, self._members(layer).values()))
         inputs = self._gather_inputs(t, layer, numel)
-        self._gathered[layer] = _buffer(t, shard.num_ranks * numel * itemsize, "all-gather output", COPY_IN)
+        self._gathered[layer] = _buffer(t, shard.num_ranks * numel * itemsize, name, COPY_IN)
         del inputs
 
     def _gather_inputs(self, t: Tape, layer: int | None, numel: int) -> list[Storage]:
@@ -189,7 +189,7 @@ class FullyShardedHooks(StepHooks):
         self._gathered.pop(layer, None)
         previous = self._num_layers - 1 if layer is None else layer - 1
         if previous >= 0:
-            self._gather(t, previous)
+            self._gather(t, previous, "all-gather output of the layer before")
 
     def _reduce(self, t: Tape, layer: int | None) -> None:
         """Drop a group and reduce its gradients."""

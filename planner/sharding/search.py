@@ -12,6 +12,7 @@ from optplan.planner.errors import ConfigError
 from optplan.planner.optimizers.base import OptimizerModel
 from optplan.planner.request import StepRequest, change_request
 from optplan.planner.sharding.clusters import cluster_of, usual_num_nodes
+from optplan.planner.sharding.registry import FULL_SHARDINGS
 from optplan.planner.workload import Workload
 
 MOST_GPUS = 16_384
@@ -102,6 +103,31 @@ class _Search:
         assert peaks is not None
         config = request.config
         return Fitting(num_gpus, config.nodes, config.sharding, peaks.peak_bytes, dict(sorted(self._tried.items())))
+
+
+def fewest_gpus_note(request: StepRequest, optimizer: OptimizerModel) -> str | None:
+    """On how many GPUs a step fits that does not fit on those asked for; None where that is not known.
+
+    The step stays fully sharded if it is, else it becomes so; layers are not divided.
+    """
+    config = request.config
+    if config.gpus == 1 or request.engine != "rules" or request.gpu.is_budget:
+        return None
+    sharding = config.sharding if config.sharding in FULL_SHARDINGS else "fsdp2"
+    try:
+        found = smallest_fitting(request, optimizer, sharding=sharding)
+    except ConfigError:
+        return None
+    if found is None:
+        return (
+            f"no number of GPUs up to {MOST_GPUS:,} has room with --sharding {sharding}: what every rank needs is more"
+        )
+    if found.num_gpus == 1:
+        return "one GPU alone has room"
+    nodes = f" on {found.num_nodes} nodes" if found.num_nodes > 1 else ""
+    before = max(count for count, fits in found.tried.items() if not fits)
+    fewer = f"{before:,} have not" if before > 1 else "one has not"
+    return f"{found.num_gpus:,} GPUs{nodes} have room with --sharding {sharding}, {fewer}"
 
 
 def smallest_of(request: StepRequest, optimizer: OptimizerModel, *, shardings: Sequence[str]) -> Fitting | None:

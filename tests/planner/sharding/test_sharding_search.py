@@ -5,6 +5,7 @@ import pytest
 from optplan.planner.candidates import choose_optimizers
 from optplan.planner.catalog import load_model
 from optplan.planner.errors import ConfigError
+from optplan.planner.estimate import estimate
 from optplan.planner.optimizers.registry import build_optimizer
 from optplan.planner.request import check_request
 from optplan.planner.sharding.search import possible_counts, smallest_fitting
@@ -49,3 +50,43 @@ def test_a_family_without_rules_is_refused():
     with pytest.raises(ConfigError) as error:
         smallest_fitting(request, ADAMW)
     assert str(error.value) == "palm models have no step rules: how many GPUs they need is open"
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "sentence"),
+    [
+        (
+            "llama-2-7b",
+            {"gpus": 4, "sharding": "ddp", "precision": "mixed"},
+            "2 GPUs have room with --sharding fsdp2, one has not",
+        ),
+        (
+            "llama-3.1-405b",
+            {"gpus": 8, "sharding": "fsdp2", "precision": "mixed", "checkpointing": "full"},
+            "176 GPUs on 22 nodes have room with --sharding fsdp2, 168 have not",
+        ),
+        (
+            "llama-3.1-405b",
+            {"gpus": 8, "tensor_parallel": 8},
+            "no number of GPUs up to 16,384 has room with --sharding fsdp2: what every rank needs is more",
+        ),
+    ],
+)
+def test_an_estimate_that_does_not_fit_says_on_how_many_gpus_it_would(model, flags, sentence):
+    report = estimate(model, gpu="h100", optimizer="adamw", **flags)
+    assert report.estimates[0].fits is False
+    assert report.notes[-1] == sentence
+
+
+@pytest.mark.parametrize(
+    ("model", "optimizer", "flags"),
+    [
+        ("llama-2-13b", "adamw", {}),
+        ("llama-2-13b", "galore", {"gpus": 2, "sharding": "ddp", "precision": "fp32"}),
+        ("llama-2-7b", "adamw", {"gpus": 2, "sharding": "fsdp2"}),
+        ("palm-540b", "adamw", {"gpus": 2, "sharding": "fsdp2"}),
+    ],
+)
+def test_where_the_number_is_open_or_not_asked_for_nothing_is_said(model, optimizer, flags):
+    report = estimate(model, gpu="h100", optimizer=optimizer, **flags)
+    assert not [note for note in report.notes if "room" in note]
