@@ -103,6 +103,32 @@ def details_of(report: EstimateReport, *, model: str | ModelSpec | None = None) 
         return None
 
 
+def estimate_in_detail(
+    model: str | ModelSpec,
+    *,
+    optimizer: str,
+    options: Mapping[str, object],
+    work: int = WORK,
+    **step: Any,
+) -> tuple[EstimateReport, EstimateDetails]:
+    """The estimate of one configuration and its details, each part of it simulated once.
+
+    Args:
+        model: As `estimate` takes it; likewise `optimizer`, `options` and `step`.
+        optimizer: Its id.
+        options: Its options.
+        work: What the grid of answers around it may simulate, in events.
+        step: How the step is run.
+
+    Raises:
+        ConfigError: Something in the request is unknown, out of range or contradictory.
+    """
+    spec = model if isinstance(model, ModelSpec) else load_model(model)
+    workload = Workload(check_request(spec, **step))
+    report = estimate_request(workload.request, choose_optimizers([optimizer], options), workload=workload)
+    return report, _details(report, spec, answered=workload, work=work)
+
+
 def focus_of(report: EstimateReport) -> tuple[Estimate, StepConfig]:
     """The row and the step that a report is about first; the row is of the step as asked."""
     advice = report.recommendation
@@ -114,11 +140,13 @@ def focus_of(report: EstimateReport) -> tuple[Estimate, StepConfig]:
     return min(rows, key=lambda row: row.peak_allocated_bytes or row.bytes.total), report.config
 
 
-def _details(report: EstimateReport, spec: ModelSpec) -> EstimateDetails:
+def _details(
+    report: EstimateReport, spec: ModelSpec, *, answered: Workload | None = None, work: int = WORK
+) -> EstimateDetails:
     row, config = focus_of(report)
     request = _request(report, spec, config)
     choice = _choice(row)
-    answered = _answered(report, spec)
+    answered = answered or _answered(report, spec)
     workload = answered if answered.request.config == config else answered.at(request)
     candidate = bind_candidate(request, choice.optimizer)
     (estimate,) = estimate_request(request, [choice], workload=workload).estimates
@@ -129,15 +157,15 @@ def _details(report: EstimateReport, spec: ModelSpec) -> EstimateDetails:
         state=_state(candidate),
         parts=explain_workload(workload, [choice]).parts,
         what_if=what_if(
-            request, _optimizers(report, choice), work=_work_left(report, workload), known=[workload, answered]
+            request, _optimizers(report, choice), work=_work_left(work, report, workload), known=[workload, answered]
         ),
     )
 
 
-def _work_left(report: EstimateReport, workload: Workload) -> int:
+def _work_left(work: int, report: EstimateReport, workload: Workload) -> int:
     """What the grid may simulate: less where the report itself has taken long."""
     spent = len(report.estimates) * workload.num_events * 3 // 5 if workload.has_rules else 0
-    return max(WORK // 10, WORK - spent)
+    return max(work // 10, work - spent)
 
 
 def _answered(report: EstimateReport, spec: ModelSpec) -> Workload:

@@ -34,6 +34,7 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
         rows: Raw values, one a column.
         source: Where the numbers come from.
         tones: One a row: `good`, `bad` or empty.
+        folded: Whether it is shown only when asked for.
     """
 
     id: str
@@ -42,6 +43,7 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
     rows: list[list[Value]]
     source: str
     tones: list[str] = []
+    folded: bool = False
     kind: Literal["table"] = "table"
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from optplan.planner.errors import ConfigError
-from optplan.planner.estimate import estimate
-from optplan.planner.estimate_details import EstimateDetails, details_of
+from optplan.planner.estimate_details import EstimateDetails, estimate_in_detail
 from optplan.planner.records import EstimateReport, StepConfig
 from optplan.planner.search.records import SearchReport
+from optplan.planner.what_if import WORK
 from optplan.reports.html.page import render
 from optplan.reports.html.parts import Page, Section
 from optplan.reports.html.sections.search import certainty, fit, run, why
@@ -14,6 +14,9 @@ from optplan.reports.html.sections.state import state
 from optplan.reports.html.sections.step import step
 from optplan.reports.html.sections.what_if import what_if
 from optplan.reports.html.text import sentence
+
+_WORK = WORK // 3
+"""What the switches may take, the search having taken its time already."""
 
 
 def recommendation_page(report: SearchReport, *, model: str | None = None) -> str:
@@ -62,18 +65,17 @@ def _details(report: SearchReport, model: str | None) -> tuple[EstimateReport, E
     settings = {name: getattr(found.config, name) for name in StepConfig.__struct_fields__}
     target = {"memory": report.gpu.total_bytes} if report.gpu.context_bytes == 0 else {"gpu": report.gpu.name}
     try:
-        estimated = estimate(
+        return estimate_in_detail(
             model or report.model.name,
             optimizer=found.optimizer,
             options={"implementation": found.implementation, **found.options},
+            work=_WORK,
             state_dtype=found.state_dtype,
             **settings,
             **target,
         )
     except ConfigError:
         return None
-    details = details_of(estimated, model=model)
-    return None if details is None else (estimated, details)
 
 
 def _step_sections(details: tuple[EstimateReport, EstimateDetails] | None) -> list[Section]:

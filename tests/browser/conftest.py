@@ -31,6 +31,11 @@ class Visit:
         if runs:
             self.page.wait_for_selector("html[data-ready]", state="attached")
 
+    def first_paint_seconds(self) -> float:
+        """When the page's first contents were there."""
+        paint = "performance.getEntriesByName('first-contentful-paint')[0].startTime"
+        return float(self.page.evaluate(paint)) / 1000
+
     def draw_all(self) -> None:
         """Draw what a reader has not scrolled to yet, as printing does."""
         self.page.evaluate("dispatchEvent(new Event('beforeprint')); dispatchEvent(new Event('afterprint'))")

@@ -93,6 +93,7 @@ def _answers(record: Rivals) -> Table:
                  Column("Error", "signed_percent"), Column("Not taken"), Column("Call", "code")],
         rows=rows,
         source=f"planner/data/rivals.toml, asked on {record.date}",
+        folded=True,
     )  # fmt: skip
 
 
