@@ -38,14 +38,18 @@ def sketch_of(a: torch.Tensor, seed: int = 0) -> Any:
 
 @pytest.mark.parametrize("rank", [1, 4, 16])
 def test_the_range_finder_nearly_attains_the_best_error_of_its_rank(rank: int) -> None:
+    """That of the truncated singular value decomposition: no sketch is better, and 16 are 3 % worse on average."""
     a = heavy_tailed(96, 160, seed=1)
-    q, u = s_rsi(a, rank, sketch_of(a))
     values = torch.linalg.svdvals(a)
     best = float(values[rank:].norm() / values.norm())
-    error = float((a - q @ u.mT).norm() / a.norm())
-    assert best <= error <= 1.01 * best
-    assert relative_error(a, u) == pytest.approx(error, rel=1e-6)
-    torch.testing.assert_close(q.mT @ q, torch.eye(rank, dtype=a.dtype), rtol=0, atol=1e-12)
+    errors = []
+    for seed in range(16):
+        q, u = s_rsi(a, rank, sketch_of(a, seed))
+        errors.append(float((a - q @ u.mT).norm() / a.norm()))
+        assert relative_error(a, u) == pytest.approx(errors[-1], rel=1e-6)
+        torch.testing.assert_close(q.mT @ q, torch.eye(rank, dtype=a.dtype), rtol=0, atol=1e-12)
+    assert min(errors) >= best * (1 - 1e-12)
+    assert sum(errors) / len(errors) <= 1.03 * best
 
 
 def test_a_sketch_is_never_wider_than_the_matrix() -> None:
