@@ -271,7 +271,7 @@ def _key(tensor: LiveTensor) -> tuple[Category, str]:
 
 
 def _notes(sides: Sequence[Side], reference: int) -> list[str]:
-    base, notes = sides[reference], []
+    base, notes = sides[reference], [f"{side.label}: {note}" for side in sides for note in side.notes]
     for side in sides:
         if side is base:
             continue

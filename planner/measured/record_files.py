@@ -150,18 +150,17 @@ def _with_possible_times(record: Measurement) -> Measurement:
     if time is None:
         return record
     whole = time.step_seconds
-    wrong = {} if whole is None or whole > 0 else {"whole step": whole}
-    wrong |= {phase: seconds for phase, seconds in time.phases.items() if seconds < 0}
+    wrong = [] if whole is None or whole > 0 else ["the whole step"]
+    wrong += [phase for phase, seconds in time.phases.items() if seconds < 0]
     if not wrong:
         return record
     sound = msgspec.structs.replace(
         time,
-        step_seconds=None if "whole step" in wrong else whole,
-        tokens_per_second=None if "whole step" in wrong else time.tokens_per_second,
+        step_seconds=None if "the whole step" in wrong else whole,
+        tokens_per_second=None if "the whole step" in wrong else time.tokens_per_second,
         phases={phase: seconds for phase, seconds in time.phases.items() if phase not in wrong},
     )
-    figures = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in wrong.items())
-    note = f"not measured, as the record's own figures cannot be times: {figures}"
+    note = f"the time of {', '.join(wrong)} is not measured: by the record's own clock it ends before it begins"
     return msgspec.structs.replace(record, time=sound, notes=[*record.notes, note])
 
 

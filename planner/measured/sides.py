@@ -44,6 +44,7 @@ class Side(msgspec.Struct, frozen=True, kw_only=True):
     tokens_per_second: float | None = None
     optimizer_copy_fraction: float | None = None
     history: StepHistory | None = None
+    notes: list[str] = []
 
     @property
     def unexplained_bytes(self) -> int | None:
@@ -136,6 +137,7 @@ def side_of_measurement(record: Measurement, *, label: str) -> Side:
         tokens_per_second=time.tokens_per_second if time else None,
         optimizer_copy_fraction=time.optimizer_copy_fraction if time else None,
         history=unpack(record.history) if record.history else None,
+        notes=record.notes,
     )
 
 

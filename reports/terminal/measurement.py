@@ -36,8 +36,6 @@ def render_measurement(record: Measurement, console: Console) -> None:
     if record.losses:
         shown = ", ".join(f"{loss:.4f}" for loss in record.losses[:8])
         console.print(f"Losses: {shown}{' ...' if len(record.losses) > 8 else ''}")
-    for note in record.notes:
-        console.print(f"{glyphs.bullet} {printable(note)}", style="dim")
 
 
 def _headline(record: Measurement) -> Text:
