@@ -19,6 +19,8 @@ def register(shell: Any) -> None:
     formatter = shell.display_formatter.formatters["text/html"]
     formatter.for_type_by_name("optplan.planner.records", "EstimateReport", _estimate)
     formatter.for_type_by_name("optplan.planner.measured.measurement", "Measurement", _measurement)
+    formatter.for_type_by_name("optplan.planner.measured.comparison", "Comparison", _comparison)
+    formatter.for_type_by_name("optplan.planner.search.records", "SearchReport", _search)
 
 
 def _estimate(record: Any) -> str:
@@ -31,3 +33,15 @@ def _measurement(record: Any) -> str:
     from optplan.reports.html.fragment import measurement_fragment
 
     return measurement_fragment(record)
+
+
+def _comparison(record: Any) -> str:
+    from optplan.reports.html.fragment import comparison_fragment
+
+    return comparison_fragment(record)
+
+
+def _search(record: Any) -> str:
+    from optplan.reports.html.fragment import search_fragment
+
+    return search_fragment(record)

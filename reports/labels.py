@@ -37,3 +37,11 @@ ROW_NAMES: dict[str, str] = {
     "optimizer_copy_fraction": "optimizer, share of copy bandwidth",
 }
 """Names of a comparison's rows for people, where they are not their own."""
+
+ERROR_NAMES = {
+    "peak_error": "peak allocated",
+    "reserved_error": "peak reserved",
+    "device_error": "device, context included",
+    "step_seconds_error": "time of the whole step",
+}
+"""Errors of a validation, but for those of its phases."""

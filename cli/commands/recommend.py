@@ -40,6 +40,7 @@ def recommend(
     export: _Export = None,
     out: _Out = None,
     html: options.Html = None,
+    md: options.Markdown = None,
     json: options.Json = False,
 ) -> None:
     """Recommend the configuration to run.
@@ -51,7 +52,7 @@ def recommend(
     """
     from optplan.planner.search.recommend import recommend as answer
 
-    output.check_targets(html, out)
+    output.check_targets(html, md, out)
     _check_export(export, out, json=json)
     model, asked, notes = _question(job, model, step, search, given(context))
     asked, left_out = _limited(export, asked)
@@ -66,6 +67,7 @@ def recommend(
 
         output.print_terminal(render_recommend, report)
     output.write_page(html, lambda: _page(report, model))
+    output.write_page(md, lambda: _markdown(report))
     if report.recommendation is None:
         raise typer.Exit(1)
 
@@ -125,3 +127,9 @@ def _page(report: SearchReport, model: str) -> str:
     from optplan.reports.html.recommendation_page import recommendation_page
 
     return recommendation_page(report, model=model)
+
+
+def _markdown(report: SearchReport) -> str:
+    from optplan.reports.markdown.recommend import recommend_markdown
+
+    return recommend_markdown(report)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from optplan import output
+from optplan import options, output
 
 
 def report(
@@ -15,6 +15,7 @@ def report(
         typer.Argument(metavar="RECORD...", help="Files that --json, --out or profile have written, or training runs."),
     ],
     html: Annotated[str, typer.Option("--html", metavar="FILE", help="The page to write.")] = "optplan-report.html",
+    md: options.Markdown = None,
 ) -> None:
     """Write one self-contained HTML page of records.
 
@@ -24,6 +25,13 @@ def report(
     """
     from optplan.reports.html.documents import files_page
 
-    output.check_targets(html)
+    output.check_targets(html, md)
     page = files_page(records)
     output.write_page(html, lambda: page)
+    output.write_page(md, lambda: _markdown(records))
+
+
+def _markdown(records: list[str]) -> str:
+    from optplan.reports.markdown.documents import files_markdown
+
+    return files_markdown(records)

@@ -34,6 +34,7 @@ def validate(
         int, typer.Option("--gpus-in-parallel", help="Measure on so many GPUs at once, a step each.")
     ] = 1,
     html: options.Html = None,
+    md: options.Markdown = None,
     json: options.Json = False,
 ) -> None:
     """Measure a matrix of steps and judge the estimates by them.
@@ -42,7 +43,7 @@ def validate(
     held against today's rules: state bytes, peak, reserved and device memory, times. The exit status is 0 if all state
     bytes are predicted exactly, 1 if not, 2 for bad input.
     """
-    output.check_targets(html)
+    output.check_targets(html, md)
     if check and measure_only:
         raise ConfigError("--check and --measure-only exclude each other: nothing would be done")
     if not check:
@@ -65,6 +66,7 @@ def validate(
 
         output.print_terminal(render_validation, report)
     output.write_page(html, lambda: _page(records))
+    output.write_page(md, lambda: _markdown(report))
     if not report.is_exact:
         raise typer.Exit(1)
 
@@ -74,6 +76,12 @@ def _page(records: str) -> str:
     from optplan.reports.html.accuracy_page import accuracy_page
 
     return accuracy_page(accuracy_of(_paths(records)))
+
+
+def _markdown(report: ValidationReport) -> str:
+    from optplan.reports.markdown.validation import validation_markdown
+
+    return validation_markdown(report)
 
 
 def _judge(records: str) -> ValidationReport:

@@ -11,16 +11,20 @@ from optplan.planner.measured.expectation import hold_against_rules
 from optplan.planner.measured.measurement import Measurement
 from optplan.planner.measured.sides import side_of_measurement
 from optplan.planner.records import Estimate, EstimateReport
+from optplan.planner.search.describe import title_of
+from optplan.planner.search.records import Configuration, SearchReport
 from optplan.planner.timeline import Category
 from optplan.planner.units import format_bytes, format_gib
 from optplan.reports.html import theme
 from optplan.reports.html.page import environment
 from optplan.reports.html.sections.verdict import headline, lead
-from optplan.reports.html.text import shown
+from optplan.reports.html.text import sentence, shown
 from optplan.reports.labels import CATEGORY_NAMES, ROW_NAMES, SECTION_TITLES
 
 _BAR_WIDTH = 360
 """Pixels of the longest bar."""
+
+_MOST_ROWS = 12
 
 Segment = tuple[str, str, int]
 
@@ -36,6 +40,38 @@ def estimate_fragment(report: EstimateReport) -> str:
         rows=rows,
         note=f"GiB = 2^30 bytes, per GPU; {format_gib(report.gpu.usable_bytes)} usable; engine {report.engine}, "
         f"optplan {report.version}",
+    )
+
+
+def search_fragment(report: SearchReport) -> str:
+    """What to run, and a row for each of the best configurations."""
+    found, most = report.recommendation, max([report.limit_bytes, *(row.peak_allocated_bytes for row in report.front)])
+    verb = "does not fit" if found is None else found.verdict
+    return _render(
+        headline=f"{report.model.name} on {report.gpu.name}: {title_of(found) + ' ' if found else ''}{verb}",
+        lead=sentence(report.reasons[0]) if report.reasons else "",
+        titles=["Configuration", "Peak GiB", "Step", "Evidence", "Peak"],
+        rows=[_searched(row, most) for row in report.front[:_MOST_ROWS]],
+        note=f"{min(_MOST_ROWS, len(report.front))} of {len(report.front)} configurations that no other beats; picked"
+        f" by {report.rule}; optplan {report.version}",
+    )
+
+
+def _searched(row: Configuration, most_bytes: int) -> tuple[str, list[str], list[Segment]]:
+    peak = row.peak_allocated_bytes
+    time = shown(row.time.step_seconds if row.time else None, "duration")
+    bar = ("peak allocated", theme.CATEGORIES["parameters"][0], round(_BAR_WIDTH * peak / most_bytes))
+    return title_of(row), [shown(peak, "bytes"), time, row.evidence.class_title], [bar]
+
+
+def comparison_fragment(record: Comparison) -> str:
+    """Every number of records beside each other."""
+    return _render(
+        headline=" and ".join(side.label for side in record.sides),
+        lead="; ".join(record.notes),
+        titles=["", *(side.label for side in record.sides), ""],
+        rows=_compared(record),
+        note=f"differences are from {record.sides[record.reference].label}",
     )
 
 

@@ -9,14 +9,8 @@ from rich.text import Text
 from optplan.planner.errors import printable
 from optplan.planner.measured.validation import Judgement, Spread, ValidationReport
 from optplan.planner.units import format_bytes, format_gib
+from optplan.reports.labels import ERROR_NAMES
 from optplan.reports.terminal.console import Glyphs, glyphs_of
-
-_METRICS = {
-    "peak_error": "peak allocated",
-    "reserved_error": "peak reserved",
-    "device_error": "device, context included",
-    "step_seconds_error": "time of the whole step",
-}
 
 
 def render_validation(report: ValidationReport, console: Console) -> None:
@@ -47,7 +41,7 @@ def _spreads(spreads: list[Spread], glyphs: Glyphs) -> Table:
     table.add_column("Worst", justify="right", no_wrap=True)
     table.add_column("in", overflow="fold")
     for spread in spreads:
-        name = _METRICS.get(spread.metric, f"peak allocated in {spread.metric.removesuffix('_error')}")
+        name = ERROR_NAMES.get(spread.metric, f"peak allocated in {spread.metric.removesuffix('_error')}")
         table.add_row(
             name, str(spread.count), f"{spread.median:.3%}", f"{spread.worst:.3%}", printable(spread.worst_record)
         )

@@ -37,7 +37,14 @@ def test_a_page_is_written_and_named(
     assert title in path.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("args", [ESTIMATE, ["show", RECORD], ["compare", RECORD, RECORD]], ids=lambda args: args[0])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ESTIMATE, ["show", RECORD], ["compare", RECORD, RECORD],
+        ["recommend", "--model", "gpt2", "--gpu", "h200", "-o", "adamw"],
+    ],
+    ids=lambda args: args[0],
+)  # fmt: skip
 def test_markdown_is_written_and_json_stays_alone(
     args: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -68,3 +75,11 @@ def test_a_validation_becomes_a_page(tmp_path: Path, capsys: pytest.CaptureFixtu
     status = run(app, ["validate", "--records", str(tmp_path / "records"), "--check", "--html", str(page)])
     assert (status, capsys.readouterr().err) == (0, f"wrote {page}\n")
     assert "1 of 1 peaks are predicted within 1 %" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("records", [[RECORD], [RECORD, RECORD]])
+def test_a_report_of_records_has_markdown_too(records: list[str], tmp_path: Path) -> None:
+    html, md = tmp_path / "page.html", tmp_path / "page.md"
+    assert run(app, ["report", *records, "--html", str(html), "--md", str(md)]) == 0
+    assert "| optimizer state | 4.60 GiB | 4.60 GiB | equal |" in md.read_text(encoding="utf-8")
+    assert html.exists()

@@ -91,7 +91,7 @@ def certainty(report: SearchReport) -> Section:
     if found is not None:
         sentences.append(f"What is known of its quality: {found.evidence.class_title}.")
     if found is not None and found.time is not None:
-        bound = {"gpu": "GPU", "host": "host"}.get(found.time.bound, found.time.bound)
+        bound = {"gpu": "GPU", "host": "host", "link": "links between GPUs"}[found.time.bound]
         sentences.append(
             f"Times are {found.time.basis}; the optimizer's own part is {found.time.optimizer_basis}; the step is"
             f" bound by the {bound}."

@@ -12,9 +12,12 @@ import msgspec
 import pytest
 
 import optplan
+from optplan.planner.measured.comparison import compare
 from optplan.planner.measured.measurement import Measurement
 from optplan.planner.measured.record_files import load_record
-from optplan.reports.html.fragment import estimate_fragment, measurement_fragment
+from optplan.planner.measured.sides import sides_of
+from optplan.planner.search.recommend import recommend
+from optplan.reports.html.fragment import comparison_fragment, estimate_fragment, measurement_fragment, search_fragment
 
 RECORD = Path(__file__).resolve().parents[3] / "docs" / "examples" / "h200_step.json.gz"
 HOSTILE = "</script><img src=x onerror=alert(1)>"
@@ -38,6 +41,21 @@ def test_a_measurement_stands_beside_its_estimate() -> None:
     assert "Peak 13.25 GiB allocated, in backward." in text
 
 
+def test_a_search_has_a_row_a_configuration() -> None:
+    report = recommend("gpt2", gpu="a100-40g", optimizer=["adamw", "lion"])
+    text = search_fragment(report)
+    assert "gpt2 on a100-40g: adamw" in text
+    assert text.count('font-weight:600">') == min(12, len(report.front))
+    assert "<script" not in text
+
+
+def test_a_comparison_stands_beside_itself() -> None:
+    text = comparison_fragment(compare(sides_of([str(RECORD), str(RECORD)])))
+    assert "Resident, unrounded: parameters" in text
+    # Parameters twice, resident and at the peak, gradients and both moments, each on two sides.
+    assert text.count("2.30 GiB</td>") == 10
+
+
 def test_a_hostile_name_is_text() -> None:
     report = optplan.estimate("gpt2", gpu="a100-40g", optimizer="adamw")
     named = msgspec.structs.replace(report, model=msgspec.structs.replace(report.model, name=HOSTILE))
@@ -57,5 +75,7 @@ def test_notebooks_are_told_how_to_show_records(monkeypatch: pytest.MonkeyPatch)
     assert set(told) == {
         ("optplan.planner.records", "EstimateReport"),
         ("optplan.planner.measured.measurement", "Measurement"),
+        ("optplan.planner.measured.comparison", "Comparison"),
+        ("optplan.planner.search.records", "SearchReport"),
     }
     assert told["optplan.planner.records", "EstimateReport"](report) == estimate_fragment(report)

@@ -8,8 +8,12 @@ import msgspec
 
 import optplan
 from optplan.planner.measured.record_files import load_record
+from optplan.planner.measured.validation import validate_records
+from optplan.planner.search.recommend import recommend
 from optplan.reports.markdown.documents import record_markdown
+from optplan.reports.markdown.recommend import recommend_markdown
 from optplan.reports.markdown.tables import code, escaped, table
+from optplan.reports.markdown.validation import validation_markdown
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -46,3 +50,29 @@ def test_a_measurement_stands_beside_its_estimate() -> None:
     text = record_markdown(load_record(ROOT / "docs" / "examples" / "h200_step.json.gz"))
     assert "|  | measured | predicted by rules | difference |" in text
     assert "| optimizer state | 4.60 GiB | 4.60 GiB | equal |" in text
+
+
+def test_a_search_says_what_to_run_and_why_not_the_others() -> None:
+    report = recommend("gpt2", gpu="a100-40g", optimizer=["adamw", "lion"])
+    named = msgspec.structs.replace(report, model=msgspec.structs.replace(report.model, name="<img src=x>"))
+    lines = recommend_markdown(named).splitlines()
+    assert lines[0].startswith(r"### \<img src=x\> on a100-40g: adamw")
+    assert "```console" in lines
+    assert "| Configuration | Evidence | Peak GiB | Step s | Tokens/s |" in lines
+    assert any(line.endswith("| recommended | picked by the rule |") for line in lines)
+
+
+def test_a_search_in_vain_says_what_would_fit() -> None:
+    text = recommend_markdown(recommend("llama-7b", gpu="rtx-4090-24g", optimizer="adamw"))
+    assert text.startswith("### llama-1-7b does not fit on rtx-4090-24g with anything that was searched\n")
+    assert "**What would make it fit, each change alone**" in text
+
+
+def test_a_validation_has_its_verdict_spreads_and_records(tmp_path: Path) -> None:
+    record = tmp_path / "a|b.json.gz"
+    record.write_bytes((ROOT / "docs" / "examples" / "h200_step.json.gz").read_bytes())
+    lines = validation_markdown(validate_records([record, tmp_path / "missing.json"])).splitlines()
+    assert lines[0] == "### Optimizer state predicted to the byte in 1 of 1 records"
+    assert any(line.startswith("| peak allocated | 1 | 0.000% | 0.000% | a\\|b |") for line in lines)
+    assert any(line.startswith("| a\\|b | exact | -0.000% |") for line in lines)
+    assert any(line.startswith("- missing.json: cannot read") for line in lines)
