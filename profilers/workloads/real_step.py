@@ -58,6 +58,10 @@ def build_real_step(
         if getattr(config, name) not in allowed:
             flag, listed = name.replace("_", "-"), ", ".join(map(str, allowed))
             raise ConfigError(f"--{flag} {getattr(config, name)} cannot be profiled in this version; allowed: {listed}")
+    if config.fused_loss == "liger" and device.type != "cuda":
+        raise ConfigError(
+            f"--fused-loss liger runs Triton kernels, which need a GPU, not --device {device}; use --fused-loss chunked"
+        )
     torch.manual_seed(seed)
     if config.sharding != "none":
         from optplan.profilers.workloads.sharded_real_step import build_sharded_step

@@ -10,7 +10,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 from optplan.planner.errors import ConfigError
+from optplan.planner.models.fields import Fields
+from optplan.planner.models.registry import family_of
+from optplan.planner.optimizers.registry import build_optimizer
+from optplan.planner.records import StepConfig
 from optplan.profilers.workloads.fused_losses import fuse_loss
+from optplan.profilers.workloads.real_step import build_real_step
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 67}
 GEMMA2 = {**SMALL, "head_dim": 16, "num_key_value_heads": 1, "final_logit_softcapping": 0.1, "pad_token_id": 0}
@@ -120,3 +125,29 @@ def test_liger_has_no_loss_for_some_classes():
     with pytest.raises(ConfigError) as refused:
         fuse_loss(build("gpt2", **GPT2), "liger")
     assert str(refused.value) == "liger-kernel has no fused loss for GPT2LMHeadModel; use --fused-loss chunked"
+
+
+def step_config(**fields):
+    return StepConfig(
+        **{
+            "precision": "fp32", "batch_size": 2, "seq_len": 12, "grad_accum": 1, "checkpointing": "none",
+            "attention": "sdpa", "gpus": 1, "sharding": "none", **fields,
+        }
+    )  # fmt: skip
+
+
+def test_a_step_that_is_profiled_takes_it():
+    fields = {"model_type": "llama", "num_key_value_heads": 2, "max_position_embeddings": 64, **SMALL}
+    spec = family_of("llama").spec(Fields(fields, where="test"), name="small", source="test")
+    losses = [
+        build_real_step(
+            spec, step_config(fused_loss=loss), build_optimizer("adamw", {}), torch.device("cpu"), seed=3
+        ).take()
+        for loss in ("none", "chunked")
+    ]
+    torch.testing.assert_close(losses[1], losses[0])
+    with pytest.raises(ConfigError) as refused:
+        build_real_step(spec, step_config(fused_loss="liger"), build_optimizer("adamw", {}), torch.device("cpu"))
+    assert str(refused.value) == (
+        "--fused-loss liger runs Triton kernels, which need a GPU, not --device cpu; use --fused-loss chunked"
+    )
