@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from agreement_section import GAPS, agreement_section, trace_versions, traced_figures
 from ranks_page import ranks_section
+from rivals_section import rivals_section
 
 if TYPE_CHECKING:
     from optplan.planner.records import EstimateReport
@@ -83,7 +84,7 @@ def accuracy_page() -> str:
         " | rules | trace | rules, reserved | trace, reserved |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    return "\n".join([*lines, *(_line(row) for row in rows), *ranks_section()]) + "\n"
+    return "\n".join([*lines, *(_line(row) for row in rows), *ranks_section(), *rivals_section()]) + "\n"
 
 
 def _summary(what: str, errors: list[float]) -> str:
