@@ -11,14 +11,19 @@ from optplan.planner.gpus import Gpu, load_gpus
 from optplan.planner.recommend import ROOM
 from optplan.planner.search.describe import title_of
 from optplan.planner.search.explore import Exploration
+from optplan.planner.search.pool import BoundMember
 from optplan.planner.search.question import Question, check_question
 from optplan.planner.search.records import Configuration, FitChange
+from optplan.planner.sharding.registry import FULL_SHARDINGS
 from optplan.planner.units import format_gib
 
 Answer = Callable[[Question], Configuration | None]
 
 _SHORTEST = 128
 _MOST_GPUS_TRIED = 4
+_GPUS_TRIED = (2, 4, 8, 16, 32, 64)
+_LEAST_BYTES = 2
+"""Of a parameter, in any configuration."""
 _DEFAULTS = (("gpus", "1"), ("gpus", 1), ("prefer", "quality"))
 _NAMES = {"precision": "number formats", "checkpointing": "checkpointing", "batch_size": "the micro-batch"}
 
@@ -31,10 +36,11 @@ def fit_changes(question: Question, exploration: Exploration, answer: Answer) ->
         exploration: What was found.
         answer: Gives the recommendation for another question, None if nothing fits either.
     """
-    found = [_more_gpus(question, answer), _released(question, answer), _larger_limit(question, answer)]
+    found = [_more_gpus(question, exploration, answer), _released(question, answer), _larger_limit(question, answer)]
     if any(member.resident_bytes <= exploration.limit_of(member.frame) for member in exploration.pool.bound):
         found.append(_shorter(question, answer))
-    return [*_larger_gpu(question, exploration, answer), *(change for part in found for change in part)]
+    changes = [*_larger_gpu(question, exploration, answer), *(change for part in found for change in part)]
+    return changes or list(_together(question, answer))
 
 
 def _larger_gpu(question: Question, exploration: Exploration, answer: Answer) -> Iterator[FitChange]:
@@ -61,17 +67,25 @@ def _is_larger(gpu: Gpu, own: Gpu, needed: int) -> bool:
     return same_make and gpu.usable_bytes * (1 - ROOM) > needed and gpu.usable_bytes > own.usable_bytes
 
 
-def _more_gpus(question: Question, answer: Answer) -> Iterator[FitChange]:
-    """The fewest of the same GPU, fully sharded, up to one machine of eight."""
+def _more_gpus(question: Question, exploration: Exploration, answer: Answer) -> Iterator[FitChange]:
+    """The fewest of the same GPU, fully sharded."""
     most = max(question.space.micro_batches)
-    for count in (2, 4, 8):
-        if count > most:
+    whole = min((_whole_bytes(member) for member in exploration.pool.bound), default=0)
+    for count in _GPUS_TRIED:
+        # A share of what is resident that does not fit by itself needs no search.
+        if count > most and whole <= count * question.limit_bytes:
             changed = question.asked | {"gpus": count, "sharding": "fsdp2"}
             text = f"{count} of {question.base.gpu.id} with --sharding fsdp2"
             change = _try(question, changed, "gpus", text, answer)
             if change:
                 yield change
                 return
+
+
+def _whole_bytes(member: BoundMember) -> int:
+    """Parameters, master weights and state over all ranks, at most."""
+    layout = member.frame.layout
+    return member.resident_bytes * (layout.gpus if layout.sharding in FULL_SHARDINGS else 1)
 
 
 def _released(question: Question, answer: Answer) -> Iterator[FitChange]:
@@ -82,6 +96,23 @@ def _released(question: Question, answer: Answer) -> Iterator[FitChange]:
         change = _try(question, changed, name, text, answer, frees_optimizer=name == "optimizer")
         if change:
             yield change
+
+
+def _together(question: Question, answer: Answer) -> Iterator[FitChange]:
+    """Where no single change helps: several of the same GPU, and everything free that had been fixed."""
+    free = {key: value for key, value in question.asked.items() if key not in question.fixed}
+    names = " and ".join(_NAMES.get(name, name.replace("_", " ")) for name in question.fixed if name != "sharding")
+    least = _LEAST_BYTES * question.base.model.num_parameters
+    for count in _GPUS_TRIED:
+        if count > max(question.space.micro_batches) and least <= count * question.limit_bytes:
+            text = f"{count} of {question.base.gpu.id} with --sharding fsdp2" + (
+                f"; {names} left free" if names else ""
+            )
+            changed = free | {"gpus": count, "sharding": "fsdp2"}
+            change = _try(question, changed, "together", text, answer, frees_optimizer=True)
+            if change:
+                yield change
+                return
 
 
 def _larger_limit(question: Question, answer: Answer) -> Iterator[FitChange]:

@@ -137,7 +137,8 @@ class FitChange(msgspec.Struct, frozen=True):
     """A change of the request with which something fits.
 
     Attributes:
-        direction: What is changed: `gpu`, `gpus`, `seq_len`, `budget`, or an option that had been fixed.
+        direction: What is changed: `gpu`, `gpus`, `seq_len`, `budget`, or an option that had been fixed; `together` for
+            several GPUs with everything free, where nothing fits by one change.
         text: The change in words.
         configuration: What would then be recommended.
         command: The `optplan recommend` command that says so.
