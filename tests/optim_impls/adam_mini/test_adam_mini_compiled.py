@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+import runpy
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-# In a process of its own: where kernels are interpreted, triton cannot compile them.
-COMPILE = """
-import collections, json, os, re, subprocess, tempfile
-import triton, triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+CODE = runpy.run_path(str(Path(__file__).parents[1] / "machine_code.py"))
+SCRIPT = """
 from optplan.optim_impls.adam_mini import column_kernels, kernels, launcher, segment_kernels
 from optplan.planner.optimizers import adam_mini_work as work
 
@@ -24,24 +18,8 @@ KINDS = dict(table="*i64", partials="*fp32", device_values="*fp32", shared_sums=
     kernels.UNSPECIALIZED, "i32"
 )
 
-def figures(kernel, num_warps, **constants):
-    names = kernel.arg_names
-    kinds = dict.fromkeys(names, "fp32") | {name: kind for name, kind in KINDS.items() if name in names}
-    kinds |= dict.fromkeys(constants, "constexpr")
-    source = ASTSource(
-        fn=kernel, signature=kinds, constexprs={(names.index(name),): value for name, value in constants.items()}
-    )
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-        run = lambda flag: subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
-        usage, code = run("--dump-resource-usage"), run("-sass")
-    registers, stack, local = re.search(r"REG:(\\d+) STACK:(\\d+) SHARED:\\d+ LOCAL:(\\d+)", usage).groups()
-    counts = collections.Counter(re.findall(r"\\b((?:LDG|STG)\\.E\\.128)", code))
-    vectors = [counts["LDG.E.128"], counts["STG.E.128"]]
-    return {"registers": int(registers), "spilled": int(stack) + int(local), "vectors": vectors}
+def compiled(kernel, num_warps, **constants):
+    return figures(kernel, KINDS, constants, num_warps=num_warps)
 
 found = {}
 for name, dtype in (("bfloat16", tl.bfloat16), ("float32", tl.float32)):
@@ -49,7 +27,7 @@ for name, dtype in (("bfloat16", tl.bfloat16), ("float32", tl.float32)):
     updating = dict(kinds, STOCHASTIC=False)
     aligned = dict(updating, ALIGNED=True)
     for numel, width in ((4096, 4096), (11008, 16384)):
-        found[f"rows of {numel}, {name}"] = figures(
+        found[f"rows of {numel}, {name}"] = compiled(
             kernels.rows_kernel, launcher._MAX_WARPS, **aligned, NUMEL=numel, WIDTH=width, TILE_ROWS=1, TILES=5
         )
     chunk = dict(kinds, ALIGNED=True, CHUNK=work.ONE_PROGRAM_NUMEL, TILE=launcher._SEGMENT_TILE)
@@ -62,17 +40,17 @@ for name, dtype in (("bfloat16", tl.bfloat16), ("float32", tl.float32)):
         ("column update", column_kernels.column_update_kernel, launcher._COLUMN_WARPS, tile | rounding),
         ("elements", kernels.elements_kernel, 4, dict(updating, CHUNK=work.ELEMENT_CHUNK_NUMEL)),
     ):
-        found[f"{title}, {name}"] = figures(kernel, warps, **constants)
+        found[f"{title}, {name}"] = compiled(kernel, warps, **constants)
 stochastic = dict(P=tl.bfloat16, G=tl.bfloat16, M=tl.bfloat16, ON_DEVICE=False, ALIGNED=True, STOCHASTIC=True)
-found["rows of 4096, stochastic"] = figures(
+found["rows of 4096, stochastic"] = compiled(
     kernels.rows_kernel, launcher._MAX_WARPS, **stochastic, NUMEL=4096, WIDTH=4096, TILE_ROWS=1, TILES=5
 )
-found["segment update, stochastic"] = figures(
+found["segment update, stochastic"] = compiled(
     segment_kernels.segment_update_kernel, launcher._SEGMENT_WARPS, **stochastic, CHUNK=work.ONE_PROGRAM_NUMEL,
     TILE=launcher._SEGMENT_TILE,
 )
-found["segment moments"] = figures(segment_kernels.segment_moments_kernel, 1, SHARED=False, LANES=launcher._SUM_LANES)
-found["column moments"] = figures(
+found["segment moments"] = compiled(segment_kernels.segment_moments_kernel, 1, SHARED=False, LANES=launcher._SUM_LANES)
+found["column moments"] = compiled(
     column_kernels.column_moments_kernel, 4, SHARED=False, TILE=work.COLUMN_TILE, LANES=128
 )
 print(json.dumps(found))
@@ -103,20 +81,15 @@ CASES = [
 
 @cache
 def _compiled() -> dict[str, Any]:
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    result = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    figures: dict[str, Any] = json.loads(result.stdout)
-    return figures
+    found: dict[str, Any] = CODE["run"](SCRIPT)
+    return found
 
 
 @pytest.mark.parametrize(("kernel", "vectors", "most_registers"), CASES)
 def test_vector_accesses_and_no_spills(kernel: str, vectors: list[int], most_registers: int) -> None:
     found = _compiled()[kernel]
-    assert found["spilled"] == 0
-    assert found["vectors"] == vectors
+    assert (found["stack"], found["local"]) == (0, 0)
+    assert [CODE["count"](found, operation) for operation in ("LDG.E.128", "STG.E.128")] == vectors
     assert found["registers"] <= most_registers
 
 
