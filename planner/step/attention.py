@@ -163,7 +163,7 @@ def _fused(
     if backend == "flash":
         seeds = [t.new(count, "int64", "random state", "workspace") for count in (2, 1)]
     out.node = node
-    t.save(node, [log_sums, out, *reversed(seeds)])
+    t.save(node, [log_sums, out, *(seeds if backend == "flash" else reversed(seeds))])
     del log_sums
     return out
 

@@ -10,6 +10,7 @@ from optplan.planner.dtypes import ITEMSIZE_BYTES
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.sharding.base import Strategy
 from optplan.planner.step.options import HOPPER, StepOptions
+from optplan.planner.step.placement import placed_tensors
 from optplan.planner.step.view import model_view
 from optplan.planner.step.vocabulary import INDEX_BYTES
 from optplan.planner.timeline import Category, TimelineBuilder
@@ -34,13 +35,12 @@ def write_load(
 
 
 def model_tensors(spec: ModelSpec, options: StepOptions, strategy: Strategy | None = None) -> Iterator[tuple[str, int]]:
-    """Name and bytes of each parameter (tied aliases left out), then of each buffer."""
+    """Name and bytes of each parameter (tied aliases left out) and each buffer; what is sharded comes before these."""
     dtype = options.parameter_dtype
     if strategy is None:
-        for parameter in spec.unique_parameters:
-            yield parameter.name, parameter.numel * ITEMSIZE_BYTES[dtype]
-    else:
-        yield from strategy.parameters(model_view(spec, options))
+        yield from placed_tensors(spec, dtype)
+        return
+    yield from strategy.parameters(model_view(spec, options))
     for buffer in spec.buffers:
         yield buffer.name, buffer.numel * ITEMSIZE_BYTES[buffer.dtype or dtype]
 
@@ -55,10 +55,11 @@ def surroundings(spec: ModelSpec, options: StepOptions) -> Iterator[tuple[str, i
     recorded on an H200.
     """
     yield from inputs(spec, options)
+    has_biases = any(added_biases(spec))
     size = _HOPPER_WORKSPACE if options.compute_capability == HOPPER else _WORKSPACE
     for thread in ("forward", "backward"):
         yield f"cuBLAS workspace of the {thread}", size, "workspace"
-        if _adds_bias(spec) and (thread == "forward" or options.recomputes):
+        if has_biases and (thread == "forward" or options.recomputes):
             yield f"cuBLASLt workspace of the {thread}", _LT_WORKSPACE, "workspace"
 
 
@@ -75,8 +76,9 @@ def inputs(spec: ModelSpec, options: StepOptions) -> Iterator[tuple[str, int, Ca
         yield "padding mask", num_bytes, "activations"
 
 
-def _adds_bias(spec: ModelSpec) -> bool:
-    return any(p.role == "bias" and p.module in ("linear", "conv1d") for p in spec.parameters)
+def added_biases(spec: ModelSpec) -> Iterator[str]:
+    """Names of the biases that a product adds in its own kernel."""
+    return (p.name for p in spec.parameters if p.role == "bias" and p.module in ("linear", "conv1d"))
 
 
 def gradient_tensors(

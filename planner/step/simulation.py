@@ -1,8 +1,8 @@
 """The first steps of a training run through torch's caching allocator: allocated and reserved bytes of a steady step.
 
 What an allocation occupies depends on what came before it, so the run is simulated from the empty device: the model is
-loaded, the first step creates the optimizer's state, and the second step is measured; a third changes next to nothing.
-What all optimizers share is simulated once.
+loaded, the first step creates the optimizer's state, and the second step is measured, or the third where steps are
+short: which blocks are cut has settled by then. What all optimizers share is simulated once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from optplan.planner.sharding.base import Resident, Strategy
 from optplan.planner.step.clipping import write_clipping
 from optplan.planner.step.optimizer_step import COPIED
 from optplan.planner.step.options import StepOptions
-from optplan.planner.step.resident import write_load
+from optplan.planner.step.resident import added_biases, write_load
 from optplan.planner.step.rules import write_forward_backward
 from optplan.planner.step.simulated_device import KEPT, SimulatedDevice, SimulatedEvent, SimulatedStep
 from optplan.planner.step.view import model_view
@@ -27,10 +27,12 @@ from optplan.planner.step_history import StepHistory
 from optplan.planner.timeline import Allocation, Category, Timeline, TimelineBuilder
 
 _PRODUCTS = (
-    "proj output", "c_attn output", "query_key_value output", "query output", "SelfAttention.q output",
-    "weight gradient",
+    "rotary_emb angles", "project_in output", "proj output", "c_attn output", "query_key_value output", "query output",
+    "SelfAttention.q output", "weight gradient", "gradient of the input",
 )  # fmt: skip
 """Operations that run a matrix product, the first of which in a phase makes its thread's library workspaces."""
+_FEW_EVENTS = 5000
+"""Events up to which the second step is run before one is measured: it moves some MiB, much of a small model only."""
 
 
 class ParameterStep(NamedTuple):
@@ -55,6 +57,7 @@ class StepSimulator:
         *,
         master_bytes: Sequence[int] = (),
         clips: bool = False,
+        clip_foreach: bool = True,
         empties_cache: bool = False,
         settings: AllocatorSettings = AllocatorSettings(),  # noqa: B008
         strategy: Strategy | None = None,
@@ -68,6 +71,7 @@ class StepSimulator:
             options: How the step is run.
             master_bytes: Bytes of each parameter's master weight, empty if there are none.
             clips: Whether the gradients' norm is clipped before the optimizer's step.
+            clip_foreach: Whether the gradients' norms are taken in one kernel, torch's default on CUDA.
             empties_cache: Whether the cached blocks are given back after every step.
             settings: Those of torch's allocator.
             strategy: How the work is divided among GPUs, if it is.
@@ -78,13 +82,14 @@ class StepSimulator:
         self._strategy = strategy
         self._kept, self._rebuilt = ([], []) if strategy is None else _kept(spec, options, strategy)
         self._workspaces: list[Allocation] = []
+        self._biased = frozenset(f"{name.removesuffix('.bias')} output" for name in added_biases(spec))
         self._start = SimulatedDevice(settings)
         self._start.run(_freed(cached))
         self._load(spec, master_bytes)
         self._first, self._gradients = _micro_step(spec, options, strategy, has_gradients=False)
         self._last = _micro_step(spec, options, strategy, has_gradients=True)[0] if options.has_gradients else []
         self._waiting = _saved(self._first) * (num_in_flight - 1)
-        self._clip = _clip_events(spec, options) if clips else []
+        self._clip = _clip_events(spec, options, foreach=clip_foreach) if clips else []
         if not options.step_in_backward:
             # Until its first step() no optimizer has allocated anything, so that all start from here.
             self._run_first_step()
@@ -102,8 +107,12 @@ class StepSimulator:
                 self._start.keep(event.bytes, event.category, event.name)
         self._start.hold(self._kept)
 
+    def _very_first(self) -> list[SimulatedEvent]:
+        """The first micro-step of all, in which each thread makes its libraries' workspaces."""
+        return _with_workspaces(self._first, self._workspaces, self._biased)
+
     def _run_first_step(self) -> None:
-        self._start.run(_with_workspaces(self._first, self._workspaces))
+        self._start.run(self._very_first())
         self._start.set_aside()
         for _ in range(min(self._options.grad_accum - 1, 1)):
             self._start.run(self._last)
@@ -136,11 +145,8 @@ class StepSimulator:
         for num_bytes, name in zip(state_bytes, names or repeat("state"), strict=False):
             device.keep(num_bytes, "optimizer_state", name)
         device.run(optimizer[len(copies) :])
-        if not self._options.keep_grads:
-            device.clear()
-        if self._empties_cache:
-            device.empty_cache()
-        if self._rebuilt:
+        self._end_step(device)
+        if self._rebuilt or self.num_events <= _FEW_EVENTS:
             self._run_second_step(device, optimizer)
         if self._options.grad_accum > 1:
             device.run(self._last if self._options.keep_grads else self._first)
@@ -155,15 +161,25 @@ class StepSimulator:
         device.measure(optimizer, "step")
         return device
 
-    def _run_second_step(self, device: SimulatedDevice, optimizer: Sequence[SimulatedEvent]) -> None:
-        """A step in which the strategy replaces what it keeps."""
-        device.hold(self._rebuilt)
-        device.run(self._last or self._first)
-        device.set_aside()
-        device.free_held(len(self._kept))
-        device.run([*self._clip, *optimizer])
+    def _end_step(self, device: SimulatedDevice) -> None:
         if not self._options.keep_grads:
             device.clear()
+        if self._empties_cache:
+            device.empty_cache()
+
+    def _run_second_step(self, device: SimulatedDevice, optimizer: Sequence[SimulatedEvent]) -> None:
+        """A whole step; in it the strategy replaces what it keeps, if anything."""
+        if self._options.grad_accum > 1:
+            device.run(self._last if self._options.keep_grads else self._first)
+            device.set_aside()
+        if self._rebuilt:
+            device.hold(self._rebuilt)
+        device.run(self._last or self._first)
+        device.set_aside()
+        if self._rebuilt:
+            device.free_held(len(self._kept))
+        device.run([*self._clip, *optimizer])
+        self._end_step(device)
 
     def simulate_in_backward(self, steps: Mapping[str, ParameterStep]) -> SimulatedStep:
         """The steady step with an optimizer that takes each parameter's step when its gradient is there.
@@ -179,11 +195,16 @@ class StepSimulator:
 
     def _steady_in_backward(self, steps: Mapping[str, ParameterStep]) -> SimulatedDevice:
         device = self._start.copy()
-        first = _with_workspaces(self._first, self._workspaces)
+        first = self._very_first()
         device.run(_with_steps(first, self._gradients, steps, makes_state=True))
         if self._empties_cache:
             device.empty_cache()
-        device.measure(_with_steps(self._first, self._gradients, steps), "forward", "backward")
+        steady = _with_steps(self._first, self._gradients, steps)
+        if len(steady) <= _FEW_EVENTS:
+            device.run(steady)
+            if self._empties_cache:
+                device.empty_cache()
+        device.measure(steady, "forward", "backward")
         device.measure([], "step")
         return device
 
@@ -223,9 +244,15 @@ def _kept(spec: ModelSpec, options: StepOptions, strategy: Strategy) -> tuple[li
     return list(strategy.kept(view)), list(strategy.rebuilt(view))
 
 
-def _clip_events(spec: ModelSpec, options: StepOptions) -> list[SimulatedEvent]:
+def _clip_events(spec: ModelSpec, options: StepOptions, *, foreach: bool) -> list[SimulatedEvent]:
     timeline = TimelineBuilder("clip")
-    write_clipping(timeline, spec.trained_parameters, dtype=options.parameter_dtype)
+    write_clipping(
+        timeline,
+        spec.trained_parameters,
+        dtype=options.parameter_dtype,
+        foreach=foreach,
+        resident_threads=options.resident_threads,
+    )
     return _events(timeline.events)
 
 
@@ -267,13 +294,16 @@ def _events(timeline: Timeline) -> list[SimulatedEvent]:
     return events
 
 
-def _with_workspaces(events: Sequence[SimulatedEvent], workspaces: Sequence[Allocation]) -> list[SimulatedEvent]:
-    """The events of the very first micro-step, in which each thread's first product makes its workspaces."""
+def _with_workspaces(
+    events: Sequence[SimulatedEvent], workspaces: Sequence[Allocation], biased: frozenset[str]
+) -> list[SimulatedEvent]:
+    """The events of the very first micro-step, with a workspace after each thread's first product and first bias."""
     waiting, result = list(workspaces), []
     for event in events:
         result.append(event)
-        if waiting and event.name.endswith(_PRODUCTS):
-            made = [workspace for workspace in waiting if workspace.name.endswith(event.phase)]
+        if waiting and (event.name.endswith(_PRODUCTS) or event.name in biased):
+            libraries = ("cuBLAS ", "cuBLASLt ") if event.name in biased else ("cuBLAS ",)
+            made = [w for w in waiting if w.name.endswith(event.phase) and w.name.startswith(libraries)]
             result += [
                 SimulatedEvent(KEPT, workspace.bytes, "workspace", event.phase, workspace.name) for workspace in made
             ]

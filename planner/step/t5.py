@@ -254,7 +254,9 @@ class T5(StepModel[T5Config]):
         forwarded = out
         del out
         dropped = op.dropout(t, forwarded, c.dropout)
-        return op.add(t, hidden, dropped, "residual sum")
+        total = op.add(t, hidden, dropped, "residual sum")
+        del dropped
+        return total
 
     def _plain(self, x: Tensor, path: str) -> Tensor:
         t, c = self.t, self.c
