@@ -126,15 +126,8 @@ def step_matrices_by_rows(matrices: Sequence[MatrixRows], rates: Rates, together
         rates: Learning rate and the other numbers; no guidance.
         together: Combines over the ranks.
     """
-    sketches, sums = [], []
-    for one in matrices:
-        revive(one.q, one.u, one.sketch)
-        if len(one.w):
-            sketched, square_sum = sketch_product(one.q, one.u, one.grad, rates)
-        else:
-            sketched, square_sum = torch.empty_like(one.q), one.q.new_zeros(())
-        sketches.append(sketched)
-        sums.append(square_sum)
+    # No sketch may outlive the bases made of it, not even in a variable of a loop.
+    sketches, sums = zip(*[_sketch(one, rates) for one in matrices], strict=True)
     bases, totals = orthonormal_by_rows(sketches, sums, together)
     del sketches
     partial = [
@@ -187,6 +180,14 @@ def step_vectors_by_rows(vectors: Sequence[VectorRows], rates: Rates, together: 
 def clip_factor(square_sum: Tensor, numel: int, rates: Rates) -> Tensor:
     """What brings a direction of this sum of squares to at most the threshold's RMS."""
     return 1 / (square_sum / max(1, numel)).sqrt().div_(rates.clip).clamp_(min=1)
+
+
+def _sketch(one: MatrixRows, rates: Rates) -> tuple[Tensor, Tensor]:
+    """Pass A over this rank's rows."""
+    revive(one.q, one.u, one.sketch)
+    if not len(one.w):
+        return torch.empty_like(one.q), one.q.new_zeros(())
+    return sketch_product(one.q, one.u, one.grad, rates)
 
 
 def _update(one: MatrixRows, basis: Tensor, scale: Tensor, rates: Rates) -> Tensor:

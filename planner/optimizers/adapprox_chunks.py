@@ -25,16 +25,17 @@ def write_chunked_step(scratch: Scratch, p: Parameter, layout: MatrixLayout, con
     chunk = chunk_rows(layout.rows, width) * width * _FP32_BYTES
     start = scratch.alloc(p, ("start of the sketch", wide))
     sketch = scratch.alloc(p, ("sketch", tall))
-    _write_chunk(scratch, p, chunk, converted=converted)
+    write_chunk(scratch, p, chunk, converted=converted)
     scratch.free(start)
     new_q = _write_orthonormal(scratch, p, tall, rank * rank * _FP32_BYTES)
     scratch.free(sketch)
     new_u = scratch.alloc(p, ("new U", wide))
-    _write_chunk(scratch, p, chunk, converted=converted)
+    write_chunk(scratch, p, chunk, converted=converted)
     scratch.free(new_q, new_u)
 
 
-def _write_chunk(scratch: Scratch, p: Parameter, size: int, *, converted: bool) -> None:
+def write_chunk(scratch: Scratch, p: Parameter | str, size: int, *, converted: bool) -> None:
+    """Append what the second moment and the direction of a chunk of rows take."""
     gradient = scratch.alloc(p, ("rows of the gradient in fp32", size * converted))
     moment = scratch.alloc(p, ("rows of the second moment", size))
     root = scratch.alloc(p, ("root of these rows", size))

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from optplan.planner.optimizers.adam_mini_blocks import blocks_of
 from optplan.planner.optimizers.adapprox import Adapprox, matrix_shape
 from optplan.planner.optimizers.adapprox_layout import MAX_KERNEL_RANK, MatrixLayout, matrix_table_bytes, waves
+from optplan.planner.optimizers.adapprox_rows import write_rows_step
 from optplan.planner.optimizers.base import OptimizerContext, OptimizerModel, itemsize
 from optplan.planner.optimizers.scratch import Scratch
 from optplan.planner.sharding.optimizer_state import has_whole_blocks, shares_blocks
@@ -39,7 +40,7 @@ def write_sharded_step(
     if optimizer.id == "micro-adam":
         _write_micro_adam(timeline, optimizer, parameters, context, shard)
     elif isinstance(optimizer, Adapprox):
-        _write_adapprox(Scratch(timeline), optimizer, parameters, shard)
+        _write_adapprox(Scratch(timeline), optimizer, parameters, context, shard)
     elif optimizer.id == "adam-mini":
         _write_adam_mini(timeline, optimizer, parameters, context, shard)
     else:
@@ -94,17 +95,24 @@ def _write_adam_mini(
     scratch.free(*sums)
 
 
-def _write_adapprox(scratch: Scratch, optimizer: Adapprox, parameters: Sequence[Parameter], shard: RowShard) -> None:
-    """Rounds of matrices that every rank divides alike, then the vectors; ranks above the kernels' all at once."""
+def _write_adapprox(
+    scratch: Scratch,
+    optimizer: Adapprox,
+    parameters: Sequence[Parameter],
+    context: OptimizerContext,
+    shard: RowShard,
+) -> None:
+    """Rounds of matrices that every rank divides alike, then the vectors; ranks above the kernels' each at once."""
     matrices = [p for p in parameters if matrix_shape(p) is not None]
     layouts = [_layout(optimizer, p, p) for p in matrices]
     kernels = [p for p, layout in zip(matrices, layouts, strict=True) if layout.rank <= MAX_KERNEL_RANK]
     for places in waves([_layout(optimizer, p, p) for p in kernels]):
         wave = [_layout(optimizer, kernels[place], shard.local(kernels[place])) for place in places]
         _write_wave(scratch, [layout for layout in wave if layout.rows], wave)
-    large = [p for p, layout in zip(matrices, layouts, strict=True) if layout.rank > MAX_KERNEL_RANK]
-    if large:
-        _write_in_torch(scratch, [_layout(optimizer, p, shard.local(p)) for p in large])
+    for rank in dict.fromkeys(layout.rank for layout in layouts if layout.rank > MAX_KERNEL_RANK):
+        large = [p for p, layout in zip(matrices, layouts, strict=True) if layout.rank == rank]
+        converted = context.gradient_dtype != "float32"
+        write_rows_step(scratch, [_layout(optimizer, p, shard.local(p)) for p in large], converted=converted)
     vectors = sum(shard.local(p).numel for p in parameters if matrix_shape(p) is None) * _FP32_BYTES
     if vectors:
         parts = ("gradients in fp32", "divisors", "moves")
@@ -126,16 +134,3 @@ def _write_wave(scratch: Scratch, present: Sequence[MatrixLayout], wave: Sequenc
     factors = sum(layout.columns * layout.rank for layout in wave) * _FP32_BYTES
     scratch.free(scratch.alloc(who, ("U added up over the ranks", factors)))
     scratch.free(table, sums)
-
-
-def _write_in_torch(scratch: Scratch, layouts: Sequence[MatrixLayout]) -> None:
-    """All sketches at once, each stage beside the one before it; then all new U beside their sum over the ranks."""
-    who = "all matrices"
-    tall = sum(layout.rows * layout.rank for layout in layouts) * _FP32_BYTES
-    wide = sum(layout.columns * layout.rank for layout in layouts) * _FP32_BYTES
-    grams = sum(layout.rank**2 for layout in layouts) * _FP32_BYTES
-    stages = [scratch.alloc(who, (part, tall)) for part in ("sketches", "scaled sketches", "orthonormal sketches")]
-    squares = [scratch.alloc(who, (part, grams)) for part in ("Gram matrices", "Gram matrices of all ranks")]
-    scratch.free(*squares, *stages[:2])
-    new = [scratch.alloc(who, (part, wide)) for part in ("new U", "new U of all ranks")]
-    scratch.free(*new, stages[2])
