@@ -102,12 +102,11 @@ def _together(question: Question, answer: Answer) -> Iterator[FitChange]:
     """Where no single change helps: several of the same GPU, and everything free that had been fixed."""
     free = {key: value for key, value in question.asked.items() if key not in question.fixed}
     names = " and ".join(_NAMES.get(name, name.replace("_", " ")) for name in question.fixed if name != "sharding")
+    freed = f"; {names} left free" if names else ""
     least = _LEAST_BYTES * question.base.model.num_parameters
     for count in _GPUS_TRIED:
         if count > max(question.space.micro_batches) and least <= count * question.limit_bytes:
-            text = f"{count} of {question.base.gpu.id} with --sharding fsdp2" + (
-                f"; {names} left free" if names else ""
-            )
+            text = f"{count} of {question.base.gpu.id} with --sharding fsdp2{freed}"
             changed = free | {"gpus": count, "sharding": "fsdp2"}
             change = _try(question, changed, "together", text, answer, frees_optimizer=True)
             if change:

@@ -119,6 +119,16 @@ def test_nothing_fits_and_what_would_is_confirmed(capsys: pytest.CaptureFixture[
     assert status == 0
 
 
+def test_where_no_single_change_helps_several_do(capsys: pytest.CaptureFixture[str]) -> None:
+    # Under autocast each of 64 GPUs would still cast all 141 GB of weights: the number formats must be free, too.
+    status, report = ask("recommend -m llama-3-70b -g a100-80g -o adamw --precision amp --budget 60GiB", capsys)
+    assert status == 1
+    (change,) = report.what_would_fit
+    assert change.direction == "together"
+    assert change.text == "8 of a100-80g with --sharding fsdp2; number formats and optimizer left free"
+    assert "--precision" not in change.command
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
