@@ -50,6 +50,10 @@ def _micro_adam(pairs: Sequence[Pair], backend: str, lr: float) -> torch.optim.O
     return optim_impls.MicroAdam([t for _, t in pairs], lr=lr, backend=backend)
 
 
+def _micro_adam_dense(pairs: Sequence[Pair], backend: str, lr: float) -> torch.optim.Optimizer:
+    return optim_impls.MicroAdam([t for _, t in pairs], lr=lr, alpha=0.1, backend=backend)
+
+
 def _micro_adam_official(pairs: Sequence[Pair], backend: str, lr: float) -> torch.optim.Optimizer:
     """The authors' packages ista-daslab-optimizers and -cuda, which take bf16 alone; window and buckets as ours.
 
@@ -94,6 +98,9 @@ CONTENDERS = {
     ),
     # Selection and codes agree bit by bit; sums of the window may differ in their last.
     "micro-adam": Contender(_micro_adam, {}, {torch.float32: 1e-3, torch.bfloat16: 0.05}),
+    "micro-adam-dense": Contender(
+        _micro_adam_dense, {"alpha": 0.1}, {torch.float32: 1e-3, torch.bfloat16: 0.05}, "micro-adam"
+    ),
     "micro-adam-official": Contender(
         _micro_adam_official, {"implementation": "official"}, {torch.bfloat16: 0}, "micro-adam"
     ),

@@ -28,7 +28,7 @@ from typing import Any
 
 CHECKS = ("memcheck", "racecheck")
 DTYPES = ("bfloat16", "float32")
-OPTIMIZERS = ("adamw", "adam-mini", "micro-adam", "adapprox", "adapprox-no-momentum")
+OPTIMIZERS = ("adamw", "adam-mini", "micro-adam", "micro-adam-dense", "adapprox", "adapprox-no-momentum")
 SMALL_SHAPES: tuple[tuple[int, ...], ...] = ((1,), (63,), (4097,), (37, 101), (129, 200), (), (24, 96), (70001,))
 LARGE_SHAPE = (4096, 11008)
 METRICS = {
