@@ -23,6 +23,7 @@ def _read(fields: Fields) -> dict[str, Any]:
         "num_hidden_layers": fields.integer("num_hidden_layers", high=MAX_LAYERS),
         "num_attention_heads": fields.integer("num_attention_heads"),
         "head_dim": fields.integer("head_dim", 256),
+        "hidden_act": "silu",
         "vocab_size": fields.integer("vocab_size", 256_000, high=MAX_VOCABULARY),
         "max_position_embeddings": fields.integer("max_position_embeddings", 2048, high=2**30),
     }

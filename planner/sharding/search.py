@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 
 import msgspec
 
 from optplan.planner.candidates import bind_candidate
 from optplan.planner.errors import ConfigError
+from optplan.planner.models.spec import ModelSpec
 from optplan.planner.optimizers.base import OptimizerModel
 from optplan.planner.request import StepRequest, change_request
 from optplan.planner.sharding.clusters import cluster_of, usual_num_nodes
@@ -16,6 +18,9 @@ from optplan.planner.sharding.registry import FULL_SHARDINGS
 from optplan.planner.workload import Workload
 
 MOST_GPUS = 16_384
+MOST_PADDING = 0.01
+"""Share of the parameters that padding may add on a number of GPUs that is tried under full sharding: where it adds
+more, as many GPUs can need more memory each than fewer, whose gathered layers are smaller."""
 
 
 class Fitting(msgspec.Struct, frozen=True):
@@ -42,13 +47,25 @@ def possible_counts(gpu: str, *, most: int = MOST_GPUS) -> list[int]:
     return [count for count in [*range(1, per_node), *range(per_node, most + 1, per_node)] if count <= most]
 
 
+def little_padding(model: ModelSpec, counts: Sequence[int]) -> list[int]:
+    """Those of the numbers of ranks for which padding the rows of every parameter adds little; one always does."""
+    sizes = Counter((parameter.shape[0] if parameter.shape else 1, parameter.numel) for parameter in model.parameters)
+
+    def padding(count: int) -> float:
+        added = sum(times * numel * (-rows % count) / rows for (rows, numel), times in sizes.items())
+        return added / model.num_parameters
+
+    return [count for count in counts if padding(count) <= MOST_PADDING]
+
+
 def smallest_fitting(
     request: StepRequest, optimizer: OptimizerModel, *, sharding: str = "fsdp2", most: int = MOST_GPUS
 ) -> Fitting | None:
     """The smallest number of GPUs on which the request's step fits with this optimizer; None if none does.
 
     The micro-batch of each GPU stays as it is. One GPU is tried first, without sharding; then numbers are bisected,
-    and the answer is the first that fits and whose predecessor does not.
+    under full sharding those that deal out the rows with little padding; the answer is the first that fits and whose
+    predecessor does not.
 
     Args:
         request: The step; its own number of GPUs and how they divide the work do not matter.
@@ -60,6 +77,8 @@ def smallest_fitting(
         ConfigError: The model's family has no step rules, or the optimizer cannot run the step on several GPUs.
     """
     counts = possible_counts(request.gpu.id, most=most)
+    if sharding in FULL_SHARDINGS:
+        counts = little_padding(request.model, counts)
     search = _Search(request, optimizer, sharding)
     if search.fits(1):
         return search.result(1)

@@ -16,6 +16,7 @@ from optplan.planner.step.gpt2 import Gpt2, gpt2_config
 from optplan.planner.step.gpt_neox import GptNeox, gpt_neox_config
 from optplan.planner.step.opt import Opt, opt_config
 from optplan.planner.step.options import StepOptions
+from optplan.planner.step.palm import Palm, palm_config
 from optplan.planner.step.t5 import T5, t5_config, t5_layer_names, t5_layers
 from optplan.planner.step.tape import Tape
 from optplan.planner.step.vit import Vit, vit_config
@@ -95,6 +96,9 @@ FAMILIES: dict[str, StepFamily] = {
         layers=_alike("num_hidden_layers"),
         layer_name="model.decoder.layers.{}".format,
         activation="activation_function",
+    ),
+    "palm": StepFamily(
+        model=Palm, config=palm_config, layers=_alike("num_hidden_layers"), layer_name="layers.{}".format
     ),
     "t5": StepFamily(
         model=T5,

@@ -210,19 +210,19 @@ def dropout(t: Tape, x: Tensor, probability: float) -> Tensor:
     return out
 
 
-def layer_norm(t: Tape, x: Tensor, width: int) -> Tensor:
-    """`F.layer_norm` with weight and bias of the current module; fp32 under autocast."""
+def layer_norm(t: Tape, x: Tensor, width: int, *, bias: bool = True) -> Tensor:
+    """`F.layer_norm` with the weight of the current module and its bias if it has one; fp32 under autocast."""
     dtype: Dtype = x.dtype if t.autocast is None else "float32"
     x = cast(t, x, dtype)
-    weight, bias = t.parameter(f"{t.path}.weight", width), t.parameter(f"{t.path}.bias", width)
+    names = ("weight", "bias") if bias else ("weight",)
+    parameters = [t.parameter(f"{t.path}.{name}", width) for name in names]
     numel, num_rows = x.numel, x.numel // width
 
     def backward(_: list[Tensor]) -> list[Tensor]:
         result = t.new(numel, dtype, "gradient")
-        of_weight = t.new(width, dtype, "weight gradient", "gradients")
-        return [result, of_weight, t.new(width, dtype, "bias gradient", "gradients")]
+        return [result, *(t.new(width, dtype, f"{name} gradient", "gradients") for name in names)]
 
-    node = t.node([x, weight, bias], backward, [x])
+    node = t.node([x, *parameters], backward, [x])
     out = t.new(numel, dtype, "output")
     mean, deviation = t.new(num_rows, "float32", "mean"), t.new(num_rows, "float32", "reciprocal deviation")
     out.node = node
