@@ -53,6 +53,8 @@ ARCHIVE_BYTES = 15 * 2**20
 def main() -> int:
     """Run what is not done; 1 if a job failed."""
     options = parse_arguments()
+    # A shell that starts this in the background has it ignore interrupts, and so would the jobs.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     jobs = read_jobs(options.jobs, options.only)
     gpus = count_gpus() if options.gpus is None else options.gpus
     if options.dry_run:
@@ -261,7 +263,7 @@ def print_table(jobs: Sequence[Job], results: Sequence[Result], store: Store) ->
         records = sum(1 for _ in store.work_of(job).rglob("*.json.gz"))
         line = f"{job.name:24} {result.status:8} {result.seconds:6.1f} s of {job.seconds:4.0f}"
         line += f"  {rows:3} rows {records:3} records"
-        print(f"{line}  {result.last if result.status in ('failed', 'stopped') else ''}")
+        print(f"{line}  {result.last}")
 
 
 if __name__ == "__main__":

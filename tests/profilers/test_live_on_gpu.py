@@ -85,6 +85,8 @@ def test_every_phase_and_category_of_a_catalogue_model() -> None:
     assert record.time.optimizer_copy_fraction is not None and 0 < record.time.optimizer_copy_fraction < 1.2
     assert record.device_bytes is not None and record.peak_reserved_bytes is not None
     assert record.device_bytes > record.peak_reserved_bytes
+    observing = next(note for note in record.notes if note.startswith("observing took "))
+    assert float(observing.removeprefix("observing took ").partition("%")[0]) < 5
 
 
 def _starved(fraction_bytes: int, **step: Any) -> Measurement:
@@ -113,6 +115,68 @@ def test_running_out_of_memory_is_a_result(allowed_bytes: int, step: dict[str, A
     assert "out of memory" in record.out_of_memory.message
     if record.history is not None:
         assert record.out_of_memory.requested_bytes
+
+
+class _Hungry(torch.autograd.Function):
+    """Asks for more than any GPU has, in forward or in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, where: str) -> torch.Tensor:
+        ctx.where = where
+        if where == "forward":
+            torch.empty(2**50, dtype=torch.uint8, device="cuda")
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        if ctx.where == "backward":
+            torch.empty(2**50, dtype=torch.uint8, device="cuda")
+        return gradients[0], None
+
+
+class _HungryMomentum(torch.optim.SGD):
+    """Asks for as much in its step, once told to."""
+
+    is_hungry = False
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if self.is_hungry:
+            torch.empty(2**50, dtype=torch.uint8, device="cuda")
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data.add_(parameter.grad, alpha=-1e-3)
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward", "step"])
+def test_where_the_memory_ran_out_and_what_was_asked_for(phase: str) -> None:
+    model = _mlp()
+    optimizer = _HungryMomentum(model.parameters(), lr=1e-3)
+    live = LiveProfile(model, optimizer)
+    with pytest.raises(torch.cuda.OutOfMemoryError), live.observing():
+        _train(model, optimizer, steps=2)
+        optimizer.is_hungry = phase == "step"
+        hidden = model(torch.randn(256, 512, device="cuda"))
+        _Hungry.apply(hidden, phase).square().mean().backward()
+        optimizer.step()
+    assert live.out_of_memory is not None
+    assert (live.out_of_memory.phase, live.out_of_memory.requested_bytes) == (phase, 2**50)
+    assert live.out_of_memory.allocated_bytes > 0
+    # What was alive then is known event by event.
+    assert live.history is not None
+    assert sum(tensor.bytes for tensor in live.history.alive(len(live.history.events))) > 0
+
+
+def test_an_interrupt_in_mid_step_ends_the_recording() -> None:
+    model = _mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    live = LiveProfile(model, optimizer)
+    with pytest.raises(KeyboardInterrupt), live.observing():
+        _train(model, optimizer, steps=1)
+        model(torch.randn(256, 512, device="cuda")).square().mean()
+        raise KeyboardInterrupt
+    before = len(torch.cuda.memory._snapshot()["device_traces"][0])
+    torch.empty(2**20, device="cuda")
+    assert len(torch.cuda.memory._snapshot()["device_traces"][0]) == before
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 HOG = "import torch, sys; x = torch.empty(2**30, dtype=torch.uint8, device='cuda'); print('there', flush=True); input()"
