@@ -56,6 +56,7 @@ def model(**config):
         ("mixtral-8x7b", True),
         ("vit-base", True),
         ("pythia-160m", True),
+        ("palm-540b", True),
         ("bloom-560m", False),
         ("falcon-7b", False),
     ],
@@ -84,7 +85,7 @@ def test_a_family_without_rules_is_refused():
     with pytest.raises(ConfigError) as refused:
         record_step(load_model("bloom-560m"), SMALL)
     assert (
-        str(refused.value) == "unknown family with step rules 'bloom'; known: llama, mistral, qwen2, qwen3 and 15 more"
+        str(refused.value) == "unknown family with step rules 'bloom'; known: llama, mistral, qwen2, qwen3 and 16 more"
     )
 
 
