@@ -167,3 +167,18 @@ def test_only_what_the_window_holds_moves() -> None:
     optimizer.step()
     moved = (parameter != 1).nonzero().flatten().tolist()
     assert moved == sorted(optimizer.state[parameter]["window_indices"][:21].tolist())
+
+
+def test_another_dtype_of_the_learning_rate_binds_another_kernel() -> None:
+    from optplan.optim_impls.adamw.launcher import AdamWLaunch
+    from optplan.optim_impls.micro_adam.launcher import MicroAdamLaunch, update_kernel
+    from optplan.optim_impls.micro_adam.layout import layout_of
+
+    rows = [[torch.zeros(64, device=DEVICE)] * 8]
+    layout = layout_of(64, block=256, bucket=8, window=2, density=0.01)
+    micro_adam = MicroAdamLaunch(rows, [0], layout=layout, aligned=True, capturable=True)
+    dtypes = (None, torch.float32, torch.float64)
+    assert len({id(micro_adam._kernel(update_kernel, 1, {"FULL": True}, dtype)) for dtype in dtypes * 2}) == 3
+    adamw = AdamWLaunch.__new__(AdamWLaunch)
+    adamw._bound, adamw._num_programs, adamw._constants = {}, 1, {}
+    assert len({id(adamw._kernel("nearest", False, dtype)) for dtype in dtypes * 2}) == 3
