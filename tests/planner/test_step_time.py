@@ -150,6 +150,15 @@ def test_bytes_between_gpus(sharding: str, precision: str, micro_step: int, redu
     assert (traffic.reduced_bytes, traffic.gathered_bytes) == (reduced * share, gathered * share)
 
 
+def test_what_products_and_collectives_write_is_told_by_its_name() -> None:
+    # The names under which the rules record it: with another name its time would be counted twice.
+    request = check_request(load_model("tinyllama-1.1b"), gpu="h200", gpus=2, sharding="fsdp2")
+    program = record_step(request.model, step_options(request), strategy=request.strategy)
+    operations = {record.operation for record in program.tape.records}
+    assert {"weight gradient", "gradient of the input", "all-gather output", "sharded gradients"} <= operations
+    assert "gathered self_attn.q_proj.weight" in operations
+
+
 def test_what_is_copied_for_collectives_is_counted_on_its_own() -> None:
     # What two ranks gathered of 1,100,048,384 parameters in bf16 is copied out of the buffer once.
     request = check_request(load_model("tinyllama-1.1b"), gpu="h200", gpus=2, sharding="fsdp2")
