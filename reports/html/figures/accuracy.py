@@ -80,7 +80,7 @@ def error_boxes(groups: dict[str, list[float]], *, what: str) -> Figure:
         layout=theme.layout(
             height=80 + 26 * len(groups),
             margin={"l": 8, "r": 16, "t": 12, "b": 8},
-            xaxis=theme.axis(title=theme.titled(f"% error of the predicted {what}"), zerolinewidth=2),
+            xaxis=theme.axis(title=theme.titled(f"% error, {what}"), zerolinewidth=2),
             yaxis=theme.axis(tickfont={"color": theme.variable("ink"), "size": 12}),
             shapes=[{
                 "type": "rect", "x0": -100 * BAND, "x1": 100 * BAND, "y0": 0, "y1": 1, "yref": "paper",

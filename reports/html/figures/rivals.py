@@ -10,7 +10,7 @@ from optplan.reports.html import theme
 from optplan.reports.html.figures.plot import Figure, Trace, scatter
 from optplan.reports.html.text import plain
 
-_TICKS = (-80, -50, -20, 0, 25, 100, 300)
+_TICKS = (-80, -50, 0, 100, 300)
 """Marks of the axis in percent: half and double are equally far from the middle."""
 
 
@@ -30,9 +30,10 @@ def rival_errors(rivals: Rivals) -> Figure:
             hovermode="closest",
             margin={"l": 8, "r": 16, "t": 12, "b": 8},
             xaxis=theme.axis(
-                title=theme.titled("% error of the predicted peak, by ratio"),
+                title=theme.titled("% error, by ratio"),
                 tickvals=[_place(mark / 100) for mark in _TICKS],
                 ticktext=[f"{mark:+d}" if mark else "0" for mark in _TICKS],
+                tickangle=0,
                 zerolinewidth=2,
             ),
             yaxis=theme.axis(
@@ -76,7 +77,7 @@ def _medians(rivals: Rivals, tools: list[RivalTool]) -> Trace:
     errors = [sorted(rivals.errors(tool)) for tool in tools]
     middle = [(row[(len(row) - 1) // 2] + row[len(row) // 2]) / 2 for row in errors]
     return scatter(
-        name="median of its errors",
+        name="median of its errors, with sign",
         mode="markers",
         x=[_place(error) for error in middle],
         y=list(range(len(tools))),
