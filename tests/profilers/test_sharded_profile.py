@@ -4,9 +4,9 @@ The ranks run `sharded_profile_case.py` as a script. The figures are of a Llama 
 """
 
 import json
+import os
 import socket
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import msgspec
@@ -15,6 +15,8 @@ import pytest
 from optplan.planner.errors import ConfigError
 from optplan.planner.measured.measurement import Measurement
 from optplan.profilers.live.sharded import Launch, check_launch, find_launch
+from optplan.profilers.validation.command import PRELOADED
+from optplan.profilers.validation.launching import end, launching
 
 SCRIPT = Path(__file__).with_name("sharded_profile_case.py")
 TINY = {
@@ -30,34 +32,35 @@ STORED = LAYER + 16 + 2 * 50 * 32
 OWNED = (STORED, LAYER + 16 + 2 * 49 * 32)
 
 
-def run_ranks(folder, what, *, timeout=110):
+@pytest.fixture(scope="module")
+def launcher():
+    """Starts ranks as children of one process that has imported everything."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(SCRIPT.parent), prepend=os.pathsep)
+        with launching([(*PRELOADED, "transformers:LlamaForCausalLM")]) as made:
+            yield made
+
+
+def run_ranks(launcher, folder, what, *, timeout=110):
     """Exit statuses and outputs of the two ranks."""
     (folder / "config.json").write_text(json.dumps(TINY))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), rank, port, str(folder), what],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
+    ranks = [launcher.start(SCRIPT.stem, [rank, port, str(folder), what], {}) for rank in "01"]
+    deadline = time.monotonic() + timeout
     try:
-        outputs = [rank.communicate(timeout=timeout) for rank in ranks]
+        assert all(rank.wait(deadline - time.monotonic()) for rank in ranks), [rank.output for rank in ranks]
     finally:
-        for rank in ranks:
-            rank.kill()
-    return [rank.returncode for rank in ranks], outputs
+        end(ranks)
+    return [rank.status for rank in ranks], [(rank.output, rank.last_words()) for rank in ranks]
 
 
 @pytest.fixture(scope="module")
-def records(tmp_path_factory):
+def records(launcher, tmp_path_factory):
     """The record of each case by name."""
     folder = tmp_path_factory.mktemp("measured")
-    statuses, outputs = run_ranks(folder, "measure")
+    statuses, outputs = run_ranks(launcher, folder, "measure")
     assert statuses == [0, 0], outputs
     return {
         path.stem: msgspec.json.decode(path.read_bytes(), type=Measurement)
@@ -115,8 +118,8 @@ def test_whether_layers_reshard_changes_no_loss(records):
     assert len(set(resharded)) == len(resharded) == 4
 
 
-def test_a_failure_is_told_once_and_running_out_of_memory_is_a_row(tmp_path):
-    statuses, outputs = run_ranks(tmp_path, "fail")
+def test_a_failure_is_told_once_and_running_out_of_memory_is_a_row(launcher, tmp_path):
+    statuses, outputs = run_ranks(launcher, tmp_path, "fail")
     assert statuses == [0, 0], outputs
     assert [out.splitlines() for out, _ in outputs] == [
         [
