@@ -19,10 +19,13 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast, which containers often forbid
 
 import torch
 import torch.distributed as dist
@@ -45,9 +48,28 @@ def main() -> int:
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.ranks)]
         start(torchrun, "rank", folder)
         start([], "alone", folder)
-        for optimizer in options.optimizers:
-            save(options, row_of(options, plan_of(options, optimizer), folder))
-    return 0
+        failed = [save_or_tell(options, plan_of(options, optimizer), folder) for optimizer in options.optimizers]
+    return int(any(failed))
+
+
+def save_or_tell(options: argparse.Namespace, plan: Plan, folder: Path) -> bool:
+    """Save the row of an optimizer; whether there is none, because a process of its failed."""
+    errors = [*folder.glob(f"{plan.optimizer}-*.error")]
+    names = [*map(str, range(options.ranks)), "alone"]
+    missing = [name for name in names if not (folder / f"{plan.optimizer}-{name}.json").exists()]
+    if not missing:
+        save(options, row_of(options, plan, folder))
+        return False
+    print(plan.optimizer, *(file.read_text() for file in errors), "nothing from", *missing, flush=True)
+    return True
+
+
+def told(found: Callable[[], dict[str, Any]], place: Path) -> None:
+    """Write what one optimizer's training found, or the error that ended it: the others go on."""
+    try:
+        place.with_suffix(".json").write_text(json.dumps(found()))
+    except Exception as error:
+        place.with_suffix(".error").write_text(f"{type(error).__name__}: {error}"[:400])
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -73,9 +95,9 @@ def plan_of(options: argparse.Namespace, optimizer: str) -> Plan:
 
 
 def start(launcher: list[str], role: str, folder: Path) -> None:
-    """Run this command again in a role, and wait for it."""
+    """Run this command again in a role, and wait for it; what it has found is in the folder, however it ends."""
     words = [*launcher, __file__, *sys.argv[1:], "--role", role, "--folder", str(folder)]
-    subprocess.run([sys.executable, *words], check=True)
+    subprocess.run([sys.executable, *words], check=False)
 
 
 def run_rank(options: argparse.Namespace) -> int:
@@ -88,8 +110,8 @@ def run_rank(options: argparse.Namespace) -> int:
     dist.init_process_group(options.backend)
     mesh = init_device_mesh(options.device, (options.ranks,))
     for optimizer in options.optimizers:
-        found = train_sharded(plan_of(options, optimizer), device, mesh, options.folder)
-        (options.folder / f"{optimizer}-{rank}.json").write_text(json.dumps(found))
+        train = partial(train_sharded, plan_of(options, optimizer), device, mesh, options.folder)
+        told(train, options.folder / f"{optimizer}-{rank}")
     dist.destroy_process_group()
     return 0
 
@@ -98,8 +120,8 @@ def run_alone(options: argparse.Namespace) -> int:
     """All optimizers in one process, from the ranks' checkpoints."""
     set_deterministic()
     for optimizer in options.optimizers:
-        found = train_alone(plan_of(options, optimizer), torch.device(options.device), options.folder)
-        (options.folder / f"{optimizer}-alone.json").write_text(json.dumps(found))
+        train = partial(train_alone, plan_of(options, optimizer), torch.device(options.device), options.folder)
+        told(train, options.folder / f"{optimizer}-alone")
     return 0
 
 
