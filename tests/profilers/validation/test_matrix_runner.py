@@ -5,17 +5,20 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 
+from optplan.planner.errors import ConfigError, OptplanError
 from optplan.planner.measured.measurement import Environment, Measurement
 from optplan.planner.measured.record_files import save_record
 from optplan.planner.records import ModelRow, ResidentBytes, StepConfig
 from optplan.profilers.live.environment import given_notes, read_environment
 from optplan.profilers.live.measure import INTERRUPTED
 from optplan.profilers.validation import runner
-from optplan.profilers.validation.command import BUSY_HOST, _places
+from optplan.profilers.validation.command import BUSY_HOST, _places, _refusing, _visible_gpus
+from optplan.profilers.validation.gpus import VisibleGpu
 from optplan.profilers.validation.launching import Process
 from optplan.profilers.validation.matrix import ValidationCase
 from optplan.profilers.validation.runner import Limits, RunOutcome, run_cases
@@ -172,6 +175,37 @@ def test_what_cannot_be_measured_is_not_begun(play: Callable[..., tuple[Stage, R
 def test_the_last_words_of_a_case_without_a_record(play: Callable[..., tuple[Stage, RunOutcome]]) -> None:
     _, outcome = play([PAIR], {"adamw": Script(status=1, record=None)})
     assert outcome.failed == {PAIR.name: "optplan: no such thing"}
+
+
+class Asked:
+    """A launcher whose only process tells of GPUs."""
+
+    def __init__(self, status: int) -> None:
+        self._status = status
+
+    def start(self, module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> object:
+        assert (module, list(arguments), dict(environment)) == ("optplan.profilers.validation.gpus", [], {})
+        return SimpleNamespace(
+            status=self._status,
+            wait=lambda _: True,
+            output='[{"name": "NVIDIA H200", "total_bytes": 150109880320}]',
+            last_words=lambda: "CUDA error: out of memory",
+        )
+
+
+def test_the_gpus_are_asked_in_a_process_of_their_own() -> None:
+    seen = _visible_gpus(Asked(0))  # type: ignore[arg-type]
+    assert seen == [VisibleGpu("NVIDIA H200", 150_109_880_320)]
+    refuse = _refusing(seen, 0)
+    assert refuse(PAIR) == "it needs 2 GPUs, torch sees 1"
+    assert refuse(ValidationCase("gpt2", "sgd", (), {"seq_len": 128})) is None
+    with pytest.raises(OptplanError, match=r"^the GPUs cannot be asked: CUDA error: out of memory$"):
+        _visible_gpus(Asked(1))  # type: ignore[arg-type]
+
+
+def test_more_gpus_than_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"^--gpus-in-parallel 3 is more than the 2 that torch sees$"):
+        _places(3, 2)
 
 
 def test_places_are_the_gpus_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
