@@ -56,6 +56,23 @@ def pair_sort_scratch(count: int, num_rows: int) -> int:
     return 2 * round_up(8 * count, 256) + 511 + 2048 * passes + 1024 * -(-count // _SORT_TILE)
 
 
+def patch_gradient_scratch(images: int, patches: int, weight: int, *, channels: int, itemsize: int) -> int:
+    """Workspace of cuDNN's weight gradient of a convolution that cuts images into patches, on tensor cores.
+
+    It holds the images and the weight's gradient with their channels last, filled up to 16 bytes a pixel, and the
+    patches' gradient with its channels last: on an H200 to the byte, in bf16 and fp32 (as TF32), of 1 and 5 images.
+
+    Args:
+        images: Elements of all images.
+        patches: Elements of all patches' gradients.
+        weight: Elements of the weight.
+        channels: Channels of an image.
+        itemsize: Bytes of an element.
+    """
+    filled = round_up(channels * itemsize, 16)
+    return (images + weight) // channels * filled + patches * itemsize + 16
+
+
 def grouped_product_scratch(num_groups: int, resident_threads: int) -> tuple[int, int]:
     """What a grouped product in 16 bits takes: the groups' arguments, and 512 bytes for each multiprocessor."""
     return _GROUP_BYTES * num_groups, 512 * (resident_threads // 2048)

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from optplan.planner.dtypes import Dtype
+from optplan.planner.dtypes import ITEMSIZE_BYTES, Dtype
+from optplan.planner.step import kernels
 from optplan.planner.step.graph import Tensor
 from optplan.planner.step.operations import cast, promote
 from optplan.planner.step.options import StepOptions
@@ -218,7 +219,9 @@ def concatenated(t: Tape, parts: Sequence[Tensor], operation: str, *, heads: int
     return out
 
 
-def patch_projection(t: Tape, num_pixels: int, numel: int, patch: int, width: int) -> Tensor:
+def patch_projection(
+    t: Tape, num_pixels: int, numel: int, patch: int, width: int, *, channels: int, options: StepOptions
+) -> Tensor:
     """The current module's convolution that cuts images into patches and projects each to `width` elements.
 
     Args:
@@ -227,10 +230,14 @@ def patch_projection(t: Tape, num_pixels: int, numel: int, patch: int, width: in
         numel: Elements of the result.
         patch: Elements of one patch.
         width: Elements that a patch becomes.
+        channels: Channels of an image.
+        options: How the step is run.
     """
     added = autocast_parameter(t, f"{t.path}.bias", width)
     weight = autocast_parameter(t, f"{t.path}.weight", patch * width)
     dtype: Dtype = t.autocast or t.parameter_dtype
+    sizes = (num_pixels, numel, patch * width)
+    scratch = kernels.patch_gradient_scratch(*sizes, channels=channels, itemsize=ITEMSIZE_BYTES[dtype])
     images = Tensor(None, num_pixels, t.parameter_dtype)
     if dtype != images.dtype:
         images = t.new(num_pixels, dtype, f"input in {dtype}")
@@ -238,6 +245,8 @@ def patch_projection(t: Tape, num_pixels: int, numel: int, patch: int, width: in
     def backward(_: list[Tensor]) -> list[Tensor]:
         contiguous = t.new(numel, dtype, "gradient of the patches")
         of_weight = t.new(patch * width, dtype, "weight gradient", "gradients")
+        if options.compute_capability >= (8, 0):
+            t.scratch(scratch, operation="convolution backward")
         del contiguous
         return [of_weight, t.new(width, dtype, "bias gradient", "gradients")]
 
@@ -252,6 +261,8 @@ def joined_rows(t: Tape, row: Tensor, rows: Tensor, numel: int) -> Tensor:
     row_size, rows_size, rows_dtype = row.numel, rows.numel, rows.dtype
 
     def summed(gradients: list[Tensor]) -> list[Tensor]:
+        if gradients[0].numel == row_size:
+            return [gradients[0].view()]
         return [t.new(row_size, gradients[0].dtype, "gradient", "gradients")]
 
     def backward(gradients: list[Tensor]) -> list[Tensor]:

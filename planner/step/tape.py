@@ -289,8 +289,14 @@ class Tape:
         assert storage is not None
         if self.hooks.takes_gradient(self, key, storage):
             return ()
-        if not self._keeps_gradients:
-            self.keep_gradient(key, storage)
+        if self._keeps_gradients:
+            return ()
+        if storage.holders > 1 and not gradients[0].is_view:
+            # Another operation is yet to read the very same tensor.
+            copy = self.new(gradients[0].numel, gradients[0].dtype, "gradient", "gradients").storage
+            assert copy is not None
+            storage = copy
+        self.keep_gradient(key, storage)
         return ()
 
     def keep_gradient(self, key: tuple[int | None, str], storage: Storage) -> None:

@@ -154,8 +154,10 @@ def eager(
         weights = scale(t, weights, "scores over cap")
         weights = pointwise(t, weights, "tanh", saves_output=True)
         weights = scale(t, weights, "capped scores")
-    if bias is not None:
+    if bias is not None and bias.node is not None:
         weights = add(t, weights, bias, "attention scores with bias")
+    elif bias is not None:
+        weights = add_constant(t, weights, promote(weights.dtype, bias.dtype), "attention scores with bias")
     if mask is not None:
         weights = add_constant(t, weights, promote(weights.dtype, mask.dtype), "masked attention scores")
     if upcast:

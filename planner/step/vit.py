@@ -1,7 +1,6 @@
 """One training step of the vision transformer with its classifier, written after the modelling code.
 
-Variables are kept and dropped where the modelling code keeps and drops them; see `tape`. The workspace of cuDNN's
-convolution backward, which the library chooses, is left out: it comes last in backward, when nearly all is freed.
+Variables are kept and dropped where the modelling code keeps and drops them; see `tape`.
 
 Source: transformers `models/vit/modeling_vit.py`.
 """
@@ -36,6 +35,7 @@ class VitConfig(msgspec.Struct, frozen=True, kw_only=True):
     heads: int
     head_dim: int
     positions: int
+    channels: int
     pixels: int
     patch: int
     num_labels: int
@@ -54,6 +54,7 @@ def vit_config(spec: ModelSpec) -> VitConfig:
         heads=c["num_attention_heads"],
         head_dim=c["head_dim"],
         positions=spec.max_seq_len,
+        channels=c["num_channels"],
         pixels=c["num_channels"] * prod(c["image_size"]),
         patch=c["num_channels"] * prod(c["patch_size"]),
         num_labels=c["num_labels"],
@@ -109,7 +110,9 @@ class Vit(StepModel[VitConfig]):
         t, c, batch = self.t, self.c, self.o.batch_size
         t.path = "vit.embeddings.patch_embeddings.projection"
         numel = batch * (c.positions - 1) * c.hidden
-        return projections.patch_projection(t, batch * c.pixels, numel, c.patch, c.hidden)
+        return projections.patch_projection(
+            t, batch * c.pixels, numel, c.patch, c.hidden, channels=c.channels, options=self.o
+        )
 
     def _layer(self, hidden: Tensor) -> Tensor:
         t, c = self.t, self.c

@@ -323,6 +323,10 @@ def convolution_gradient(call: Call) -> Any:
     in_a_row = call.hold(*_size_in_a_row(call.args[0]))
     result = call.run()
     call.track(*result[:2])
+    _, images, weight, _, stride = call.args[:5]
+    if not call.args[10][0] and list(stride) == list(weight.shape[2:]):
+        sizes = (images.numel(), call.args[0].numel(), weight.numel())
+        call.scratch(kernels.patch_gradient_scratch(*sizes, channels=images.shape[1], itemsize=images.itemsize))
     call.release(in_a_row)
     call.track(result[2])
     return result
