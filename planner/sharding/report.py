@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from optplan.planner.allocator.caching import ROUNDING
+from optplan.planner.dtypes import ITEMSIZE_BYTES
 from optplan.planner.request import StepRequest
 from optplan.planner.sharding.base import ModelView, Strategy
 from optplan.planner.sharding.ddp import Ddp
+from optplan.planner.sharding.fsdp2 import Fsdp2
 from optplan.planner.sharding.zero1 import Zero1, partition
 from optplan.planner.units import format_gib, round_up
 
@@ -33,6 +35,8 @@ def rank_notes(request: StepRequest) -> list[str]:
         )
     if strategy is not None:
         notes.append(_largest(request, strategy))
+    if isinstance(strategy, Fsdp2) and config.grad_accum > 1:
+        notes.append(_unreduced(request))
     if isinstance(strategy, Ddp):
         size = sum(parameter.numel for parameter in request.rank_model.unique_parameters)
         size *= 4 if request.policy.parameter_dtype == "float32" else 2
@@ -40,6 +44,19 @@ def rank_notes(request: StepRequest) -> list[str]:
             f"the second step needs {format_gib(size)} more: DDP makes its buckets anew while the old ones live"
         )
     return notes
+
+
+def _unreduced(request: StepRequest) -> str:
+    """What waiting with the reduction would take: whole gradients, in the dtype in which they are reduced.
+
+    Source: torch `_fsdp_param.py` (`to_accumulated_grad_if_needed`); accelerate `accelerator.py` (`no_sync`).
+    """
+    size = sum(parameter.numel for parameter in request.rank_model.unique_parameters)
+    size *= ITEMSIZE_BYTES[request.policy.gradient_dtype]
+    return (
+        "every micro-batch's gradients are reduced, as torch does by itself; where that waits for the last one "
+        f"(accelerate, set_requires_gradient_sync(False)) they are kept whole, {format_gib(size)} in place of the shards"
+    )
 
 
 def _num_in_flight(request: StepRequest) -> int:

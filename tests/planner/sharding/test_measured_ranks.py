@@ -119,6 +119,19 @@ def test_the_second_step_of_ddp_needs_its_buckets_twice():
     ]
 
 
+@pytest.mark.parametrize(("precision", "size"), [("bf16", "12.55 GiB"), ("mixed", "25.10 GiB")])
+def test_accumulation_without_reduction_is_said_to_keep_whole_gradients(precision, size):
+    # 6 738 415 616 parameters, of 2 bytes as they come or of 4 where they are reduced in fp32.
+    step = {"gpu": "h200", "gpus": 2, "sharding": "fsdp2", "precision": precision}
+    model = load_model("llama-2-7b")
+    assert rank_notes(check_request(model, **step, grad_accum=4)) == [
+        "rank 0 is shown; no rank needs more",
+        "every micro-batch's gradients are reduced, as torch does by itself; where that waits for the last one "
+        f"(accelerate, set_requires_gradient_sync(False)) they are kept whole, {size} in place of the shards",
+    ]
+    assert len(rank_notes(check_request(model, **step))) == 1
+
+
 def test_a_strategy_without_ranks_to_share_with_is_none():
     assert strategy_of("none", Ranks(1)) is None
 
