@@ -55,7 +55,7 @@ CHECKS: dict[str, Callable[[Any], None]] = {
     "counts on the device": lambda contract: contract.counts_on_the_device(num_steps=6),
     "scales on the device": lambda contract: contract.scales_on_the_device(),
     "follows gradients": lambda contract: contract.follows_gradients_that_move(),
-    "compiles once": lambda contract: contract.compiles_once(),
+    "compiles once": lambda contract: contract.compiles_once(num_steps=2),
 }
 
 
@@ -131,6 +131,13 @@ class Deaf(AdamW):
         return super().step(closure)
 
 
+class HardOfHearing(AdamW):
+    """Does not hear of a scale on the device."""
+
+    def step(self, closure: Any = None, *, grad_scale: Any = None) -> Any:
+        return super().step(closure, grad_scale=None if isinstance(grad_scale, torch.Tensor) else grad_scale)
+
+
 class Stubborn(AdamW):
     """Goes on with the gradients that it met first, and the learning rate that it was made with."""
 
@@ -164,6 +171,7 @@ class Hasty(AdamW):
         (Gambler, "repeats"),
         (Amnesiac, "resumes"),
         (Deaf, "scales on the device"),
+        (HardOfHearing, "scales on the device"),
         (Stubborn, "follows gradients"),
         (Hasty, "counts on the device"),
     ],
