@@ -53,9 +53,10 @@ def _unreduced(request: StepRequest) -> str:
     """
     size = sum(parameter.numel for parameter in request.rank_model.unique_parameters)
     size *= ITEMSIZE_BYTES[request.policy.gradient_dtype]
+    whole = f"they are kept whole, {format_gib(size)} in place of the shards"
     return (
         "every micro-batch's gradients are reduced, as torch does by itself; where that waits for the last one "
-        f"(accelerate, set_requires_gradient_sync(False)) they are kept whole, {format_gib(size)} in place of the shards"
+        f"(accelerate, set_requires_gradient_sync(False)) {whole}"
     )
 
 
