@@ -158,3 +158,22 @@ def test_hybrid_sharding_gathers_within_a_node(precision, fake_rank, monkeypatch
         mesh = init_device_mesh("cpu", (2, 4), mesh_dim_names=("replicate", "shard"))
         found = real_events(monkeypatch, mesh, precision=precision, checkpointing="none", reshards=True)
     assert planned_events(Fsdp2(Ranks(8, 2), shard_ranks=4), precision, "none") == found
+
+
+def test_offloaded_shards_come_to_the_device_to_be_gathered_and_nothing_of_them_stays():
+    spec = family_of("llama").spec(Fields(CONFIG, where="test"), name="m", source="test")
+    strategy, timeline = Fsdp2(Ranks(4), offloads=True), TimelineBuilder()
+    options = StepOptions(batch_size=2, seq_len=8, precision="mixed", stored_dtype="float32")
+    write_forward_backward(timeline, spec, options, strategy)
+    made = {event.id: event for event in timeline.events if isinstance(event, Allocation)}
+    padded = {p.name: -(-p.shape[0] // 4) * (p.numel // p.shape[0]) for p in spec.unique_parameters}
+    in_layers = sum(numel for name, numel in padded.items() if ".layers." in name)
+    outside = sum(padded.values()) - in_layers
+    # Layers are gathered in forward and again in backward, the root once; each shard in fp32 is cast as it arrives.
+    gathered = 2 * in_layers + outside
+    brought, cast = (
+        sum(event.bytes for event in made.values() if name in event.name) for name in ("from the host", "gather input")
+    )
+    assert (brought, cast) == (4 * gathered, 2 * gathered)
+    ended = {event.id for event in timeline.events if not isinstance(event, Allocation)}
+    assert not [event.name for id_, event in made.items() if "FSDP2" in event.name and id_ not in ended]
