@@ -23,7 +23,7 @@ def trade_off(report: SearchReport, points: Sequence[Point]) -> Figure:
     chosen = report.recommendation
     on_front = [found for found in report.front if found.time]
     best = lower_left(on_front)
-    surer = [found for found in on_front if found not in best]
+    surer = [found for found in on_front if found not in best and found != chosen]
     losers = [point for point in points if point[0].time and point[0] not in report.front]
     traces = [
         _trace("beaten", losers, "muted", size=8),

@@ -6,7 +6,7 @@ from statistics import median
 
 from optplan.planner.rivals import RivalAnswer, Rivals, RivalTool
 from optplan.reports.html.figures.rivals import rival_errors
-from optplan.reports.html.parts import Column, Drawing, Points, Section, Table, Value
+from optplan.reports.html.parts import Column, Drawing, Part, Points, Section, Table, Value
 from optplan.reports.html.text import percent
 
 _FAIRNESS = (
@@ -21,12 +21,12 @@ _FAIRNESS = (
 
 def rivals(record: Rivals) -> Section:
     """The section."""
-    parts = [_errors(record), _summary(record), _answers(record), Points(list(_FAIRNESS))]
+    parts: list[Part] = [_errors(record), _summary(record), _answers(record), Points(list(_FAIRNESS))]
     lead = (
         f"{len(record.cases)} steps measured on {record.place}, and what each public estimator says of them when it is"
         f" asked through its own interface. Asked on {record.date}, {record.environment}."
     )
-    return Section("rivals", "And other estimators?", lead, [*parts])
+    return Section("rivals", "And other estimators?", lead, parts)
 
 
 def _errors(record: Rivals) -> Drawing:
