@@ -47,10 +47,6 @@ DEFAULTS = {
     "attention": "sdpa",
     "grad_accum": 1,
 }
-CASE_FIELDS = {
-    *DEFAULTS, "model", "seq", "fused_loss", "step_in_backward", "clip_grad_norm", "keep_grads", "padding_mask",
-    "empty_cache",
-}  # fmt: skip
 PHASES = ("forward", "backward", "clip", "step", "zero")
 NUM_STEPS = 3
 _OPERATION = re.compile(r"at::_ops::(\w+?)::")
@@ -61,15 +57,28 @@ _CUBLAS = re.compile(r"(\w*(?:[cC]u[bB]las|cudnn)\w*)")
 
 def read_cases(set_name: str, only: str | None) -> list[dict[str, Any]]:
     """The cases of one set with the defaults and the models' configurations filled in."""
-    tables = tomllib.loads(CASES_FILE.read_text())
-    cases = [DEFAULTS | case for case in tables["sets"][set_name]["cases"] if only in (None, case["model"])]
-    return [case | {"config": tables["models"][case["model"]]} for case in cases]
+    models = tomllib.loads(CASES_FILE.read_text())["models"]
+    cases = [DEFAULTS | case for case in read_sets()[set_name]["cases"] if only in (None, case["model"])]
+    return [case | {"config": models[case["model"]]} for case in cases]
+
+
+def read_sets() -> dict[str, Any]:
+    """All sets of cases by name."""
+    sets: dict[str, Any] = tomllib.loads(CASES_FILE.read_text())["sets"]
+    return sets
 
 
 def without_known(cases: list[dict[str, Any]], paths: list[Path]) -> list[dict[str, Any]]:
     """The cases of which no file has a row without an error."""
-    known = {identity(row) for path in paths if path.exists() for row in rows_of(path) if "error" not in row}
-    return [case for case in cases if identity(case) not in known]
+    fields = {name for table in read_sets().values() for case in table["cases"] for name in case} | DEFAULTS.keys()
+    known = {
+        identity(row, fields)
+        for path in paths
+        if path.exists()
+        for row in rows_of(path)
+        if "error" not in row and "model" in row
+    }
+    return [case for case in cases if identity(case, fields) not in known]
 
 
 def rows_of(path: Path) -> Iterator[dict[str, Any]]:
@@ -78,9 +87,9 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, file)
 
 
-def identity(case: dict[str, Any]) -> str:
+def identity(case: dict[str, Any], fields: set[str]) -> str:
     """What tells a case from all others, in a row with its figures too."""
-    return json.dumps({name: case[name] for name in sorted(CASE_FIELDS & case.keys())})
+    return json.dumps({name: case[name] for name in sorted(fields & case.keys())})
 
 
 def measure(case: dict[str, Any], *, history: str | None) -> dict[str, Any]:
