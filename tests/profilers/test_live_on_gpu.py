@@ -13,6 +13,7 @@ from torch import nn
 from optplan.planner.measured.measurement import Measurement
 from optplan.profilers.live.command import profile
 from optplan.profilers.live.profile import LiveProfile
+from optplan.profilers.workloads.real_step import place_module
 
 pytestmark = [
     pytest.mark.gpu,
@@ -115,6 +116,20 @@ def test_running_out_of_memory_is_a_result(allowed_bytes: int, step: dict[str, A
     assert "out of memory" in record.out_of_memory.message
     if record.history is not None:
         assert record.out_of_memory.requested_bytes
+
+
+def test_a_model_is_placed_as_module_to_does() -> None:
+    device, found = torch.device("cuda", torch.cuda.current_device()), []
+    for place in (lambda module: module.to(device), lambda module: place_module(module, device)):
+        model = nn.Sequential(nn.Embedding(1003, 65), nn.BatchNorm1d(65), nn.Linear(65, 1003, bias=False))
+        model[2].weight = model[0].weight
+        before = torch.cuda.memory_allocated()
+        place(model)
+        assert model[2].weight is model[0].weight and isinstance(model[0].weight, nn.Parameter)
+        assert torch.equal(model[1].running_var, torch.ones(65, device=device))
+        found.append([torch.cuda.memory_allocated() - before, *(t.data_ptr() % 512 for t in model.parameters())])
+        del model
+    assert found[0] == found[1]
 
 
 class _Hungry(torch.autograd.Function):
