@@ -19,7 +19,6 @@ from optplan.planner.search.picks import RULES
 from optplan.planner.search.space import (
     CHECKPOINTING,
     DEFAULT_TOKENS_PER_STEP,
-    FUSED_LOSSES,
     PRECISIONS,
     Layout,
     Member,
@@ -29,7 +28,7 @@ from optplan.planner.search.space import (
 )
 from optplan.planner.sharding.clusters import usual_num_nodes
 from optplan.planner.sharding.registry import SHARDINGS
-from optplan.planner.step.rules import has_rules
+from optplan.planner.step.rules import fused_losses_of, has_rules
 from optplan.planner.units import format_gib, parse_size
 
 MOST_GPUS = 1024
@@ -161,7 +160,7 @@ def _space(base: StepRequest, asked: dict[str, Any], fixed: dict[str, Any], memb
         members=members,
         precisions=_one(fixed.get("precision"), _usable_precisions(base.gpu)),
         checkpointing=_one(fixed.get("checkpointing"), CHECKPOINTING),
-        fused_losses=_one(fixed.get("fused_loss"), FUSED_LOSSES),
+        fused_losses=_one(fixed.get("fused_loss"), ("none", *fused_losses_of(base.model)[:1])),
         backward_steps=_one(fixed.get("step_in_backward"), (False, True)),
         sequences=sequences,
         micro_batches={count: _micro_batches(fixed, sequences, count) for count in counts},

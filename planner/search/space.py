@@ -14,7 +14,6 @@ from optplan.planner.optimizers.registry import OPTIMIZERS, build_optimizer
 
 PRECISIONS = ("bf16", "amp", "mixed", "fp16-amp", "fp32")
 CHECKPOINTING = ("none", "selective", "full")
-FUSED_LOSSES = ("none", "liger")
 DEFAULT_TOKENS_PER_STEP = 65536
 
 _SETTINGS: dict[tuple[str, str], tuple[dict[str, Any], ...]] = {

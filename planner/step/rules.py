@@ -109,6 +109,13 @@ LIGER_FAMILIES = (
 _NOT_CAUSAL = ("bert", "roberta", "t5", "vit")
 
 
+def fused_losses_of(spec: ModelSpec) -> tuple[str, ...]:
+    """The fused losses that a model can be trained with, the one that holds least first."""
+    if spec.model_type in _NOT_CAUSAL:
+        return ()
+    return ("liger", "chunked") if spec.model_type in LIGER_FAMILIES else ("chunked",)
+
+
 def _check_family(spec: ModelSpec, options: StepOptions) -> None:
     """Refuse the options that a family does not take, and configurations with operations that no rule describes."""
     for field, what in _UNMODELLED.items():

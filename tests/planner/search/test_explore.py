@@ -42,6 +42,14 @@ def test_twenty_thousand_are_decided_within_two_seconds_of_one_core() -> None:
     assert sum(exploration.counts.values()) >= 20_000
 
 
+@pytest.mark.parametrize(
+    ("model", "fused_losses"),
+    [("llama-7b", ("none", "liger")), ("gpt2", ("none", "chunked")), ("bert-base-uncased", ("none",))],
+)
+def test_the_fused_loss_tried_is_one_that_the_model_can_have(model: str, fused_losses: tuple[str, ...]) -> None:
+    assert check_question(model, gpu="a100-40g").space.fused_losses == fused_losses
+
+
 def test_a_front_without_pruning_is_the_same() -> None:
     # Every configuration with its own workload, no bound and no order: what no other beats must be what was kept.
     asked = SMALL | {"optimizer": ["adamw", "sgd", "adafactor"], "tokens_per_step": 2048, "checkpointing": "full"}
