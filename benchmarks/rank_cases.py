@@ -2,8 +2,9 @@
 
 Starting processes and their group takes longer than most cases, so a launch runs many. Between two of them everything
 is given back, libraries' workspaces too, so that each finds an empty allocator; what is left all the same is in its
-row. Every rank writes a file a case as soon as it is through. A case after which not all ranks come together, because
-one of them ran out of memory or failed while the others wait for it, ends the launch; another one goes on behind it.
+row. Every rank writes a file a case as soon as it is through. A case in which a rank runs out of memory ends the
+launch, and so does one after which not all ranks come together, because one failed while the others wait for it;
+another launch goes on behind it.
 
 NVLink multicast is left alone (`NCCL_NVLS_ENABLE=0`), which containers often forbid.
 """
@@ -191,10 +192,15 @@ def run_rank(rank: Rank, folder: Path, run: Callable[[dict[str, Any]], dict[str,
         part = whole.with_suffix(".part")
         part.write_text(json.dumps(row))
         part.rename(whole)
-        if not _all_are_through(rank, name):
-            # Another rank is stuck in a collective that this one has left; in order there is no way out.
+        if not _all_are_through(rank, name) or ran_out(row):
+            # Another rank may be stuck in a collective that this one has left; in order there is no way out.
             rank.store.set(f"{name} over", "")
             os._exit(1)
+
+
+def ran_out(row: dict[str, Any]) -> bool:
+    """Whether a rank's memory did not suffice."""
+    return "out_of_memory" in row or bool(row.get("figures", {}).get("out_of_memory"))
 
 
 def _all_are_through(rank: Rank, name: str) -> bool:

@@ -180,6 +180,8 @@ def run_trials(
 
 def trial_of(ranks: list[dict[str, Any]], num_tokens: int) -> dict[str, Any]:
     """One trial: whether it fits, its times and peaks; a rank that fell silent waited for one without memory."""
+    from rank_cases import ran_out
+
     errors = [rank["error"] for rank in ranks if "error" in rank]
     out = [rank for rank in ranks if ran_out(rank)]
     if out or errors or len(ranks) < NUM_RANKS:
@@ -190,11 +192,6 @@ def trial_of(ranks: list[dict[str, Any]], num_tokens: int) -> dict[str, Any]:
     rate = num_tokens / seconds if seconds else None
     verdict = f"fits, {rate:,.2f} tokens/s on {NUM_RANKS} GPUs" if rate else "fits"
     return {"fits": True, "verdict": verdict, "step_seconds": seconds, "tokens_per_second": rate, "ranks": ranks}
-
-
-def ran_out(rank: dict[str, Any]) -> bool:
-    """Whether a rank's memory did not suffice."""
-    return "out_of_memory" in rank or bool(rank.get("figures", {}).get("out_of_memory"))
 
 
 def run_rank_of(options: argparse.Namespace) -> int:
