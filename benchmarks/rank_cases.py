@@ -92,11 +92,13 @@ def run_cases(
         (folder / "cases.json").write_text(json.dumps(waiting))
         process = _start(launch, folder)
         before = len(waiting)
-        while process.poll() is None and time.monotonic() < end:
-            while waiting and len(_found(waiting[0], folder)) == launch.num_ranks:
-                yield waiting[0], _found(waiting.pop(0), folder)
-            time.sleep(_POLL_SECONDS)
-        _end(process)
+        try:
+            while process.poll() is None and time.monotonic() < end:
+                while waiting and len(_found(waiting[0], folder)) == launch.num_ranks:
+                    yield waiting[0], _found(waiting.pop(0), folder)
+                time.sleep(_POLL_SECONDS)
+        finally:
+            _end(process)
         while waiting and (folder / f"{waiting[0]['name']}.begun").exists():
             yield waiting[0], _found(waiting.pop(0), folder)
         if len(waiting) == before:

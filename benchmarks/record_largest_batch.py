@@ -19,6 +19,7 @@ Needs torch, transformers, triton and optplan; `--predict` optplan alone.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import tempfile
@@ -122,12 +123,13 @@ def measure_all(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of all optimizers: what is predicted, and every trial."""
     rows = [prediction(options, name) | {"trials": {}} for name in options.optimizers]
     end = time.monotonic() + options.seconds
-    with tempfile.TemporaryDirectory() as name:
+    # Interrupted, what there is is saved.
+    with tempfile.TemporaryDirectory() as name, contextlib.suppress(KeyboardInterrupt):
         while time.monotonic() < end:
             cases = [case for row in rows for case in next_cases(row)]
             if not cases:
                 break
-            # What may run out of memory comes last: it can end a launch.
+            # What may run out of memory comes last: it ends its launch.
             cases.sort(key=lambda case: case["batch_size"] > case["predicted_largest"])
             run_trials(cases, rows, options, Path(name), seconds=end - time.monotonic())
     for row in rows:
