@@ -61,7 +61,9 @@ class Decoder(StepModel[DecoderConfig]):
         if not self.o.ends:
             return hidden
         hidden = enter_block(t, rms_norm(t, hidden, "model.norm", c.hidden, c.norm), self.o)
-        del positions, embedded, masks
+        if c.maps_masks:
+            del embedded
+        del positions, masks
         return hidden
 
     def _rotary_dtype(self, dtype: Dtype) -> Dtype:

@@ -38,6 +38,7 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
         rotates_in_float32: Whether queries and keys are rotated in fp32 and cast back.
         rotary_kinds: Kinds of layer with rotary tables of their own, or one empty name.
         mask_kinds: Kinds of mask, in the order in which they are made.
+        maps_masks: Whether the masks are made from arguments kept together to the end, the embedded tokens first.
         window: Sliding window in tokens.
         norm: How the norms are computed.
         norms_before: Whether attention and MLP are preceded by a norm.
@@ -63,6 +64,7 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
     rotates_in_float32: bool
     rotary_kinds: tuple[str, ...]
     mask_kinds: tuple[str, ...]
+    maps_masks: bool
     window: int | None
     norm: NormStyle
     norms_before: bool
@@ -103,6 +105,7 @@ def decoder_config(spec: ModelSpec) -> DecoderConfig:
         rotates_in_float32=family == "olmo2",
         rotary_kinds=tuple(dict.fromkeys(map(mask_of, kinds))) if family == "gemma3_text" else ("",),
         mask_kinds=_mask_kinds(family, kinds),
+        maps_masks=family in ("qwen2", "qwen3", "gemma2", "gemma3_text"),
         window=c.get("sliding_window"),
         norm="gemma" if family in _GEMMAS else "olmo2" if family == "olmo2" else "llama",
         norms_before=family != "olmo2",

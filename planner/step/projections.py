@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from optplan.planner.dtypes import ITEMSIZE_BYTES, Dtype
 from optplan.planner.step import kernels
-from optplan.planner.step.graph import Tensor
+from optplan.planner.step.graph import LAST, Tensor
 from optplan.planner.step.operations import cast, promote
 from optplan.planner.step.options import StepOptions
 from optplan.planner.step.tape import Tape
@@ -35,6 +35,17 @@ def autocast_parameter(t: Tape, name: str, numel: int) -> Tensor:
     return t.casts[key]
 
 
+def autocast_input(t: Tape, x: Tensor) -> Tensor:
+    """The input of a product in autocast's dtype: a leaf, such as what a reentrant checkpoint runs on, is cast once."""
+    dtype = t.autocast or x.dtype
+    if x.dtype == dtype or x.node is None or x.node.sequence != LAST:
+        return cast(t, x, dtype)
+    key = (t.layer, f"argument {id(x)}")
+    if key not in t.casts:
+        t.casts[key] = cast(t, x, dtype)
+    return t.casts[key]
+
+
 def copy_gradient(t: Tape, gradients: list[Tensor], operation: str) -> None:
     """Replace a node's incoming gradient by a copy that lies differently."""
     gradient = gradients[0]
@@ -49,13 +60,13 @@ def linear(t: Tape, x: Tensor, num_in: int, num_out: int, *, bias: bool = False)
     """The current module's `nn.Linear`; under autocast its bias is cast first and its input last."""
     added = autocast_parameter(t, f"{t.path}.bias", num_out) if bias else None
     weight = autocast_parameter(t, f"{t.path}.weight", num_in * num_out)
-    return project(t, cast(t, x, t.autocast or x.dtype), weight, added, num_in, num_out)
+    return project(t, autocast_input(t, x), weight, added, num_in, num_out)
 
 
 def conv1d(t: Tape, x: Tensor, num_in: int, num_out: int) -> Tensor:
     """The current module's `Conv1D` of GPT-2; under autocast its weight is cast first and its bias last."""
     weight = autocast_parameter(t, f"{t.path}.weight", num_in * num_out)
-    x = cast(t, x, t.autocast or x.dtype)
+    x = autocast_input(t, x)
     return project(t, x, weight, autocast_parameter(t, f"{t.path}.bias", num_out), num_in, num_out)
 
 

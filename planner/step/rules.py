@@ -15,10 +15,12 @@ from optplan.planner.errors import ConfigError, unknown
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.sharding.base import Strategy
 from optplan.planner.step.attention import WIDEST_FUSED_HEAD
+from optplan.planner.step.causal_lm import StepModel
 from optplan.planner.step.families import FAMILIES
+from optplan.planner.step.graph import Tensor
 from optplan.planner.step.hooks import StepHooks
 from optplan.planner.step.kernels import GROUPED_ALIGNMENT_BYTES
-from optplan.planner.step.operations import ACTIVATIONS
+from optplan.planner.step.operations import ACTIVATIONS, scale
 from optplan.planner.step.options import StepOptions, check_options
 from optplan.planner.step.program import CATEGORIES, LayerPlan, Program, plan_layers
 from optplan.planner.step.resident import gradient_tensors, surrounding_use, write_load
@@ -201,8 +203,14 @@ def record_step(
         has_one_token=options.seq_len == 1,
         hooks=None if strategy is None else _hooks(spec, options, plan, strategy),
     )
-    tape.backward(family.model(tape, family.config(spec), plan.recorded_kinds(kinds), options).loss())
+    tape.backward(_loss(tape, family.model(tape, family.config(spec), plan.recorded_kinds(kinds), options)))
     return Program(tape, plan, family.namer(spec))
+
+
+def _loss(tape: Tape, model: StepModel[Any]) -> Tensor:
+    """The loss as backward begins with it: multiplied by the gradient scaler's factor where autocast is to float16."""
+    loss = model.loss()
+    return scale(tape, loss, "scaled loss") if tape.autocast == "float16" else loss
 
 
 def _hooks(spec: ModelSpec, options: StepOptions, plan: LayerPlan, strategy: Strategy) -> StepHooks:

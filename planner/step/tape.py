@@ -217,6 +217,7 @@ class Tape:
             # What is handed on to a later stage of a pipeline lives to the end, outside the layers.
             self.enter(None)
         self.hooks.after_backward(self)
+        del seed
         # The parameters' nodes refer to the tape: without them it ends when nothing else refers to it.
         self._parameters.clear()
 
