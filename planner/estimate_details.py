@@ -149,7 +149,9 @@ def _details(
     answered = answered or _answered(report, spec)
     workload = answered if answered.request.config == config else answered.at(request)
     candidate = bind_candidate(request, choice.optimizer)
-    (estimate,) = estimate_request(request, [choice], workload=workload).estimates
+    estimate = row
+    if config != report.config or report.version != VERSION:
+        (estimate,) = estimate_request(request, [choice], workload=workload).estimates
     return EstimateDetails(
         config=config,
         estimate=estimate,

@@ -21,7 +21,7 @@ from optplan.planner.workload import StepPeaks, Workload, step_options
 WORK = 450_000
 """Events of steps that the whole grid may simulate besides those that are known: half a second of one core or so."""
 
-_MOST_ANSWERS = 96
+_MOST_ANSWERS = 48
 """Combinations that are simulated at most, each the answer for several GPUs: a page should stay small."""
 
 _PREPARATION = 1.6
