@@ -103,12 +103,6 @@ def _cases(name: str) -> Iterator[tuple[int, dict[str, Any]]]:
     return ((number, case) for number, case in cases if "error" not in case)
 
 
-def _is_beyond_rules(case: dict[str, Any]) -> bool:
-    """Steps of T5 that the rules refuse, as their own tests say."""
-    is_t5 = case.get("config", {}).get("model_type") == "t5"
-    return is_t5 and bool(case["checkpointing"] or case.get("padding_mask") or case["attention"] != "sdpa")
-
-
 def _checkpointing(case: dict[str, Any]) -> str:
     """The option of a record, which says true or false for the usual ones."""
     named = {True: "full", False: "none"}
@@ -118,8 +112,6 @@ def _checkpointing(case: dict[str, Any]) -> str:
 def _row(case: dict[str, Any], traced: dict[str, Any] | None) -> Row:
     measured = _measured_bytes(case)
     trace = _figures(case, traced["peak_bytes"], traced["reserved_bytes"]) if traced else None
-    if _is_beyond_rules(case):
-        return Row(case, measured, None, trace, None)
     report = _estimate(case)
     (row,) = report.estimates
     exact = row.bytes.optimizer_state == case["state"] and report.model.num_parameters == case["params"]

@@ -17,14 +17,11 @@ GAPS = (
     " segments at ascending addresses, where the engines assume descending ones. Of equally large free blocks the lowest"
     " is taken, so the addresses decide which block is cut and how much of it stays unsplit; with ascending addresses"
     " the trace equals the measured peaks of all phases to the byte.",
-    "`tiny-vit` 1 x 122: cuDNN's convolution takes a workspace of its own choice (2,161,424 bytes in the backward), which"
-    " neither engine knows. Larger batches hide it.",
-    "`tiny-mixtral` bf16 5 x 701 by trace, `bert-base` eager, `t5-base` amp and `flan-t5-large` by rules: the same bytes"
+    "`tiny-mixtral` bf16 5 x 701, `t5-base` amp and `flan-t5-large`: the same bytes"
     " are requested, but of several tensors that end at once another is freed first, so that other blocks are cut.",
-    "T5: the rules describe attention `sdpa` without checkpointing and without a padding mask; the trace describes all."
-    " Both stand for transformers 5.17, the measured version, which leaves T5's learned bias to the unfused attention"
-    " kernel; later versions copy it so that a fused kernel takes it, and `--engine trace` says so for the version that"
-    " is installed.",
+    "T5: both engines stand for transformers 5.17, the measured version, which leaves T5's learned bias to the unfused"
+    " attention kernel; later versions copy it so that a fused kernel takes it, and `--engine trace` says so for the"
+    " version that is installed.",
 )
 
 

@@ -23,14 +23,6 @@ from optplan.planner.timeline import Allocation, TimelineBuilder
 RECORDS = Path(__file__).parents[2] / "records"
 OURS = [json.loads(line) for line in (RECORDS / "h200_steps.jsonl").read_text().splitlines()]
 OURS = [row for row in OURS if "error" not in row and row["config"]["model_type"] in RULED_FAMILIES]
-# cuDNN's convolution takes a workspace of its choice, which stands out where the images are few.
-OURS = [row for row in OURS if (row["model"], row["batch"]) != ("tiny-vit", 1)]
-OURS = [
-    row
-    for row in OURS
-    if row["config"]["model_type"] != "t5"
-    or not (row["checkpointing"] or row.get("padding_mask") or row["attention"] == "eager")
-]
 FLAGS = ("fused_loss", "keep_grads", "padding_mask", "step_in_backward")
 PUBLIC = [json.loads(line) for line in (RECORDS / "public_h200_cases.jsonl").read_text().splitlines()]
 PUBLIC = [row for row in PUBLIC if has_rules(load_model(row["model"]))]
@@ -42,7 +34,6 @@ ALLOCATED_APART = {
 }
 RESERVED = 0.02  # segments' addresses are the driver's choice
 RESERVED_APART = {
-    "tiny-vit-amp-sdpa-adamw-5x122": 0.1001,  # one segment of 20 MiB, for the workspace of cuDNN's convolution
     "gemma-2-2b-bf16-eager-adamw-1x1024": 0.0344,
 }
 QUICK = 0.031  # rests of blocks, which the sums leave out, reach 3.0 % in one small model with Liger's loss
