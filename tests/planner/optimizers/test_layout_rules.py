@@ -252,4 +252,6 @@ def test_our_kernels_allocate_a_launch_table_and_little_else(step_peak: Any) -> 
     table = 2 * 30 * 8 + (2 * 500 + 16 * 64 + 2 * 64 + 2 * 64 + 63 + 8) * 4
     words = 2 * 500 + 2 * 64 + 2 * (4 + 32) + (63 + 8 + 2) * 32 * 32 + 2 * 32 * 4096 + 16 * (32000 + 4096)
     words += 32 * (2 * 32000 + 2 * 4096 + 16 * 4096 + 2 * 4096)
-    assert step_peak(build_optimizer("adapprox", {"rank": "32"}), tensors, BF16) == -(-table // 16) * 16 + norm + 4 * words
+    assert (
+        step_peak(build_optimizer("adapprox", {"rank": "32"}), tensors, BF16) == -(-table // 16) * 16 + norm + 4 * words
+    )
