@@ -13,7 +13,7 @@ from optplan.planner.dtypes import Dtype
 from optplan.planner.step.graph import Tensor
 from optplan.planner.step.tape import Tape
 
-ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu")
+ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast", "relu")
 """The activations, as configurations name them, whose memory is known."""
 
 
@@ -155,6 +155,8 @@ def activation(t: Tape, x: Tensor, name: str) -> Tensor:
     """The activation that configurations call `name`, one of `ACTIVATIONS`."""
     if name == "gelu_new":
         return gelu_new(t, x)
+    if name == "gelu_fast":
+        return gelu_fast(t, x)
     return pointwise(t, x, "output", saves_output=name == "relu")
 
 
@@ -164,6 +166,20 @@ def gelu_new(t: Tape, x: Tensor) -> Tensor:
     # The cast, where there is one, is saved by the power and otherwise gone at once.
     inner = add(t, x, scale(t, power(t, cast(t, x, "float32") if t.autocast else x), "scaled cube"), "inner sum")
     inner = scale(t, inner, "argument of tanh")
+    inner = pointwise(t, inner, "tanh", saves_output=True)
+    inner = add_constant(t, inner)
+    return multiply(t, half, inner, "output")
+
+
+def gelu_fast(t: Tape, x: Tensor) -> Tensor:
+    """GPT-NeoX-20B's GELU written out: `0.5 x (1 + tanh(c x (1 + (a x) x)))`."""
+    half = scale(t, x, "half the input")
+    inner = multiply(
+        t,
+        scale(t, x, "scaled input"),
+        add_constant(t, multiply(t, scale(t, x, "input times a"), x, "scaled square")),
+        "argument of tanh",
+    )
     inner = pointwise(t, inner, "tanh", saves_output=True)
     inner = add_constant(t, inner)
     return multiply(t, half, inner, "output")
