@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any
 
 import msgspec
 
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.step.bert import Bert, bert_config
-from optplan.planner.step.causal_lm import RECOMPUTED, StepModel
+from optplan.planner.step.causal_lm import RECOMPUTED, StepModel, kind_of
 from optplan.planner.step.decoder import Decoder
 from optplan.planner.step.decoder_config import DECODERS, decoder_config, decoder_layers
 from optplan.planner.step.gpt2 import Gpt2, gpt2_config
@@ -32,6 +33,8 @@ class StepFamily(msgspec.Struct, frozen=True, kw_only=True):
         layer_name: From a layer's number to its dotted name.
         layer_names: The same where it depends on the model.
         activation: Field that names the activation of the MLPs.
+        stack_of: From a layer's kind to the stack it is in; the layers of a model are one stack if left out.
+        least_first: Layers at a stack's beginning that may be unlike those after them.
     """
 
     model: Callable[[Tape, Any, tuple[str, ...], StepOptions], StepModel[Any]]
@@ -40,6 +43,8 @@ class StepFamily(msgspec.Struct, frozen=True, kw_only=True):
     layer_name: Callable[[int], str] | None = None
     layer_names: Callable[[ModelSpec], Callable[[int], str]] | None = None
     activation: str = "hidden_act"
+    stack_of: Callable[[str], str] | None = None
+    least_first: int = 1
 
     def namer(self, spec: ModelSpec) -> Callable[[int], str]:
         """From a layer's number to its dotted name in this model."""
@@ -58,6 +63,10 @@ class StepFamily(msgspec.Struct, frozen=True, kw_only=True):
         if options.checkpointing != "selective":
             return kinds
         return tuple(kind if index % 2 else f"{kind} {RECOMPUTED}" for index, kind in enumerate(kinds))
+
+    def stacks(self, kinds: Sequence[str]) -> list[tuple[str, ...]]:
+        """The kinds of the layers, those of each stack by themselves."""
+        return [tuple(stack) for _, stack in groupby(kinds, key=self.stack_of or (lambda _: ""))]
 
 
 def _alike(field: str) -> Callable[[ModelSpec], tuple[str, ...]]:
@@ -106,6 +115,10 @@ FAMILIES: dict[str, StepFamily] = {
         layers=t5_layers,
         layer_names=t5_layer_names,
         activation="dense_act_fn",
+        stack_of=kind_of,
+        # The first makes the bias that all others are given; it ends in backward with the first, the second, or, where
+        # every second layer is recomputed, the third.
+        least_first=3,
     ),
     "vit": StepFamily(
         model=Vit, config=vit_config, layers=_alike("num_hidden_layers"), layer_name="vit.layers.{}".format

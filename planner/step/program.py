@@ -1,8 +1,8 @@
 """A recorded step in compressed form: layers that are alike are recorded once and stand for all.
 
-The layers of a decoder are alike, or alike at a fixed period. So a model is recorded with a few of them: the first, one
-period from the middle, the last. The timeline of the whole model follows by repeating the middle, and its peaks follow
-without writing the timeline out.
+The layers of a stack (a decoder, or T5's encoder and its decoder) are alike, or alike at a fixed period. So a model is
+recorded with a few of each stack's: the first, one period from the middle, the last. The timeline of the whole model
+follows by repeating the middle, and its peaks follow without writing the timeline out.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Place = tuple[Phase, int | None, int]
 
 
 class LayerPlan(NamedTuple):
-    """Which layers of a model are recorded.
+    """Which layers of a stack are recorded.
 
     Attributes:
         first: Recorded layers before those that repeat.
         period: Recorded layers that repeat.
-        repeats: How often they occur in the model.
+        repeats: How often they occur in the stack.
         last: Recorded layers after them.
     """
 
@@ -39,32 +39,58 @@ class LayerPlan(NamedTuple):
     last: int
 
     @property
-    def skipped(self) -> int:
-        """Layers of the model that are not recorded."""
-        return self.period * (self.repeats - 1)
+    def num_layers(self) -> int:
+        """Layers of the stack."""
+        return self.first + self.period * self.repeats + self.last
 
-    def in_model(self, layer: int) -> int:
-        """Number in the model of a recorded layer, the first of those that it stands for."""
-        return layer if layer < self.first + self.period else layer + self.skipped
-
-    def repeating(self, layer: int | None) -> bool:
-        """Whether a recorded layer stands for several."""
-        return layer is not None and self.first <= layer < self.first + self.period
-
-    def recorded_kinds(self, kinds: Sequence[str]) -> tuple[str, ...]:
-        """The kinds of the recorded layers, out of those of all layers."""
-        return (*kinds[: self.first + self.period], *kinds[len(kinds) - self.last :])
+    def recorded(self, before: int) -> list[RecordedLayer]:
+        """The recorded layers of a stack that has `before` layers of the model before it."""
+        middle, end = before + self.first, before + self.num_layers
+        return [
+            *(RecordedLayer(layer, 0, 1) for layer in range(before, middle)),
+            *(RecordedLayer(layer, self.period, self.repeats) for layer in range(middle, middle + self.period)),
+            *(RecordedLayer(layer, 0, 1) for layer in range(end - self.last, end)),
+        ]
 
 
-def plan_layers(kinds: Sequence[str]) -> LayerPlan:
-    """The layers to record for a model whose layers have these kinds."""
+class RecordedLayer(NamedTuple):
+    """A recorded layer and those that it stands for.
+
+    Attributes:
+        number: The first of them in the model.
+        period: From one of them to the next, 0 if it is the only one.
+        repeats: How many they are.
+    """
+
+    number: int
+    period: int
+    repeats: int
+
+
+def plan_layers(kinds: Sequence[str], *, least_first: int = 1) -> LayerPlan:
+    """The layers to record for a stack whose layers have these kinds, at least `least_first` at its beginning."""
     count = len(kinds)
     period = next(p for p in range(1, count + 1) if kinds[p:] == kinds[: count - p])
-    first = 1 + max(kinds.index(kind) for kind in set(kinds))
+    first = max(least_first, 1 + max(kinds.index(kind) for kind in set(kinds)))
     repeats = (count - first - _LAST_LAYERS) // period
     if repeats < 2:
-        return LayerPlan(0, 0, 1, count)
+        return whole_stack(count)
     return LayerPlan(first, period, repeats, count - first - period * repeats)
+
+
+def whole_stack(count: int) -> LayerPlan:
+    """The plan that records every layer."""
+    return LayerPlan(count, 0, 1, 0)
+
+
+def recorded_layers(plans: Sequence[LayerPlan]) -> list[RecordedLayer]:
+    """The recorded layers of stacks that follow one another."""
+    layers: list[RecordedLayer] = []
+    before = 0
+    for plan in plans:
+        layers += plan.recorded(before)
+        before += plan.num_layers
+    return layers
 
 
 def _name(record: Record) -> str:
@@ -94,32 +120,35 @@ class Program:
 
     Attributes:
         tape: The record.
-        plan: How the recorded layers stand for the model's.
+        layers: Which of the model's layers each recorded one stands for.
         layer_name: From a layer's number to its dotted name.
     """
 
-    def __init__(self, tape: Tape, plan: LayerPlan, layer_name: Callable[[int], str]) -> None:
+    def __init__(self, tape: Tape, layers: Sequence[RecordedLayer], layer_name: Callable[[int], str]) -> None:
         self.tape = tape
-        self.plan = plan
+        self.layers = layers
         self.layer_name = layer_name
         self._ends = [*tape.segments[1:], Segment("backward", None, len(tape.events), len(tape.records) + 1)]
 
     def stretches(self) -> Iterator[tuple[int, int]]:
         """The recorded segments as they follow in the model, and how many layers later than recorded each comes."""
-        plan, segments = self.plan, self.tape.segments
+        segments = self.tape.segments
         index = 0
         while index < len(segments):
-            layer = segments[index].layer
-            if plan.repeating(layer):
-                order = range(plan.repeats) if segments[index].phase == "forward" else reversed(range(plan.repeats))
-                for repeat in order:
-                    yield from ((index + offset, plan.period * repeat) for offset in range(plan.period))
-                index += plan.period
-                continue
-            # What is outside the layers, between their forward and backward, has the last layers for neighbours.
-            behind = 0 < index < len(segments) - 1 if layer is None else layer >= plan.first
-            yield index, plan.skipped if behind else 0
-            index += 1
+            phase, layer = segments[index][:2]
+            period, repeats = (0, 1) if layer is None else self.layers[layer][1:]
+            order = range(repeats) if phase == "forward" else reversed(range(repeats))
+            length = period or 1
+            for repeat in order:
+                yield from ((at, self._shift(segments[at].layer, repeat)) for at in range(index, index + length))
+            index += length
+
+    def _shift(self, layer: int | None, repeat: int) -> int:
+        """How many layers later than recorded one comes that a recorded layer stands for; 0 outside the layers."""
+        if layer is None:
+            return 0
+        number, period, _ = self.layers[layer]
+        return number - layer + period * repeat
 
     def write(self, timeline: TimelineBuilder) -> dict[str, int]:
         """Append the whole model's forward and backward to a timeline.
@@ -152,16 +181,16 @@ class Program:
 
     def _places_of(self, segment: int, user: int, shift: int) -> list[Place]:
         """Where in the model the memory lies that a stretch frees: what outlives the layers, in each of them."""
-        layers = self.tape.segments
-        if layers[user].layer is None and self.plan.repeating(layers[segment].layer):
-            return [self._place(segment, self.plan.period * repeat) for repeat in range(self.plan.repeats)]
-        return [self._place(segment, self._shift_of(segment, user, shift))]
+        layer, at = self.tape.segments[segment].layer, self.tape.segments[user].layer
+        if layer is None:
+            return [self._place(segment, 0)]
+        if at is not None and self._are_near(layer, at):
+            return [self._place(segment, shift)]
+        return [self._place(segment, self._shift(layer, repeat)) for repeat in range(self.layers[layer].repeats)]
 
-    def _shift_of(self, segment: int, user: int, shift: int) -> int:
-        if self.tape.segments[user].layer is not None:
-            return shift
-        layer = self.tape.segments[segment].layer
-        return 0 if layer is None else self._tail_shift(layer)
+    def _are_near(self, layer: int, other: int) -> bool:
+        """Whether two recorded layers stand for layers that are as near to one another each time."""
+        return abs(layer - other) <= max(1, self.layers[layer].period, self.layers[other].period)
 
     def _prefix(self, index: int, shift: int) -> str:
         layer = self.tape.segments[index].layer
@@ -181,15 +210,11 @@ class Program:
             if layer is None:
                 gradients[name] = ids[self._place(segment, 0)][position]
                 continue
-            repeats = range(self.plan.repeats) if self.plan.repeating(layer) else (0,)
-            for repeat in repeats:
-                shift = self.plan.period * repeat if self.plan.repeating(layer) else self._tail_shift(layer)
+            for repeat in range(self.layers[layer].repeats):
+                shift = self._shift(layer, repeat)
                 full_name = f"{self.layer_name(layer + shift)}.{name}"
                 gradients[full_name] = ids[self._place(segment, shift)][position]
         return gradients
-
-    def _tail_shift(self, layer: int) -> int:
-        return self.plan.skipped if layer >= self.plan.first else 0
 
     def use(self) -> dict[Phase, PhaseUse]:
         """Peak and end of forward and backward, each relative to the start of the forward."""
@@ -214,8 +239,8 @@ class Program:
             record = self.tape.records[abs(event) - 1]
             size = -(-record.num_bytes // ROUNDING) * ROUNDING
             signed = size if event > 0 else -size
-            if outside and self.plan.repeating(record.layer):
-                signed *= self.plan.repeats
+            if outside and record.layer is not None:
+                signed *= self.layers[record.layer].repeats
             in_use[CATEGORIES.index(record.category)] += signed
             total += signed
             if total > highest:

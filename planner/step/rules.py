@@ -6,6 +6,7 @@ random tokens, `labels = input_ids`, no cache and no padding, and of the output 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -22,7 +23,7 @@ from optplan.planner.step.hooks import StepHooks
 from optplan.planner.step.kernels import GROUPED_ALIGNMENT_BYTES
 from optplan.planner.step.operations import ACTIVATIONS, scale
 from optplan.planner.step.options import StepOptions, check_options
-from optplan.planner.step.program import CATEGORIES, LayerPlan, Program, plan_layers
+from optplan.planner.step.program import CATEGORIES, Program, RecordedLayer, plan_layers, recorded_layers, whole_stack
 from optplan.planner.step.resident import gradient_tensors, surrounding_use, write_load
 from optplan.planner.step.tape import Tape
 from optplan.planner.step.view import model_view
@@ -193,7 +194,12 @@ def record_step(
     check_step(spec, options)
     family = FAMILIES[spec.model_type]
     kinds = family.layer_kinds(spec, options)
-    plan = plan_layers(kinds) if compressed else LayerPlan(0, 0, 1, len(kinds))
+    layers = recorded_layers(
+        [
+            plan_layers(stack, least_first=family.least_first) if compressed else whole_stack(len(stack))
+            for stack in family.stacks(kinds)
+        ]
+    )
     tape = Tape(
         resident_threads=options.resident_threads,
         parameter_dtype=options.parameter_dtype,
@@ -201,10 +207,11 @@ def record_step(
         keeps_gradients=options.has_gradients,
         drops_gradients=options.step_in_backward,
         has_one_token=options.seq_len == 1,
-        hooks=None if strategy is None else _hooks(spec, options, plan, strategy),
+        hooks=None if strategy is None else _hooks(spec, options, layers, strategy),
     )
-    tape.backward(_loss(tape, family.model(tape, family.config(spec), plan.recorded_kinds(kinds), options)))
-    return Program(tape, plan, family.namer(spec))
+    recorded = tuple(kinds[layer.number] for layer in layers)
+    tape.backward(_loss(tape, family.model(tape, family.config(spec), recorded, options)))
+    return Program(tape, layers, family.namer(spec))
 
 
 def _loss(tape: Tape, model: StepModel[Any]) -> Tensor:
@@ -213,9 +220,9 @@ def _loss(tape: Tape, model: StepModel[Any]) -> Tensor:
     return scale(tape, loss, "scaled loss") if tape.autocast == "float16" else loss
 
 
-def _hooks(spec: ModelSpec, options: StepOptions, plan: LayerPlan, strategy: Strategy) -> StepHooks:
+def _hooks(spec: ModelSpec, options: StepOptions, layers: Sequence[RecordedLayer], strategy: Strategy) -> StepHooks:
     view = model_view(spec, options)
-    return strategy.hooks(view, lambda layer: view.layer_name(plan.in_model(layer)), accumulates=options.has_gradients)
+    return strategy.hooks(view, lambda layer: view.layer_name(layers[layer].number), accumulates=options.has_gradients)
 
 
 def write_forward_backward(

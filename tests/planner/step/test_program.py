@@ -4,7 +4,7 @@ import pytest
 
 from optplan.planner.models.fields import Fields
 from optplan.planner.models.registry import family_of
-from optplan.planner.step.program import plan_layers
+from optplan.planner.step.program import plan_layers, recorded_layers
 from optplan.planner.step.rules import StepOptions, record_step
 from optplan.planner.timeline import Allocation, TimelineBuilder
 
@@ -79,6 +79,34 @@ def test_a_compressed_step_is_the_step(model_type, more, options, num_layers):
     assert compressed.use() == whole.use()
 
 
+T5 = {"vocab_size": 2003, "d_model": 384, "d_ff": 1088, "num_heads": 6, "d_kv": 64}
+GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+
+
+@pytest.mark.parametrize("num_layers", [(1, 1), (3, 8), (6, 5), (7, 6), (9, 12), (14, 4)])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full", "full-reentrant"])
+@pytest.mark.parametrize(
+    ("more", "options"),
+    [
+        ({}, {}),
+        (GATED, {"precision": "amp"}),
+        ({}, {"precision": "fp32", "attention": "eager", "padding_mask": True}),
+        (GATED, {"padding_mask": True, "grad_accum": 2}),
+        ({"num_heads": 1, "dropout_rate": 0.0}, {"precision": "amp", "attention": "eager", "step_in_backward": True}),
+    ],
+)
+def test_both_stacks_of_t5_are_compressed(more, options, checkpointing, num_layers):
+    encoder, decoder = num_layers
+    config = {"model_type": "t5", **T5, **more, "num_layers": encoder, "num_decoder_layers": decoder}
+    spec = family_of("t5").spec(Fields(config, where="test"), name="test", source="test")
+    step = StepOptions(batch_size=2, seq_len=33, checkpointing=checkpointing, **options)
+    compressed, whole = record_step(spec, step), record_step(spec, step, compressed=False)
+    assert written(compressed) == written(whole)
+    assert compressed.use() == whole.use()
+    if checkpointing != "selective":
+        assert len(compressed.layers) == sum(min(count, 6) for count in num_layers)
+
+
 @pytest.mark.parametrize(
     ("kinds", "recorded"),
     [
@@ -93,7 +121,7 @@ def test_a_compressed_step_is_the_step(model_type, more, options, num_layers):
 )
 def test_few_layers_stand_for_many(kinds, recorded):
     plan = plan_layers(tuple(kinds))
-    assert "".join(plan.recorded_kinds(tuple(kinds))) == recorded
+    assert "".join(kinds[layer.number] for layer in recorded_layers([plan])) == recorded
     assert plan.first + plan.period * plan.repeats + plan.last == len(kinds)
 
 
