@@ -18,6 +18,7 @@ def main() -> None:
         # Interrupted while still loading: the boundary is not there yet.
         print("optplan: interrupted", file=sys.stderr)
         status = 130
+    gc.freeze()  # the interpreter would look once more on its way out
     sys.exit(status)
 
 
