@@ -5,8 +5,13 @@
     python benchmarks/check_agreement.py --measured
 
 The configurations are those of `agreement_cases.toml`: models with few layers, which change nothing of what a layer
-does. With `--measured`, both engines answer for the training steps that were measured on a GPU. Needs torch and
-transformers, no GPU. The record is written to `tests/records/`, unless `--only` leaves some out.
+does. With `--measured`, both engines answer for the training steps that were measured on a GPU; that needs the version
+of transformers of those steps, 5.17 (another one's models free tensors in another order):
+
+    pip install --target FOLDER --no-deps transformers==5.17.0 'huggingface-hub<2' httpx httpcore certifi
+    PYTHONPATH=FOLDER python benchmarks/check_agreement.py --measured
+
+Needs torch and transformers, no GPU. The record is written to `tests/records/`, unless `--only` leaves some out.
 """
 
 from __future__ import annotations
@@ -44,6 +49,7 @@ CASES_FILE = Path(__file__).parent / "agreement_cases.toml"
 RECORDS = Path(__file__).resolve().parent.parent / "tests" / "records"
 GPU = "h200-141g"
 PACKAGES = ("torch", "transformers")
+MEASURED_TRANSFORMERS = "5.17"
 MEASURED = ("public_h200_cases.jsonl", "h200_steps.jsonl")
 OPTIMIZERS = {
     "adamw": "adamw:fused",
@@ -291,6 +297,10 @@ def main() -> int:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
+    version = importlib.metadata.version("transformers")
+    if arguments.measured and not version.startswith(MEASURED_TRANSFORMERS):
+        print(f"transformers is {version}: the steps were measured with {MEASURED_TRANSFORMERS}", file=sys.stderr)
+        return 2
     rows = (check_measured if arguments.measured else check_cases)(arguments.only)
     if not rows:
         print(f"no configuration of {arguments.only}", file=sys.stderr)
