@@ -13,7 +13,7 @@ from optplan.planner.step.rules import check_step, record_step
 from optplan.planner.step_time_work import StepWork, step_work
 from optplan.planner.workload import step_options
 
-_AUTOCASTS = {"amp": 16, "fp16-amp": 16}
+_AUTOCASTS = ("amp", "fp16-amp")
 
 
 class StepPoint(msgspec.Struct, frozen=True):
@@ -44,7 +44,8 @@ class StepPoint(msgspec.Struct, frozen=True):
 class StepRecorder:
     """Records micro-steps on demand.
 
-    Precisions with the same dtypes in forward and backward share a record: amp and fp16-amp, on one GPU bf16 and mixed.
+    Precisions with the same dtypes in forward and backward share a record: on one GPU bf16 and mixed. Not amp and
+    fp16-amp: the gradient scaler adds to the loss, and kernels that widen float16 by themselves hold less.
     """
 
     def __init__(self) -> None:
@@ -77,7 +78,7 @@ class StepRecorder:
 
 def _sharing_key(frame: StepRequest) -> tuple[object, ...]:
     config, policy = frame.config, frame.policy
-    autocast = _AUTOCASTS.get(config.precision)
+    autocast = config.precision if config.precision in _AUTOCASTS else None
     if config.gpus == 1:
         return policy.parameter_dtype, autocast
     return policy.parameter_dtype, autocast, config.precision == "mixed", config.gpus, config.sharding

@@ -100,14 +100,20 @@ def test_memory_grows_with_the_batch(model: str, checkpointing: str) -> None:
         assert smaller.after_backward_bytes <= larger.after_backward_bytes
 
 
-@pytest.mark.parametrize(("one", "other"), [("bf16", "mixed"), ("amp", "fp16-amp")])
-def test_precisions_that_share_a_record_have_the_same_step(one: str, other: str) -> None:
-    base, manner = check_request(load_model("tinyllama-1.1b"), gpu="h200"), Manner("full", "liger", False)
-    points = [
-        StepRecorder().point(frame_of(base, precision, Layout(1, "none")), manner, 2, accumulates=True)
-        for precision in (one, other)
-    ]
-    assert points[0] == points[1]
+@pytest.mark.parametrize(
+    ("one", "other", "num_recorded"), [("bf16", "mixed", 1), ("amp", "fp16-amp", 2), ("bf16", "amp", 2)]
+)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_precisions_that_share_a_record_have_the_same_step(
+    one: str, other: str, num_recorded: int, attention: str
+) -> None:
+    base = check_request(load_model("tinyllama-1.1b"), gpu="h200", attention=attention)
+    manner, shared = Manner("full", "liger", False), StepRecorder()
+    for precision in (one, other):
+        frame = frame_of(base, precision, Layout(1, "none"))
+        alone = StepRecorder().point(frame, manner, 2, accumulates=True)
+        assert shared.point(frame, manner, 2, accumulates=True) == alone
+    assert shared.num_recorded == num_recorded
 
 
 def test_the_answer_is_the_same_every_time() -> None:
