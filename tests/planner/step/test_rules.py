@@ -181,7 +181,8 @@ def test_a_family_without_rules_is_refused():
         (
             model(model_type="gpt2", vocab_size=503, n_embd=96, n_layer=2, n_head=2, activation_function="tanh"),
             {},
-            "unknown activation for the step rules 'tanh'; known: silu, swish, gelu, gelu_pytorch_tanh, gelu_new, gelu_fast, relu",
+            "unknown activation for the step rules 'tanh'; known: silu, swish, gelu, gelu_pytorch_tanh, gelu_new, "
+            "gelu_fast, relu",
         ),
         (
             model(model_type="gpt2", vocab_size=503, n_embd=96, n_layer=2, n_head=2, reorder_and_upcast_attn=True),
