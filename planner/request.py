@@ -30,8 +30,9 @@ FUSED_LOSS = ("none", "liger", "chunked")
 ATTENTION = ("sdpa", "eager", "flash")
 ENGINES = ("rules", "trace")
 
-_LIMITS = {"batch_size": 2**20, "seq_len": 2**24, "grad_accum": 2**20, "gpus": 2**16, "nodes": 2**16}
-_LIMITS |= {"tensor_parallel": 2**10, "pipeline_parallel": 2**10}
+LIMITS = {"batch_size": 2**20, "seq_len": 2**24, "grad_accum": 2**20, "gpus": 2**16, "nodes": 2**16}
+LIMITS |= {"tensor_parallel": 2**10, "pipeline_parallel": 2**10}
+"""Largest values of the settings that count something; the smallest is 1."""
 _CHOICES: dict[str, Iterable[str]] = {
     "precision": PRECISIONS, "checkpointing": CHECKPOINTING, "attention": ATTENTION, "fused-loss": FUSED_LOSS,
     "sharding": SHARDINGS, "engine": ENGINES, "pipeline-schedule": SCHEDULES,
@@ -149,7 +150,7 @@ def check_request(model: ModelSpec, **flags: Unpack[StepFlags]) -> StepRequest:
     asked = _with_defaults(model, flags)
     for flag, allowed in _CHOICES.items():
         _one_of(flag, asked[flag.replace("-", "_")], allowed)
-    for name in _LIMITS:
+    for name in LIMITS:
         _in_range(name, asked[name])
     config = StepConfig(**{name: asked[name] for name in StepConfig.__struct_fields__})
     target = _target(asked["gpu"], asked["memory"])
@@ -244,8 +245,8 @@ def _one_of(flag: str, value: object, allowed: Iterable[str]) -> None:
 
 def _in_range(name: str, value: Any) -> None:
     flag = "--" + name.replace("_", "-")
-    if type(value) is not int or not 1 <= value <= _LIMITS[name]:
-        raise ConfigError(f"{flag} must be an integer between 1 and {_LIMITS[name]}, got {shorten(value)}")
+    if type(value) is not int or not 1 <= value <= LIMITS[name]:
+        raise ConfigError(f"{flag} must be an integer between 1 and {LIMITS[name]}, got {shorten(value)}")
 
 
 def _target(gpu: str | None, memory: str | int | None) -> Gpu:

@@ -8,7 +8,7 @@ from typing import Any
 
 from optplan.planner.errors import ConfigError, unknown
 from optplan.planner.gpus import Gpu, custom_gpu, load_gpu
-from optplan.planner.request import StepRequest, check_request
+from optplan.planner.request import LIMITS, StepRequest, check_request
 from optplan.planner.sharding.registry import SHARDINGS
 from optplan.planner.units import parse_size
 
@@ -38,6 +38,9 @@ def layouts_of(counts: Sequence[int], shardings: Sequence[str]) -> list[tuple[in
     for name in ways:
         if name not in SHARDINGS:
             raise unknown("sharding for --sharding", str(name), SHARDINGS)
+    for count in counts:
+        if not 1 <= count <= LIMITS["gpus"]:
+            raise ConfigError(f"--gpus-per-run takes numbers between 1 and {LIMITS['gpus']}, got {count}")
     several = [count for count in counts if count != 1]
     if ways and not several:
         raise ConfigError(f"--sharding {ways[0]} needs --gpus-per-run of at least 2, got 1")

@@ -179,6 +179,7 @@ def test_a_family_without_rules_is_not_known_to_fit() -> None:
         ({"budget": "1GiB", "batch_sizes": []}, "--batch-sizes is empty: give at least one value"),
         ({"budget": "1GiB", "batch_sizes": [1, 0]}, "--batch-size must be an integer between 1 and 1048576, got 0"),
         ({"budget": "1GiB", "seq_lens": [0]}, "--seq-len must be an integer between 1 and 16777216, got 0"),
+        ({"budget": "1GiB", "gpus_per_run": [1, 0]}, "--gpus-per-run takes numbers between 1 and 65536, got 0"),
         (
             {"budget": "1GiB", "gpus_per_run": [2]},
             "--gpus-per-run 2 needs a --sharding strategy: ddp, ddp-copies, zero1, zero1-deepspeed, zero2, zero3, "
