@@ -40,8 +40,9 @@ from optplan.planner.errors import ConfigError
 from optplan.planner.models.reader import read_model
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.request import StepRequest, check_request
+from optplan.planner.requested_step import step_options
 from optplan.planner.step.rules import describes
-from optplan.planner.workload import StepPeaks, Workload, step_options
+from optplan.planner.workload import StepPeaks, Workload
 from optplan.profilers.estimation import TracedWorkload
 from optplan.profilers.workloads.source import CatalogueSource
 

@@ -27,11 +27,12 @@ from optplan.planner.candidates import Candidate, choose_optimizers
 from optplan.planner.catalog import load_model
 from optplan.planner.gpus import load_gpu
 from optplan.planner.request import StepRequest, check_request
+from optplan.planner.requested_step import step_options
 from optplan.planner.step.rules import record_step
 from optplan.planner.step_time import combine, micro_steps, optimizer_update
 from optplan.planner.step_time_rates import CALIBRATED_GPU, FitError, FitErrors, LinkRates, TimeModel, load_time_model
 from optplan.planner.step_time_work import StepWork, step_work
-from optplan.planner.workload import Workload, step_options
+from optplan.planner.workload import Workload
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "tests" / "records" / "public_h200_times.jsonl"

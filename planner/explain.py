@@ -17,6 +17,7 @@ from optplan.planner.models.spec import ModelSpec
 from optplan.planner.optimizers.facts import load_facts
 from optplan.planner.records import ModelRow
 from optplan.planner.request import StepFlags, StepRequest, check_request
+from optplan.planner.requested_step import num_in_flight, resident_bytes, sharded_view, step_options
 from optplan.planner.sharding.rank import updated_parameters
 from optplan.planner.sharding.report import rank_notes
 from optplan.planner.step.alive import alive_at_peak
@@ -24,7 +25,7 @@ from optplan.planner.step.rules import step_memory
 from optplan.planner.tensors import StateTensor
 from optplan.planner.units import format_gib
 from optplan.planner.version import VERSION
-from optplan.planner.workload import StepPeaks, Workload, num_in_flight, resident_bytes, sharded_view, step_options
+from optplan.planner.workload import StepPeaks, Workload
 
 
 def explain(

@@ -18,13 +18,14 @@ from optplan.planner.dtypes import SHORT_NAMES, Dtype
 from optplan.planner.optimizers.facts import load_facts
 from optplan.planner.records import Recommendation
 from optplan.planner.request import default_attention, default_seq_len
+from optplan.planner.requested_step import step_options
 from optplan.planner.search.evidence import EvidenceKey, class_of, evidence_key
 from optplan.planner.search.picks import Ranked, in_order
 from optplan.planner.sharding.clusters import usual_num_nodes
 from optplan.planner.step.rules import describes
 from optplan.planner.step_timer import StepTimer
 from optplan.planner.units import format_gib
-from optplan.planner.workload import Workload, step_options
+from optplan.planner.workload import Workload
 
 ROOM = 0.02
 """Share of the usable bytes that a recommended step does not even reserve."""

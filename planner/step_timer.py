@@ -9,11 +9,12 @@ import msgspec
 from optplan.planner.candidates import Candidate
 from optplan.planner.errors import ConfigError
 from optplan.planner.gpus import Gpu
+from optplan.planner.requested_step import step_options
 from optplan.planner.step.rules import has_rules, record_step
 from optplan.planner.step_time import StepSeconds, combine, is_timed, micro_steps, optimizer_update, timed_gpu
 from optplan.planner.step_time_rates import load_time_model
 from optplan.planner.step_time_work import StepWork, step_work
-from optplan.planner.workload import Workload, step_options
+from optplan.planner.workload import Workload
 
 
 class StepTimer:

@@ -15,8 +15,9 @@ from optplan.planner.gpus import Gpu, load_gpu, load_gpus
 from optplan.planner.optimizers.base import OptimizerModel
 from optplan.planner.recommend import command_of
 from optplan.planner.request import StepRequest
+from optplan.planner.requested_step import step_options
 from optplan.planner.timeline import Category, Phase
-from optplan.planner.workload import StepPeaks, Workload, step_options
+from optplan.planner.workload import StepPeaks, Workload
 
 WORK = 450_000
 """Events of steps that the whole grid may simulate besides those that are known: half a second of one core or so."""

@@ -12,6 +12,7 @@ from optplan.planner.estimate import estimate_request
 from optplan.planner.optimizers.base import OptimizerModel
 from optplan.planner.records import EstimateReport, PhasePeak
 from optplan.planner.request import StepFlags, StepRequest, check_request
+from optplan.planner.requested_step import step_options
 from optplan.planner.sharding.registry import FULL_SHARDINGS
 from optplan.planner.step.options import StepOptions
 from optplan.planner.step_history import StepHistory
@@ -19,7 +20,7 @@ from optplan.planner.step_timeline import timeline_of
 from optplan.planner.timeline import Timeline
 from optplan.planner.timeline_report import TimelineReport
 from optplan.planner.units import format_gib
-from optplan.planner.workload import StepPeaks, Workload, step_options
+from optplan.planner.workload import StepPeaks, Workload
 from optplan.profilers.tracing.optimizers import optimizer_factory
 from optplan.profilers.tracing.runs import ORDERS, OptimizerPart, SimulatedRun
 from optplan.profilers.tracing.sharded import ShardedTracedStep

@@ -12,6 +12,7 @@ from optplan.planner.errors import ConfigError
 from optplan.planner.footprint import group_parameters
 from optplan.planner.gpus import Gpu
 from optplan.planner.request import StepRequest
+from optplan.planner.requested_step import resident_bytes
 from optplan.planner.search.evidence import EvidenceKey, evidence_key
 from optplan.planner.search.space import Layout, Member, Space
 from optplan.planner.search.steps import frame_of
@@ -20,7 +21,7 @@ from optplan.planner.step_time import Update, optimizer_update
 from optplan.planner.step_time_rates import TimeModel
 from optplan.planner.tensors import Parameter
 from optplan.planner.timeline import TimelineBuilder
-from optplan.planner.workload import Workload, resident_bytes
+from optplan.planner.workload import Workload
 
 
 class Frame:

@@ -6,12 +6,12 @@ import msgspec
 
 from optplan.planner.errors import ConfigError
 from optplan.planner.request import StepRequest, change_request
+from optplan.planner.requested_step import step_options
 from optplan.planner.search.space import Layout, Manner
 from optplan.planner.sharding.clusters import usual_num_nodes
 from optplan.planner.step.resident import surrounding_use
 from optplan.planner.step.rules import check_step, record_step
 from optplan.planner.step_time_work import StepWork, step_work
-from optplan.planner.workload import step_options
 
 _AUTOCASTS = ("amp", "fp16-amp")
 

@@ -17,12 +17,12 @@ from optplan.planner.catalog import load_model
 from optplan.planner.gpus import load_gpu
 from optplan.planner.optimizers.registry import OPTIMIZERS
 from optplan.planner.request import check_request
+from optplan.planner.requested_step import step_options
 from optplan.planner.step.rules import record_step
 from optplan.planner.step_time import Busy, MicroSteps, Update, combine, longer
 from optplan.planner.step_time_links import link_basis, link_seconds, link_traffic
 from optplan.planner.step_time_rates import load_time_model
 from optplan.planner.step_time_work import product_flops, step_work
-from optplan.planner.workload import step_options
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from optplan.planner.workload import step_options
+from optplan.planner.requested_step import step_options
 from optplan.profilers.tracing.trace import RunSettings, TracedStep
 from optplan.profilers.workloads.catalogue import build_subject
 

@@ -12,12 +12,13 @@ import pytest
 from optplan.planner.catalog import load_model
 from optplan.planner.dtypes import ITEMSIZE_BYTES
 from optplan.planner.request import check_request
+from optplan.planner.requested_step import step_options
 from optplan.planner.sharding.base import Ranks
 from optplan.planner.sharding.registry import strategy_of
 from optplan.planner.sharding.report import rank_notes
 from optplan.planner.step.options import StepOptions
 from optplan.planner.step.simulation import StepSimulator
-from optplan.planner.workload import Workload, step_options
+from optplan.planner.workload import Workload
 
 PATH = Path(__file__).parents[2] / "records" / "public_h200x2_cases.jsonl"
 ROWS = [json.loads(line) for line in PATH.read_text().splitlines()]
