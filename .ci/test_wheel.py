@@ -58,7 +58,7 @@ def _check_answers(work: Path, wheel: Path) -> None:
     result = subprocess.run(command, check=True, capture_output=True, cwd=work)
     if json.loads(result.stdout)["model"]["num_parameters"] != 124_439_808:
         sys.exit("the installed wheel miscounts gpt2")
-    if "gpt2 fits on h200-141g" not in (work / "page.html").read_text(encoding="utf-8"):
+    if "<title>gpt2 on h200-141g · optplan</title>" not in (work / "page.html").read_text(encoding="utf-8"):
         sys.exit("the installed wheel writes no page")
 
 
