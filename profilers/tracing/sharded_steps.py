@@ -183,20 +183,11 @@ class ShardedStepTracer(StepTracer):
             group._reduce_scatter_comm = self._world.communicator("reduce-scatter buffer")
         self.updated = {name: nn.Parameter(_local(parameter)) for name, parameter in self._parameters.items()}
 
-    def micro_step(self) -> slice:
-        """Forward and backward once."""
-        with self._piece("forward") as piece:
-            loss = self._forward()
-            self.recorder.phase = "backward"
-            self._scopes.begin_backward()
-            loss.backward()  # type: ignore[no-untyped-call]
-            del loss
-            self._num_backwards += 1
-            if self._num_backwards > 1:
-                # The buckets that the second forward replaces are seen to live until its backward is over.
-                self._first_buckets.clear()
-        self._name_gradients()
-        return piece()
+    def _end_backward(self) -> None:
+        self._num_backwards += 1
+        if self._num_backwards > 1:
+            # The buckets that the second forward replaces are seen to live until its backward is over.
+            self._first_buckets.clear()
 
     def _name_gradients(self) -> None:
         if not self.sharding.is_full and self.sharding.views:

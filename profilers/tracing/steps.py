@@ -161,10 +161,17 @@ class StepTracer:
             self._scopes.begin_backward()
             loss.backward()  # type: ignore[no-untyped-call]
             del loss
+            self._end_backward()
+        self._name_gradients()
+        return piece()
+
+    def _end_backward(self) -> None:
+        """What else happens in the piece of a micro-step, once its backward is over."""
+
+    def _name_gradients(self) -> None:
         for name, parameter in self.subject.trainable().items():
             if parameter.grad is not None:
                 self.recorder.label(parameter.grad, "gradients", f"{name} gradient")
-        return piece()
 
     @contextmanager
     def using_gradients_up(self) -> Iterator[None]:

@@ -76,6 +76,5 @@ def test_a_chunked_loss_allocates_what_its_rules_say(model_type, step):
 
 @pytest.mark.parametrize(("model_type", "step"), pairs(["llama", "qwen3", "gemma2", "phi3", "olmo2"]))
 def test_ligers_loss_allocates_what_its_rules_say(model_type, step):
-    pytest.importorskip("liger_kernel")
     for ruled, traced in both(model_type, step, "liger"):
         assert ruled == traced

@@ -121,7 +121,6 @@ def test_liger_without_its_package(monkeypatch):
 
 
 def test_liger_has_no_loss_for_some_classes():
-    pytest.importorskip("liger_kernel")
     with pytest.raises(ConfigError) as refused:
         fuse_loss(build("gpt2", **GPT2), "liger")
     assert str(refused.value) == "liger-kernel has no fused loss for GPT2LMHeadModel; use --fused-loss chunked"
