@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-Rounding = str
 ROUNDINGS = ("nearest", "stochastic", "kahan")
 _MASK = 0xFFFFFFFF
 

@@ -22,13 +22,6 @@ def updated_parameters(parameters: Sequence[Parameter], strategy: Strategy | Non
     return parameters if strategy is None else strategy.updated(parameters)
 
 
-def stepped_parameters(parameters: Sequence[Parameter], strategy: Strategy | None) -> Sequence[Parameter]:
-    """The same as the optimizer meets them: of dealt-out parameters the rank's rows."""
-    shard = None if strategy is None else strategy.shard()
-    updated = updated_parameters(parameters, strategy)
-    return updated if shard is None else [shard.local(parameter) for parameter in updated]
-
-
 def rank_footprint(
     optimizer: OptimizerModel,
     parameters: Sequence[Parameter],

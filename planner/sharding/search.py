@@ -147,9 +147,3 @@ def fewest_gpus_note(request: StepRequest, optimizer: OptimizerModel) -> str | N
     before = max(count for count, fits in found.tried.items() if not fits)
     fewer = f"{before:,} have not" if before > 1 else "one has not"
     return f"{found.num_gpus:,} GPUs{nodes} have room with --sharding {sharding}, {fewer}"
-
-
-def smallest_of(request: StepRequest, optimizer: OptimizerModel, *, shardings: Sequence[str]) -> Fitting | None:
-    """The smallest number of GPUs over several ways to divide the work; of equal ones the first way's."""
-    found = [smallest_fitting(request, optimizer, sharding=sharding) for sharding in shardings]
-    return min(filter(None, found), key=lambda fitting: fitting.num_gpus, default=None)

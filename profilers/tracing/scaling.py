@@ -22,11 +22,6 @@ class TracedScaler:
             self._scaler = _Scaler("cuda")
         return self._scaler.scale(loss)
 
-    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divide the gradients by the scale, as clipping needs it."""
-        assert self._scaler is not None
-        self._scaler.unscale_(optimizer)
-
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """Step the optimizer, then adapt the scale."""
         assert self._scaler is not None
