@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from optplan.planner.timeline import Category
+from optplan.profilers.group_names import reduced_gradient_names
 from optplan.profilers.live.owners import Owner
 
 BUCKET = "gradient bucket"
@@ -72,17 +73,8 @@ class GradientNames:
         """The name for this parameter's gradient."""
         if self._reduced is None:
             # Where there is a gradient, a forward has been, and FSDP2 knows the names of its layers.
-            self._reduced = _reduced_names(self._model)
+            self._reduced = reduced_gradient_names(parameter_groups(self._model))
         return BUCKET if self._has_buckets else self._reduced.get(id(parameter), name)
-
-
-def _reduced_names(model: nn.Module) -> dict[int, str]:
-    """Names of the memory that holds the reduced gradients of a group, by the ids of its sharded parameters."""
-    return {
-        id(parameter.sharded_param): f"{group._module_fqn or 'root'} reduced gradients"
-        for group in parameter_groups(model)
-        for parameter in group.fsdp_params
-    }
 
 
 def bucket_sizes(model: nn.Module) -> frozenset[int]:

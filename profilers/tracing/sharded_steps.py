@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from optplan.planner.timeline import Category, Timeline
+from optplan.profilers.group_names import reduced_gradient_names
 from optplan.profilers.tracing.runs import NUM_STEPS, Pieces
 from optplan.profilers.tracing.sharded_tracer import ShardedTracer
 from optplan.profilers.tracing.sharded_world import World
@@ -192,11 +193,7 @@ class ShardedStepTracer(StepTracer):
     def _name_gradients(self) -> None:
         if not self.sharding.is_full and self.sharding.views:
             return
-        names = {
-            id(parameter.sharded_param): f"{group._module_fqn or 'root'} reduced gradients"
-            for group in self._groups
-            for parameter in group.fsdp_params
-        }
+        names = reduced_gradient_names(self._groups)
         for name, parameter in self._parameters.items():
             if parameter.grad is not None:
                 found = names.get(id(parameter), f"{name} gradient")
