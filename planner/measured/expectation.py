@@ -23,7 +23,7 @@ def expect(record: Measurement) -> EstimateReport:
         ConfigError: The step cannot be estimated: its model is none of the catalogue's, its GPU is unknown or there is
             none.
     """
-    request, choices = _asked(record)
+    request, choices = asked_of(record)
     return estimate_request(request, choices)
 
 
@@ -33,7 +33,7 @@ def hold_against_rules(record: Measurement, *, label: str = "measured") -> Compa
     Raises:
         ConfigError: As `expect` does.
     """
-    request, choices = _asked(record)
+    request, choices = asked_of(record)
     report = estimate_request(request, choices)
     predicted = side_of_estimate(report, report.estimates[0], label="predicted by rules")
     if record.history is not None:
@@ -43,8 +43,12 @@ def hold_against_rules(record: Measurement, *, label: str = "measured") -> Compa
     return compare([side_of_measurement(record, label=label), predicted])
 
 
-def _asked(record: Measurement) -> tuple[StepRequest, list[OptimizerChoice]]:
-    """What an estimate of the step would be asked for."""
+def asked_of(record: Measurement) -> tuple[StepRequest, list[OptimizerChoice]]:
+    """What an estimate of the step would be asked for, with the optimizer that the record names.
+
+    Raises:
+        ConfigError: As `expect` does.
+    """
     if record.gpu is None:
         raise ConfigError("a step measured on the CPU has no GPU to be estimated for")
     settings = {name: getattr(record.config, name) for name in StepConfig.__struct_fields__}
