@@ -31,7 +31,7 @@ def read_environment(
     """The environment of this process on the current device.
 
     Args:
-        command: What made the record; this process's own command line when None, without the folders of the user's.
+        command: What made the record; this process's own when None, see `command_line`.
         driver: Version of the GPU's driver, where it is known.
         other_processes_bytes: Device memory that other processes hold.
     """
@@ -49,7 +49,7 @@ def read_environment(
         transformers=_version("transformers"),
         optplan=VERSION,
         alloc_conf=alloc_conf(),
-        command=command or _command_line(),
+        command=command or command_line(),
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         commit=_commit(),
         world_size=torch.distributed.get_world_size() if distributed else 1,
@@ -73,8 +73,19 @@ def alloc_conf() -> str:
     return next((os.environ[name] for name in ALLOC_CONF_VARIABLES if os.environ.get(name)), "")
 
 
-def _command_line() -> str:
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+def command_line() -> str:
+    """This process's command as a shell would take it again; of absolute paths, which are the user's, the last part."""
+    program = Path(sys.argv[0])
+    name = program.name
+    if name == "__main__.py":  # `python -m package`, whatever folder the package was read from
+        spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+        name = spec.name.removesuffix(".__main__") if spec else program.parent.name
+    return shlex.join([name, *map(_without_folders, sys.argv[1:])])
+
+
+def _without_folders(word: str) -> str:
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return option + equals + (Path(value).name if Path(value).is_absolute() else value)
 
 
 def _version(package: str) -> str | None:
