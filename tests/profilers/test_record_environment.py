@@ -55,7 +55,7 @@ def test_a_package_that_was_run_is_named_and_not_its_file(tmp_path: Path, starte
 
 
 def test_optplan_run_as_a_module_is_named_optplan(tmp_path: Path) -> None:
-    script = "profile --model tiny --out step.json.gz".split()
+    script = ["profile", "--model", "tiny", "--out", "step.json.gz"]
     code = (
         "import json, runpy, sys, optplan.boundary as boundary;"
         "from optplan.profilers.live.environment import command_line;"
