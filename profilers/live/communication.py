@@ -93,27 +93,27 @@ class CommunicationFollower:
         ranges: What was noted, in the order in which the methods began.
     """
 
-    def __init__(
-        self, model: nn.Module, *, count_events: Callable[[], int], on_reduction: Callable[[Any], None]
-    ) -> None:
+    def __init__(self, model: nn.Module, *, count_events: Callable[[], int]) -> None:
         """Prepare to follow.
 
         Args:
             model: With FSDP2 applied to it, or not: then there is nothing to follow.
             count_events: Allocations and frees so far.
-            on_reduction: Called with a group before its whole gradients are reduced and freed.
         """
         self.ranges: list[NamedEvents] = []
         self._model = model
         self._count = count_events
-        self._on_reduction = on_reduction
         self._wrapped: list[tuple[Any, str]] = []
 
-    def start(self) -> None:
-        """Follow from now on."""
+    def start(self, *, on_reduction: Callable[[Any], None]) -> None:
+        """Follow from now on.
+
+        Args:
+            on_reduction: Called with a group before its whole gradients are reduced and freed.
+        """
         self.ranges.clear()
         for group in parameter_groups(self._model):
-            self._wrap(group, "post_backward", partial(self._reducing, group=group))
+            self._wrap(group, "post_backward", partial(_telling, on_reduction, group))
             for collective, name in _BUFFERS.items():
                 self._name(getattr(group, collective, None), "allocate", Owner("communication", name))
             for parameter in group.fsdp_params:
@@ -145,9 +145,10 @@ class CommunicationFollower:
 
         return noted
 
-    def _reducing(self, original: Callable[..., Any], *, group: Any) -> Callable[..., Any]:
-        def reduce(*args: Any, **kwargs: Any) -> Any:
-            self._on_reduction(group)
-            return original(*args, **kwargs)
 
-        return reduce
+def _telling(on_reduction: Callable[[Any], None], group: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+    def reduce(*args: Any, **kwargs: Any) -> Any:
+        on_reduction(group)
+        return original(*args, **kwargs)
+
+    return reduce

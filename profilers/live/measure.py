@@ -122,7 +122,11 @@ def profile_notes(profile: LiveProfile | None, reader: DeviceReader | None) -> l
         notes.append(f"the allocator's record could not be followed exactly: {profile.first_difference}")
     seconds = profile.step_seconds() if profile else []
     if profile is not None and seconds:
-        notes.append(f"observing took {profile.hook_seconds / sum(seconds):.2%} of the time of the steps timed")
+        share = profile.hook_seconds / sum(seconds)
+        notes.append(
+            f"observing took {share:.2%} of the time of the steps timed: what its hooks need on the host, against "
+            f"the {len(seconds)} steps after the recorded one, forward to the optimizer's end"
+        )
     return notes
 
 

@@ -10,10 +10,14 @@ optimizer's step. A phase lasts until the next one begins:
     zero      from its end to the next forward
 
 With gradient accumulation the phases of the micro-steps repeat within one step.
+
+Nothing here keeps a model or an optimizer alive: what is called back is known only while it is watched, and a graph
+knows of its follower weakly. Memory that the caller gives up is free at once, not when garbage is next collected.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -48,29 +52,30 @@ class StepWatcher:
     Attributes:
         phase: The current phase.
         num_steps: Optimizer steps finished.
-        inputs: What the model was called with last; kept only while the phase changes.
     """
 
-    def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, on_phase: Callable[[Phase, Phase], None]
-    ) -> None:
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Prepare to watch.
 
         Args:
             model: Whose forward begins a step.
             optimizer: Whose step ends it.
-            on_phase: Called at each change with the old and the new phase, before the work of the new one begins.
         """
         self.phase: Phase = "zero"
         self.num_steps = 0
-        self.inputs: list[torch.Tensor] = []
+        self._given: tuple[Any, ...] = ()
         self._model = model
         self._optimizer = optimizer
-        self._on_phase = on_phase
+        self._on_phase: Callable[[Phase, Phase], None] = _tell_nobody
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Watch within the context; every hook is gone afterwards."""
+    def watching(self, on_phase: Callable[[Phase, Phase], None]) -> Iterator[None]:
+        """Watch within the context; every hook is gone afterwards.
+
+        Args:
+            on_phase: Called at each change with the old and the new phase, before the work of the new one begins.
+        """
+        self._on_phase = on_phase
         handles = [
             self._model.register_forward_pre_hook(self._forward_begins, with_kwargs=True),
             self._optimizer.register_step_pre_hook(lambda *_: self._enter("step")),
@@ -82,16 +87,22 @@ class StepWatcher:
             yield
         finally:
             torch.autograd.backward = original
+            self._on_phase = _tell_nobody
             for handle in handles:
                 handle.remove()
+
+    @property
+    def inputs(self) -> list[torch.Tensor]:
+        """What the model is called with; known only while a forward begins."""
+        return [tensor for value in self._given for tensor in _tensors_of(value)]
 
     def begin_forward(self, *inputs: Any) -> None:
         """Say that a forward begins; the model's own call says so by itself."""
         # A model that a checkpointed part calls again in backward is still in backward.
         if self.phase != "backward":
-            self.inputs = [tensor for value in inputs for tensor in _tensors_of(value)]
+            self._given = inputs
             self._enter("forward")
-            self.inputs = []
+            self._given = ()
 
     def _forward_begins(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.begin_forward(args, kwargs)
@@ -182,17 +193,23 @@ class ModuleFollower:
                 node.register_prehook(self._marker(path, belongs_to_loss=self._in_loss))
 
     def _marker(self, path: str, *, belongs_to_loss: bool) -> Callable[..., None]:
-        """A hook that notes when backward reaches what the module at `path` returned; it keeps no tensor alive."""
+        """A hook that notes when backward reaches what the module at `path` returned; it keeps nothing alive."""
+        known = weakref.ref(self)
 
         def reached(*_: Any) -> None:
-            if self._on:
-                self._in_loss = belongs_to_loss
-                self._mark(path)
+            follower = known()
+            if follower is not None and follower._on:
+                follower._in_loss = belongs_to_loss
+                follower._mark(path)
 
         return reached
 
     def _mark(self, path: str) -> None:
         self.marks.append(Mark(self._count_events(), self._phase, path, self._in_loss))
+
+
+def _tell_nobody(before: Phase, phase: Phase) -> None:
+    """What a watcher calls when it does not watch."""
 
 
 def _tensors_of(output: Any) -> Iterator[torch.Tensor]:

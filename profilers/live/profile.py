@@ -1,7 +1,7 @@
 """Measuring a training loop as it runs: its phases, one steady step event by event, its times.
 
 Until the recorded step has ended the allocator's own record is kept and the modules are followed; the steps after it
-run as they would without being watched, but for a handful of calls a step, and are timed.
+run as they would without being watched, but for the clock's note at each change of the phase, and are timed.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ from optplan.profilers.live.step_clock import StepClock
 RECORDED_STEP = 2
 """The third step: the first makes the optimizer's state, the second finds the memory that the first has left."""
 
+MAX_TIMED_STEPS = 1000
+"""After so many a loop is no longer timed: nothing that grows is kept of one that goes on for days."""
+
 _MESSAGE_LIMIT = 400
 _ROUNDING_BYTES = 512
 
@@ -48,7 +51,7 @@ class Residents(NamedTuple):
 
 
 class Call(NamedTuple):
-    """How the model was called in a step.
+    """How the model was called in the recorded step, or in the last one begun before it.
 
     Attributes:
         shapes: Shapes of the tensors given to its forward.
@@ -68,8 +71,8 @@ class LiveProfile:
         residents: What lives across the step, None before the first step.
         history: The recorded step, None without allocator figures or before its end.
         phase_peaks: Most bytes allocated in each of its phases.
-        call: How the model was called in the last step begun, None before the first.
-        hook_seconds: Time that observing took on the host in the steps after the recorded one.
+        call: How the model was called, None before the first step.
+        hook_seconds: Time that observing took on the host in the steps that are timed.
         out_of_memory: How the loop ended, if the memory did not suffice.
         first_difference: Where the record could not be followed exactly, None if nowhere.
     """
@@ -98,10 +101,10 @@ class LiveProfile:
         self._owners = Owners(inner, optimizer, name_gradient=GradientNames(model))
         self._record = AllocatorRecord(self.device.index or 0) if self.device.type == "cuda" else None
         self._clock = StepClock(self.device)
-        self._watcher = StepWatcher(model, optimizer, on_phase=self._phase_begins)
+        self._watcher = StepWatcher(model, optimizer)
         count = self._record.count if self._record else lambda: 0
         self._follower = ModuleFollower(inner, count_events=count)
-        self._communication = CommunicationFollower(inner, count_events=count, on_reduction=self._note_reduction)
+        self._communication = CommunicationFollower(inner, count_events=count)
         self._ownerships: list[Ownership] = []
         self._recording = False
         self._gradient_bytes = 0
@@ -109,8 +112,9 @@ class LiveProfile:
     @contextlib.contextmanager
     def observing(self) -> Iterator[None]:
         """Observe within the context; an error of the loop goes on, running out of memory is noted before."""
+        self._clock.prepare()
         try:
-            with self._watcher.watching():
+            with self._watcher.watching(self._phase_begins):
                 yield
         except torch.cuda.OutOfMemoryError as error:
             self._ran_out(error)
@@ -139,7 +143,8 @@ class LiveProfile:
         return self._clock.step_seconds(self._timed_steps())
 
     def _timed_steps(self) -> range:
-        return range(self.recorded_step + 1, self.num_steps)
+        first = self.recorded_step + 1
+        return range(first, min(self.num_steps, first + MAX_TIMED_STEPS))
 
     @property
     def watcher(self) -> StepWatcher:
@@ -152,24 +157,28 @@ class LiveProfile:
         return bool(self._owners.masters)
 
     def _phase_begins(self, before: Phase, phase: Phase) -> None:
-        begin = time.perf_counter()
-        self._take_note(before, phase)
-        if self.num_steps > self.recorded_step:
+        # What follows an optimizer's step, its `zero_grad` above all, still belongs to the step that it ends.
+        step = self.num_steps - (phase == "zero")
+        if step <= self.recorded_step:
+            self._take_note(before, phase)
+        elif step <= self.recorded_step + MAX_TIMED_STEPS:
+            if self._recording:
+                self._end_record()
+            begin = time.perf_counter()
+            self._clock.note(step, phase)
             self.hook_seconds += time.perf_counter() - begin
 
     def _take_note(self, before: Phase, phase: Phase) -> None:
         begins_step = phase == "forward" and before == "zero"
         if begins_step and self._recording:
             self._end_record()
-        # What follows an optimizer's step, its `zero_grad` above all, still belongs to the step that it ends.
-        self._clock.note(self.num_steps - (phase == "zero"), phase)
         if phase == "forward":
             self._note_call(begins_step)
-        if phase == "step" and self.num_steps <= self.recorded_step:
+        if phase == "step":
             self._gradient_bytes = storage_bytes((t for t, _ in self._owners.gradients()), self.device)
-        if phase == "zero" and self.num_steps <= self.recorded_step + 1:
+        if phase == "zero":
             self._note_residents()
-        if begins_step and self.num_steps <= self.recorded_step:
+        if begins_step:
             self._begin_record()
         elif self._recording and phase in ("step", "zero"):
             self._note_owners()
@@ -192,7 +201,7 @@ class LiveProfile:
         self._note_owners()
         self._follower.start()
         if self._record is not None:
-            self._communication.start()
+            self._communication.start(on_reduction=self._note_reduction)
 
     def _end_record(self) -> None:
         self._recording = False

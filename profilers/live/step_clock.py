@@ -10,6 +10,9 @@ import torch
 
 from optplan.planner.timeline import Phase
 
+_NUM_PREPARED = 128
+"""CUDA events made beforehand: they last a score of steps, more than `optplan profile` is asked for as a rule."""
+
 
 class _Moment(NamedTuple):
     """When a phase began: a CUDA event, or seconds of the host's clock."""
@@ -23,18 +26,33 @@ class StepClock:
     """Notes when phases begin; the times are read once at the end."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._on_gpu = device.type == "cuda"
         self._moments: list[_Moment] = []
+        self._prepared: list[Any] = []
+
+    def prepare(self) -> None:
+        """Make events, so that none is made while steps are timed."""
+        if self._on_gpu:
+            stream = torch.cuda.current_stream(self._device)
+            while len(self._prepared) < _NUM_PREPARED:
+                event = _new_event()
+                event.record(stream)  # the driver makes it when it is recorded first
+                self._prepared.append(event)
 
     def note(self, step: int, phase: Phase) -> None:
         """Note that `phase` of step number `step` begins now."""
-        self._moments.append(_Moment(step, phase, self._now()))
+        if self._on_gpu:
+            when = self._prepared.pop() if self._prepared else _new_event()
+            when.record()
+        else:
+            when = time.perf_counter()
+        self._moments.append(_Moment(step, phase, when))
 
     def seconds(self, steps: range) -> dict[Phase, float]:
         """Median time by phase over the steps asked for that were finished; micro-steps of one phase are added up."""
         totals: dict[tuple[Phase, int], float] = {}
-        if self._on_gpu:
-            torch.cuda.synchronize()
+        self._wait()
         for begin, end in zip(self._moments, self._moments[1:], strict=False):
             if begin.step in steps:
                 key = (begin.phase, begin.step)
@@ -44,22 +62,22 @@ class StepClock:
 
     def step_seconds(self, steps: range) -> list[float]:
         """Time from the first forward of each of these steps to the end of its optimizer's step."""
-        if self._on_gpu:
-            torch.cuda.synchronize()
-        found = []
-        for step in steps:
-            begin = next((m for m in self._moments if m.step == step and m.phase == "forward"), None)
-            end = next((m for m in self._moments if m.step == step and m.phase == "zero"), None)
-            if begin is not None and end is not None:
-                found.append(self._between(begin.when, end.when))
-        return found
+        self._wait()
+        begins, ends = {}, {}
+        for step, phase, when in self._moments:
+            if phase == "forward":
+                begins.setdefault(step, when)
+            elif phase == "zero":
+                ends.setdefault(step, when)
+        return [self._between(begins[step], ends[step]) for step in steps if step in begins and step in ends]
 
-    def _now(self) -> Any:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
+    def _wait(self) -> None:
+        if self._on_gpu:
+            torch.cuda.synchronize(self._device)
 
     def _between(self, begin: Any, end: Any) -> float:
         return float(begin.elapsed_time(end)) / 1000 if self._on_gpu else float(end - begin)
+
+
+def _new_event() -> Any:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

@@ -11,8 +11,7 @@ shifted labels and what is divided by.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from types import MethodType
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -61,8 +60,14 @@ def _apply_liger(model: Any) -> None:
 
 def _chunk_loss(model: Any) -> None:
     _check_chunkable(model)
-    # A bound method, so that a copy of the model has its own.
-    model.forward = MethodType(_forward, model)
+    # In a class of its own: a method bound to the model and kept in it would keep it alive.
+    model.__class__ = _chunked_class(type(model))
+
+
+@cache
+def _chunked_class(model_class: type[Any]) -> type[Any]:
+    """The class of the same name with the chunked loss."""
+    return type(model_class.__name__, (model_class,), {"forward": _forward, "__module__": model_class.__module__})
 
 
 def _forward(model: Any, labels: torch.Tensor, **inputs: Any) -> Any:

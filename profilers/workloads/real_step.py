@@ -62,6 +62,10 @@ def build_real_step(
         raise ConfigError(
             f"--fused-loss liger runs Triton kernels, which need a GPU, not --device {device}; use --fused-loss chunked"
         )
+    # torch's first optimizer imports it, and failures within that import keep the frames that built the optimizer, and
+    # with them the model, until garbage is collected.
+    import torch._dynamo
+
     torch.manual_seed(seed)
     if config.sharding != "none":
         from optplan.profilers.workloads.sharded_real_step import build_sharded_step

@@ -74,11 +74,11 @@ def test_fsdp2_s_memory_has_the_names_of_a_trace(spec, request):
     def note(group):
         whole.extend(p._param_fqn for p in group.fsdp_params if p._unsharded_param.grad is not None)
 
-    follower = CommunicationFollower(model, count_events=lambda: next(numbers), on_reduction=note)
+    follower = CommunicationFollower(model, count_events=lambda: next(numbers))
     inputs = make_inputs(model, config, CPU)
     model(**inputs).loss.backward()
     optimizer.zero_grad()
-    follower.start()
+    follower.start(on_reduction=note)
     model(**inputs).loss.backward()
     follower.stop()
     found = {owner for _, _, owner in follower.ranges}

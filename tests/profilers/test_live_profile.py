@@ -60,8 +60,8 @@ def test_phases_follow_one_another(micro_steps: int) -> None:
     model = _model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     changes: list[str] = []
-    watcher = StepWatcher(model, optimizer, on_phase=lambda _, phase: changes.append(phase))
-    with watcher.watching():
+    watcher = StepWatcher(model, optimizer)
+    with watcher.watching(lambda _, phase: changes.append(phase)):
         _train(model, optimizer, steps=2, micro_steps=micro_steps)
     assert changes == [*["forward", "backward", "clip"] * micro_steps, "step", "zero"] * 2
     assert watcher.num_steps == 2
@@ -71,8 +71,8 @@ def test_reentrant_checkpointing_stays_in_backward() -> None:
     model = _model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     changes: list[str] = []
-    watcher = StepWatcher(model, optimizer, on_phase=lambda _, phase: changes.append(phase))
-    with watcher.watching():
+    watcher = StepWatcher(model, optimizer)
+    with watcher.watching(lambda _, phase: changes.append(phase)):
         inputs = torch.ones(2, 6, requires_grad=True)
         torch.utils.checkpoint.checkpoint(model, inputs, use_reentrant=True).sum().backward()
     assert changes == ["forward", "backward", "clip"]
