@@ -13,6 +13,7 @@ from optplan.planner.errors import ConfigError, shorten
 from optplan.planner.measured.expectation import expect
 from optplan.planner.measured.measurement import Measurement
 from optplan.planner.measured.record_files import load_record
+from optplan.planner.records import EstimateReport
 from optplan.planner.timeline import Phase
 from optplan.planner.version import VERSION
 
@@ -111,13 +112,18 @@ def validate_records(paths: Iterable[str | Path]) -> ValidationReport:
     )
 
 
-def judge(record: Measurement, *, name: str) -> Judgement:
+def judge(record: Measurement, *, name: str, report: EstimateReport | None = None) -> Judgement:
     """One measurement beside today's estimate.
+
+    Args:
+        record: The measurement.
+        name: What the judgement calls it.
+        report: The estimate, where the caller has it.
 
     Raises:
         ConfigError: The step cannot be estimated.
     """
-    row = expect(record).estimates[0]
+    row = (report or expect(record)).estimates[0]
     config, time = record.config, record.time
     stopped = record.out_of_memory is not None
     phases: dict[Phase, float] = {}

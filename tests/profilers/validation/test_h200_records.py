@@ -1,0 +1,124 @@
+"""Today's rules against every step that `optplan validate` measured on H200s and that is committed.
+
+`tests/records/profile_bounds.toml` says how far they may be off.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from functools import cache
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+
+from optplan.planner.measured.expectation import expect
+from optplan.planner.measured.measurement import Measurement
+from optplan.planner.measured.record_files import load_record
+from optplan.planner.measured.validation import Judgement, judge
+from optplan.planner.records import EstimateReport
+
+RECORDS = Path(__file__).parents[2] / "records"
+BOUNDS: dict[str, Any] = tomllib.loads((RECORDS / "profile_bounds.toml").read_text(encoding="utf-8"))
+FOLDERS = [name for name in BOUNDS if (RECORDS / name).is_dir()]
+NAMES = [
+    f"{folder}/{path.name.removesuffix('.json.gz')}"
+    for folder in FOLDERS
+    for path in sorted((RECORDS / folder).iterdir())
+]
+GPU = "NVIDIA H200"
+
+
+@cache
+def measured(name: str) -> Measurement:
+    record = load_record(RECORDS / f"{name}.json.gz")
+    assert isinstance(record, Measurement)
+    return record
+
+
+@cache
+def estimated(name: str) -> EstimateReport:
+    return expect(measured(name))
+
+
+@cache
+def judged(name: str) -> Judgement:
+    return judge(measured(name), name=name, report=estimated(name))
+
+
+def sizes(row: Judgement) -> dict[str, float]:
+    """How far each kind of figure is off, regardless of the sign; of the phases the worst."""
+    found = {"peak": row.peak_error, "reserved": row.reserved_error, "device": row.device_error}
+    found["phase"] = max(map(abs, row.phase_errors.values()), default=None)
+    return {kind: abs(error) for kind, error in found.items() if error is not None}
+
+
+def bounds(name: str) -> dict[str, float]:
+    """What one record may be off."""
+    folder, _, record = name.partition("/")
+    apart = [row for row in BOUNDS[folder].get("apart", []) if row["record"] == record]
+    return {kind: apart[0].get(kind, bound) if apart else bound for kind, bound in BOUNDS[folder]["worst"].items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_step_was_as_it_is_estimated(name: str) -> None:
+    record, (row,) = measured(name), estimated(name).estimates
+    assert row.state_tensors == record.state_tensors
+    assert (row.bytes.parameters, row.bytes.optimizer_state) == (record.bytes.parameters, record.bytes.optimizer_state)
+    assert row.bytes == record.bytes or record.config.gpus > 1  # of several, when gradients are whole is a question
+    if record.out_of_memory is not None:
+        assert row.fits is False
+        return
+    off, allowed = sizes(judged(name)), bounds(name)
+    assert off.keys() == allowed.keys()
+    assert {kind: size for kind, size in off.items() if size > allowed[kind]} == {}
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_most_steps_are_nearer_than_each_must_be(folder: str) -> None:
+    rows = [sizes(judged(name)) for name in NAMES if name.startswith(f"{folder}/")]
+    medians = {kind: median(row[kind] for row in rows if kind in row) for kind in BOUNDS[folder]["median"]}
+    assert {kind: size for kind, size in medians.items() if size > BOUNDS[folder]["median"][kind]} == {}
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_no_record_is_missing(folder: str) -> None:
+    names = {name.partition("/")[2] for name in NAMES if name.startswith(f"{folder}/")}
+    assert len(names) >= BOUNDS[folder]["least_records"]
+    assert {row["record"] for row in BOUNDS[folder].get("apart", [])} <= names
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_record_says_where_it_was_made(name: str) -> None:
+    place = measured(name).environment
+    assert (place.gpu, place.world_size) == (GPU, measured(name).config.gpus)
+    assert all([place.driver, place.torch, place.triton, place.transformers, place.commit, place.date, place.command])
+
+
+def test_the_records_of_one_gpu_span_what_was_promised() -> None:
+    records = [measured(name) for name in NAMES if name.startswith("h200_profiles/")]
+    kinds = {(record.optimizer, record.implementation) for record in records}
+    assert kinds >= {
+        ("adamw", "optplan"), ("adam-mini", "optplan"), ("adapprox", "optplan"), ("micro-adam", "optplan"),
+        ("adamw", "fused"), ("adamw", "foreach"), ("sgd", "fused"), ("adafactor", "torch"), ("adam-mini", "official"),
+        ("adamw-8bit", "bitsandbytes"),
+    }  # fmt: skip
+    sizes_of_models = sorted({record.model.num_parameters for record in records})
+    assert len(sizes_of_models) >= 7
+    assert sizes_of_models[0] < 125e6 and sizes_of_models[-1] > 8e9
+    assert {record.config.precision for record in records} == {"bf16", "amp", "fp32"}
+    assert {record.config.checkpointing for record in records} == {"none", "full"}
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_llama_2_7b_is_trained_whole_with_micro_adam_in_less_than_40_gb(checkpointing: str) -> None:
+    """The first page of the paper (arXiv 2405.15593) promises it of one card of 40 GB."""
+    name = f"h200_profiles/llama-2-7b_micro-adam_batch_size=1_seq_len=2048_checkpointing={checkpointing}"
+    record = measured(name)
+    assert (record.model.num_parameters, record.config.precision) == (6_738_415_616, "bf16")
+    assert (record.options["window"], record.options["density"]) == (10, 0.01)
+    assert record.device_basis == "process"
+    assert record.device_bytes is not None and record.device_bytes < 40 * 10**9
+    (row,) = estimated(name).estimates
+    assert row.device_bytes is not None and row.device_bytes < 40 * 10**9
