@@ -9,7 +9,7 @@ import torch
 from optplan.planner.units import MIB
 
 _SIZES = tuple(size * MIB for size in (1024, 512, 256))
-"""Bytes that may be copied, the most first. A copy of fewer would lie in the caches of the largest GPUs in good part."""
+"""Bytes that may be copied, the most first. Of fewer, a good part would stay in the caches of the largest GPUs."""
 _SHARE = 8
 """A copy takes no more than one part in so many of the memory that is free, read or written."""
 _NUM_COPIES = 12
