@@ -63,7 +63,8 @@ class StepClock:
     def step_seconds(self, steps: range) -> list[float]:
         """Time from the first forward of each of these steps to the end of its optimizer's step."""
         self._wait()
-        begins, ends = {}, {}
+        begins: dict[int, Any] = {}
+        ends: dict[int, Any] = {}
         for step, phase, when in self._moments:
             if phase == "forward":
                 begins.setdefault(step, when)

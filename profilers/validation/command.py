@@ -12,6 +12,7 @@ import msgspec
 from optplan.planner.catalog import load_model
 from optplan.planner.errors import ConfigError, OptplanError, shorten
 from optplan.planner.gpus import find_gpu
+from optplan.planner.optimizers.registry import OPTIMIZERS
 from optplan.profilers.live.command import CPU_GPU, check_device
 from optplan.profilers.live.environment import NOTE_VARIABLE
 from optplan.profilers.live.measure import MIN_STEPS
@@ -22,7 +23,11 @@ from optplan.profilers.validation.runner import Limits, Progress, run_cases
 
 PRELOADED = (
     "torch",
+    "torch._dynamo",
+    "torch.profiler._cupti_monitor",
+    "optplan.boundary",
     "optplan.app",
+    "typer._adapters",
     "optplan.commands.profile",
     "optplan.reports.terminal.measurement",
     "optplan.planner.measured.expectation",
@@ -34,6 +39,10 @@ PRELOADED = (
     "optplan.optim_impls:AdamMini",
     "optplan.optim_impls:MicroAdam",
     "optplan.optim_impls:Adapprox",
+    "optplan.optim_impls.adamw.launcher",
+    "optplan.optim_impls.adam_mini.launcher",
+    "optplan.optim_impls.micro_adam.launcher",
+    "optplan.optim_impls.adapprox.launcher",
     "pynvml",
 )
 """What a measurement imports, but for the model's own code."""
@@ -96,9 +105,13 @@ def _check(budget_seconds: float, steps: int, gpus_in_parallel: int, device: str
 
 
 def _preloaded(cases: Iterable[ValidationCase]) -> list[Sequence[str]]:
-    """What a server imports: the models' code too, or all but transformers where that asks for a GPU."""
-    names = dict.fromkeys(load_model(case.model).architecture for case in cases)
-    return [(*PRELOADED, *(f"transformers:{name}" for name in names)), PRELOADED]
+    """What a server imports: the models' code too, or all but transformers where that touches a GPU."""
+    listed = list(cases)
+    models = dict.fromkeys(load_model(case.model).architecture for case in listed)
+    optimizers = {case.optimizer: OPTIMIZERS.get(case.optimizer) for case in listed}
+    described = [place for entry in optimizers.values() if entry for place in entry.implementations.values()]
+    modules = dict.fromkeys(f"optplan.planner.optimizers.{place.partition(':')[0]}" for place in described)
+    return [(*PRELOADED, *modules, *(f"transformers:{name}" for name in models)), PRELOADED]
 
 
 def _visible_gpus(launcher: Launcher) -> list[VisibleGpu]:

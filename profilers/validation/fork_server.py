@@ -24,6 +24,8 @@ from importlib import import_module
 
 import msgspec
 
+from optplan.profilers.validation.told_gpus import told_gpus
+
 INTERRUPTED = 130
 _BROKEN = 70
 
@@ -214,7 +216,8 @@ def main(names: Sequence[str]) -> None:
     if torch is not None:
         num_threads = torch.get_num_threads()
         torch.set_num_threads(1)  # threads do not live on in a child
-    preload(names[1:])
+    with told_gpus(torch) if torch is not None else contextlib.nullcontext():
+        preload(names[1:])
     gc.collect()
     gc.freeze()  # children look for garbage among their own objects alone
     server = _Server(answers, num_threads)

@@ -61,7 +61,7 @@ def _apply_liger(model: Any) -> None:
 def _chunk_loss(model: Any) -> None:
     _check_chunkable(model)
     # In a class of its own: a method bound to the model and kept in it would keep it alive.
-    model.__class__ = _chunked_class(type(model))
+    model.__class__ = _chunked_class(type(model))  # type: ignore[arg-type]  # a class is hashable
 
 
 @cache

@@ -33,7 +33,7 @@ elif what == "die":
 """
 TORCH = """
 class cuda:
-    is_initialized = staticmethod(lambda: False)
+    is_available = is_initialized = staticmethod(lambda: False)
     _is_in_bad_fork = staticmethod(lambda: "poisoned" in __import__("sys").modules)
 get_num_threads = lambda: 2
 set_num_threads = lambda number: print(f"threads {number}")
