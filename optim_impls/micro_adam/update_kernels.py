@@ -15,6 +15,7 @@ import triton.language as tl
 from optplan.optim_impls.micro_adam.dense_kernels import tl_densify, tl_shrink
 from optplan.optim_impls.micro_adam.error_kernels import tl_reload_error
 from optplan.optim_impls.micro_adam.pair_kernels import tl_lower, tl_popcount
+from optplan.optim_impls.micro_adam.prefetch_kernels import tl_prefetch
 from optplan.optim_impls.micro_adam.scratchpad_kernels import (
     tl_get,
     tl_get_two,
@@ -139,6 +140,7 @@ def update_kernel(
     SELECTED: tl.constexpr, KP: tl.constexpr, CAPACITY: tl.constexpr, NUMERATOR: tl.constexpr,
     DENOMINATOR: tl.constexpr, P_DTYPE: tl.constexpr, DECAY: tl.constexpr, DENSE: tl.constexpr, ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr, PAD: tl.constexpr, CAPTURABLE: tl.constexpr, LR_ON_DEVICE: tl.constexpr, FULL: tl.constexpr,
+    BULK: tl.constexpr,
 ):  # fmt: skip
     """Update every block of a batch.
 
@@ -165,6 +167,7 @@ def update_kernel(
             table; the corrections are then their numerators.
         LR_ON_DEVICE: Whether `lr` is a pointer.
         FULL: Whether the correction counts all steps, not only those in the window.
+        BULK: As in `tl_prefetch`.
     """
     SIZE: tl.constexpr = RUNS * LANES * 8
     COLUMNS: tl.constexpr = NUM_LISTS + CAPTURABLE + 2
@@ -183,6 +186,9 @@ def update_kernel(
             decay = 1.0 - rate * weight_decay
         block = first // SIZE
         parameter = tl_pointer(rows, row, 0, COLUMNS, P_DTYPE, ALIGNED) + tl.multiple_of(first, 16)
+        # Four of five sectors are read in the end, but not before the window is; all are asked for meanwhile.
+        if ALIGNED and first + SIZE <= numel:
+            tl_prefetch(parameter, SIZE * P_DTYPE.primitive_bitwidth // 8, BULK)
         indices = tl_pointer(rows, row, 5, COLUMNS, tl.int16, ALIGNED) + block * (WINDOW * SELECTED)
         values = tl_pointer(rows, row, 6, COLUMNS, tl.bfloat16, ALIGNED) + block * (WINDOW * SELECTED)
         error = (parameter, parameter, parameter)
