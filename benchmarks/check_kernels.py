@@ -1,6 +1,6 @@
 """Run the optimizers' kernels under NVIDIA's compute-sanitizer and Nsight Compute, and save what they found.
 
-    python benchmarks/check_kernels.py sanitize --out FILE [--optimizers ID ...]
+    python benchmarks/check_kernels.py sanitize --out FILE [--optimizers ID ...] [--tools NAME ...]
     python benchmarks/check_kernels.py profile --out FILE [--optimizers ID ...]
 
 `sanitize` takes two steps of each optimizer over small tensors of odd shapes in each dtype under memcheck and under
@@ -54,7 +54,7 @@ def main() -> int:
     if options.command == "profile":
         rows = profile(options.optimizers)
     else:
-        rows = [sanitize(options.optimizers, tool) for tool in CHECKS]
+        rows = [sanitize(options.optimizers, tool) for tool in options.tools]
     where = environment(options.commit)
     with options.out.open("a", encoding="utf-8") as file:
         for row in rows:
@@ -69,6 +69,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("command", choices=["sanitize", "profile", "step"])
     parser.add_argument("--out", type=Path, help="JSON lines are appended to this file")
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=OPTIMIZERS)
+    parser.add_argument("--tools", nargs="+", default=list(CHECKS), choices=CHECKS, help="of `sanitize`")
     parser.add_argument("--large", action="store_true", help="of `step`: the tensors that are profiled")
     parser.add_argument("--commit", default="", help="commit to record; by default that of the tree")
     return parser.parse_args()
