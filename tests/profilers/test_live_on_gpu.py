@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # torch's first optimizer imports it, and that import itself leaves cycles
 from torch import nn
 
 from optplan.planner.measured.measurement import Measurement
@@ -21,6 +24,16 @@ pytestmark = [
 ]
 
 STEP: dict[str, Any] = {"batch_size": 2, "seq_len": 512}
+
+
+@pytest.fixture(autouse=True)
+def clean_gpu() -> Iterator[None]:
+    """Nothing of earlier tests on the GPU; in the test itself nothing waits for the garbage collector."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 def _mlp() -> nn.Module:
@@ -44,7 +57,8 @@ def _train(model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int) ->
 
 def test_losses_and_peak_are_those_of_a_loop_nobody_watches() -> None:
     found = []
-    for watched in (False, True):
+    # The first loop of all makes the workspaces that stay; what it finds is not compared.
+    for watched in (False, False, True):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -58,7 +72,9 @@ def test_losses_and_peak_are_those_of_a_loop_nobody_watches() -> None:
             losses = _train(model, optimizer, steps=6)
         found.append((losses, torch.cuda.max_memory_allocated() - before))
         del model, optimizer, profile_
-    assert found[0] == found[1]
+        assert torch.cuda.memory_allocated() == before or len(found) == 1
+    assert found[1] == found[2]
+    assert found[0][0] == found[1][0]
 
 
 def test_the_recorded_step_adds_up_to_torch_s_own_counters() -> None:
@@ -194,16 +210,21 @@ def test_an_interrupt_in_mid_step_ends_the_recording() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
+_WORKSPACE_BYTES = 2**28
+"""More than cuBLAS keeps, and less than gpt2's parameters with their gradients."""
+
 HOG = "import torch, sys; x = torch.empty(2**30, dtype=torch.uint8, device='cuda'); print('there', flush=True); input()"
 
 
 def test_memory_of_another_process_is_told_and_not_counted() -> None:
     alone = profile("gpt2", optimizer="sgd", num_steps=3, **STEP)
+    assert torch.cuda.memory_allocated() < _WORKSPACE_BYTES
     torch.cuda.empty_cache()
     with subprocess.Popen([sys.executable, "-c", HOG], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and other.stdin is not None
         other.stdout.readline()
         beside = profile("gpt2", optimizer="sgd", num_steps=3, **STEP)
+        other.stdin.write(b"\n")
         other.stdin.close()
     assert alone.environment.other_processes_bytes is not None and beside.environment.other_processes_bytes is not None
     assert beside.environment.other_processes_bytes - alone.environment.other_processes_bytes >= 2**30

@@ -1,12 +1,17 @@
 """A training loop under observation: what is seen, and that nothing of it changes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from optplan.planner.records import ResidentBytes
+from optplan.profilers.live import profile as profiles
+from optplan.profilers.live import step_clock
 from optplan.profilers.live.phases import ModuleFollower, StepWatcher
 from optplan.profilers.live.profile import LiveProfile
+from optplan.profilers.live.step_clock import StepClock
 
 
 def _model() -> nn.Module:
@@ -117,3 +122,70 @@ def test_times_are_of_the_steps_after_the_recorded_one() -> None:
     phases = profile.phase_seconds()
     assert set(phases) == {"forward", "backward", "clip", "step", "zero"}
     assert min(phases.values()) >= 0
+
+
+def test_a_timed_step_has_the_clock_s_note_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, noted = _model(), list[tuple[str, int]]()
+    profile = LiveProfile(model, torch.optim.AdamW(model.parameters()))
+    for name in ("_note_call", "_note_owners", "_note_residents", "_begin_record", "_end_record"):
+        original = getattr(profile, name)
+
+        def note(*args, name=name, original=original):
+            noted.append((name, profile.num_steps - (profile.watcher.phase == "zero")))
+            original(*args)
+
+        monkeypatch.setattr(profile, name, note)
+    with profile.observing():
+        _train(model, profile.watcher._optimizer, steps=6, micro_steps=2)
+    assert [step for name, step in noted if name == "_note_residents"] == [0, 1, 2]
+    # The record ends as the step after it begins, before that step is timed.
+    assert [step for name, step in noted if name == "_end_record"] == [1, 2, 3]
+    assert max(step for name, step in noted if name != "_end_record") == 2
+    assert profile.call is not None and profile.call.num_forwards == 2
+    assert len(profile.step_seconds()) == 3
+    assert 0 < profile.hook_seconds < sum(profile.step_seconds())
+
+
+def test_a_long_loop_is_timed_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiles, "MAX_TIMED_STEPS", 2)
+    model = _model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    profile = LiveProfile(model, optimizer)
+    with profile.observing():
+        _train(model, optimizer, steps=9)
+    assert (profile.num_steps, len(profile.step_seconds())) == (9, 2)
+    assert len(profile._clock._moments) == 2 * 5
+
+
+class _Event:
+    """Stands for a CUDA event: the time when it was recorded last."""
+
+    made = 0
+    now = 0.0
+
+    def __init__(self) -> None:
+        _Event.made += 1
+
+    def record(self, stream: object = None) -> None:
+        _Event.now += 1000.0
+        self.when = _Event.now
+
+    def elapsed_time(self, end: "_Event") -> float:
+        return end.when - self.when
+
+
+def test_cuda_events_are_made_before_the_steps_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_clock, "_new_event", _Event)
+    monkeypatch.setattr(step_clock, "_NUM_PREPARED", 8)
+    monkeypatch.setattr(torch, "cuda", SimpleNamespace(current_stream=lambda _: None, synchronize=lambda _: None))
+    clock = StepClock(torch.device("cuda", 0))
+    clock.prepare()
+    clock.prepare()
+    assert _Event.made == 8
+    for step in range(3):
+        for phase in ("forward", "backward", "step", "zero"):
+            clock.note(step, phase)  # type: ignore[arg-type]
+        assert _Event.made == (8, 8, 12)[step]
+    # An event a second, the fourth of a step ends it.
+    assert clock.step_seconds(range(1, 9)) == [3.0, 3.0]
+    assert clock.seconds(range(2)) == {"forward": 1.0, "backward": 1.0, "step": 1.0, "zero": 1.0}

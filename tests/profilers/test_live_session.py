@@ -46,11 +46,12 @@ def test_a_plain_loop(tmp_path: Path) -> None:
     assert isinstance(saved, Measurement) and saved.state_tensors == record.state_tensors
 
 
-def test_accumulation_and_autocast_are_seen() -> None:
+@pytest.mark.parametrize("steps", [3, 5])
+def test_accumulation_and_autocast_are_seen(steps: int) -> None:
     model = nn.Linear(6, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     with optplan.profile_step(model, optimizer) as prof:
-        for _ in range(3):
+        for _ in range(steps):
             for _ in range(4):
                 with torch.autocast("cpu", torch.bfloat16):
                     model(torch.ones(2, 6)).sum().backward()
