@@ -75,6 +75,17 @@ def test_the_step_was_as_it_is_estimated(name: str) -> None:
     assert {kind: size for kind, size in off.items() if size > allowed[kind]} == {}
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("h200x2_profiles/")])
+def test_every_rank_is_near_the_estimate(name: str) -> None:
+    record, (row,) = measured(name), estimated(name).estimates
+    assert [rank.rank for rank in record.ranks] == list(range(record.config.gpus))
+    assert row.peak_allocated_bytes is not None
+    for rank in record.ranks:
+        assert rank.peak_allocated_bytes == pytest.approx(row.peak_allocated_bytes, rel=bounds(name)["peak"])
+        assert rank.bytes.parameters == row.bytes.parameters
+        assert rank.bytes.gradients == row.bytes.gradients
+
+
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_most_steps_are_nearer_than_each_must_be(folder: str) -> None:
     rows = [sizes(judged(name)) for name in NAMES if name.startswith(f"{folder}/")]

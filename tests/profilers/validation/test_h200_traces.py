@@ -1,4 +1,4 @@
-"""The trace engine against every step that `optplan validate` measured on one H200 and that is committed."""
+"""The trace engine against every step that `optplan validate` measured on H200s and that is committed."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_traced_step_is_the_measured_one(name: str, tracer: Any) -> None:
     assert off["phase"] <= allowed["phase"]
 
 
-@pytest.mark.parametrize("name", [name for name in SINGLE if name in ROWS])
+@pytest.mark.parametrize("name", [name for name in PROFILES if name in ROWS])
 def test_a_step_traced_with_the_measured_version_is_the_measured_one(name: str) -> None:
     off, allowed = sizes(ROWS[name]["trace"], PROFILES[name]), bounds(name)
     assert {kind: size for kind, size in off.items() if size > allowed[kind]} == {}
@@ -69,6 +69,11 @@ def test_most_traced_steps_are_nearer_than_each_must_be() -> None:
     assert len(rows) >= BOUNDS["h200_profiles"]["least_records"]
     for kind in ("peak", "phase", "reserved"):
         assert median(row[kind] for row in rows) <= BOUNDS["h200_profiles"]["median"][kind], kind
+
+
+def test_on_two_gpus_each_way_of_sharing_has_a_traced_step() -> None:
+    ways = {PROFILES[name].config.sharding for name in ROWS if name.startswith("h200x2_profiles/")}
+    assert ways == {"ddp", "zero1", "fsdp2"}
 
 
 def test_the_figures_are_of_records_that_are_there() -> None:
