@@ -1,13 +1,14 @@
 """The largest micro-batch of Llama-2-7B on two cards of 80 GB by optimizer, and its tokens a second, as JSON lines.
 
     python benchmarks/record_largest_batch.py --predict
-    python benchmarks/record_largest_batch.py --out FILE [--optimizers ID ...]
+    python benchmarks/record_largest_batch.py --out FILE [--optimizers ID ...] [--known FILE]
 
 Adam-mini's authors report 3725.59 tokens/s with AdamW at a micro-batch of 1 and 5572.19 with Adam-mini at 4 on two
 A800 of 80 GB (arXiv 2406.16793, figure 1), an effect of the batch that the smaller state makes room for. Here torch's
 allocator is given what such a card has left beside the context and the communication library. The planner says the
 largest micro-batch that fits; that one and the next are tried, further ones until one runs and the next does not. Two
-steps of warm-up, the recorded one and three timed ones are taken of each. A row is one optimizer.
+steps of warm-up, the recorded one and three timed ones are taken of each. A row is one optimizer. With `--known`, what
+that file's rows have found of the same steps under the same cap is taken from there, and only what is missing is tried.
 
 Model states are sharded by FSDP2, in fp32 with bf16 computation, without activation checkpointing; sequences have 4096
 tokens, Llama-2's own length, where AdamW fits with a micro-batch of 1 as reported. `--seq-len` and `--checkpointing`
@@ -66,13 +67,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="JSON lines file to append to")
     parser.add_argument("--predict", action="store_true", help="print what the planner says and measure nothing")
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS), help="these alone")
+    parser.add_argument("--known", type=Path, help="rows of an earlier search, which is gone on with")
     parser.add_argument("--model", default="llama-2-7b", help="as `optplan estimate` takes it")
     parser.add_argument("--seq-len", type=int, default=4096, help="tokens of a sequence")
     parser.add_argument("--sharding", default="fsdp2", help="how the two divide the model")
     parser.add_argument("--checkpointing", default="none", help="none, full or selective")
     parser.add_argument("--seconds", type=float, default=300.0, help="after which what runs is ended")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where to train")
-    parser.add_argument("--pretend-largest", type=int, help="on the CPU: rank 1 runs out of memory above this")
+    parser.add_argument("--pretend-largest", type=int, help="on the CPU: ranks run out of memory above this")
     parser.add_argument("--commit", default="", help="commit to record where the tree is no repository")
     parser.add_argument("--role", choices=("rank",), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -122,6 +124,8 @@ def prediction(options: argparse.Namespace, name: str) -> dict[str, Any]:
 def measure_all(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of all optimizers: what is predicted, and every trial."""
     rows = [prediction(options, name) | {"trials": {}} for name in options.optimizers]
+    for row in rows:
+        row["trials"] = known_trials(row, options.known)
     end = time.monotonic() + options.seconds
     # Interrupted, what there is is saved.
     with tempfile.TemporaryDirectory() as name, contextlib.suppress(KeyboardInterrupt):
@@ -135,6 +139,25 @@ def measure_all(options: argparse.Namespace) -> list[dict[str, Any]]:
     for row in rows:
         row["measured_largest"] = measured_largest(row)
     return rows
+
+
+SAME = ("schema", "optimizer", "options", "model", "seq_len", "sharding", "precision", "checkpointing", "cap_bytes")
+"""What two rows of one search have in common."""
+
+
+def known_trials(row: dict[str, Any], file: Path | None) -> dict[str, Any]:
+    """The trials with a result in an earlier row of the same search, each with the commit that it was made at."""
+    trials: dict[str, Any] = {}
+    for line in file.read_text(encoding="utf-8").splitlines() if file else []:
+        earlier = json.loads(line)
+        if all(earlier[key] == row[key] for key in SAME):
+            commit = earlier["environment"].get("commit")
+            trials |= {
+                size: {"commit": commit, **trial}
+                for size, trial in earlier["trials"].items()
+                if trial["fits"] is not None
+            }
+    return trials
 
 
 def next_cases(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -203,7 +226,7 @@ def run_rank_of(options: argparse.Namespace) -> int:
     from optplan.planner.candidates import choose_optimizers
 
     def run(case: dict[str, Any]) -> dict[str, Any]:
-        if options.pretend_largest is not None and case["batch_size"] > options.pretend_largest and rank.index == 1:
+        if options.pretend_largest is not None and case["batch_size"] > options.pretend_largest:
             return {"out_of_memory": "pretended"}
         request = capped_request(options, batch_size=case["batch_size"])
         (choice,) = choose_optimizers(case["optimizer"], OPTIMIZERS[case["optimizer"]])

@@ -14,6 +14,7 @@ Needs torch, triton and optplan; where optplan is not installed, `python .ci/lin
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -28,7 +29,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast, which containers often forbid
 
 import torch
-import torch.distributed as dist
+from rank_cases import Launch, joined, run_cases, run_rank
 from sharded_run import BATCH, BUILDERS, SEED, SIZES, Plan, set_deterministic, train_alone, train_sharded
 from torch.distributed.device_mesh import init_device_mesh
 from train_study_record import environment
@@ -37,31 +38,31 @@ SCHEMA = "optplan.sharded-training/1"
 
 
 def main() -> int:
-    """Start the ranks, then the process that goes on alone, and save what they found."""
+    """Start the ranks, then the process that goes on alone, and save what they found; 1 if an optimizer failed."""
     options = parse_arguments()
     if options.role == "rank":
-        return run_rank(options)
+        return run_rank_of(options)
     if options.role == "alone":
         return run_alone(options)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.ranks)]
-        start(torchrun, "rank", folder)
-        start([], "alone", folder)
-        failed = [save_or_tell(options, plan_of(options, optimizer), folder) for optimizer in options.optimizers]
+        folder, cases = Path(name), [{"name": optimizer} for optimizer in options.optimizers]
+        launch = Launch(Path(__file__), sys.argv[1:], options.ranks, options.seconds)
+        ranks = {case["name"]: found for case, found in run_cases(cases, launch, folder)}
+        start_alone(folder, options.seconds)
+        failed = [not save_or_tell(options, plan_of(options, name), ranks[name], folder) for name in ranks]
     return int(any(failed))
 
 
-def save_or_tell(options: argparse.Namespace, plan: Plan, folder: Path) -> bool:
-    """Save the row of an optimizer; whether there is none, because a process of its failed."""
-    errors = [*folder.glob(f"{plan.optimizer}-*.error")]
-    names = [*map(str, range(options.ranks)), "alone"]
-    missing = [name for name in names if not (folder / f"{plan.optimizer}-{name}.json").exists()]
-    if not missing:
-        save(options, row_of(options, plan, folder))
-        return False
-    print(plan.optimizer, *(file.read_text() for file in errors), "nothing from", *missing, flush=True)
-    return True
+def save_or_tell(options: argparse.Namespace, plan: Plan, ranks: list[dict[str, Any]], folder: Path) -> bool:
+    """Save the row of an optimizer; whether there is one, all its processes having come through."""
+    alone = folder / f"{plan.optimizer}-alone.json"
+    if alone.exists() and sum("losses" in rank for rank in ranks) == options.ranks:
+        save(options, row_of(options, plan, ranks, json.loads(alone.read_text())))
+        return True
+    errors = [f"rank {rank['rank']}: {rank.get('error') or rank.get('out_of_memory') or 'through'}" for rank in ranks]
+    errors += [f"alone: {file.read_text()}" for file in folder.glob(f"{plan.optimizer}-alone.error")]
+    print(plan.optimizer, "has no row;", "; ".join(errors) or "no rank told anything", flush=True)
+    return False
 
 
 def told(found: Callable[[], dict[str, Any]], place: Path) -> None:
@@ -83,6 +84,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--saved-after", type=int, default=4, help="steps before the checkpoint")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where to train")
     parser.add_argument("--backend", choices=("nccl", "gloo"), default="nccl", help="how ranks talk")
+    parser.add_argument(
+        "--seconds", type=float, default=240.0, help="after which the ranks are ended, or the one alone"
+    )
     parser.add_argument("--commit", default="", help="commit to record where the tree is no repository")
     parser.add_argument("--role", choices=("rank", "alone"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -94,25 +98,25 @@ def plan_of(options: argparse.Namespace, optimizer: str) -> Plan:
     return Plan(optimizer, options.size, options.steps, options.saved_after)
 
 
-def start(launcher: list[str], role: str, folder: Path) -> None:
-    """Run this command again in a role, and wait for it; what it has found is in the folder, however it ends."""
-    words = [*launcher, __file__, *sys.argv[1:], "--role", role, "--folder", str(folder)]
-    subprocess.run([sys.executable, *words], check=False)
+def start_alone(folder: Path, seconds: float) -> None:
+    """Run this command again in one process, and wait for it; what it has found is in the folder, however it ends."""
+    words = [__file__, *sys.argv[1:], "--role", "alone", "--folder", str(folder)]
+    # As many threads as a rank has, or a CPU would add up in another order.
+    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        subprocess.run([sys.executable, *words], env=environment, check=False, timeout=seconds)
 
 
-def run_rank(options: argparse.Namespace) -> int:
-    """All optimizers on one rank."""
-    rank, on_gpu = int(os.environ["LOCAL_RANK"]), options.device == "cuda"
-    device = torch.device("cuda", rank % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
+def run_rank_of(options: argparse.Namespace) -> int:
+    """All optimizers on one rank; one that fails does not keep the others from running."""
     set_deterministic()
-    dist.init_process_group(options.backend)
-    mesh = init_device_mesh(options.device, (options.ranks,))
-    for optimizer in options.optimizers:
-        train = partial(train_sharded, plan_of(options, optimizer), device, mesh, options.folder)
-        told(train, options.folder / f"{optimizer}-{rank}")
-    dist.destroy_process_group()
+
+    def run(case: dict[str, Any]) -> dict[str, Any]:
+        mesh = init_device_mesh(options.device, (options.ranks,))
+        return train_sharded(plan_of(options, case["name"]), rank.device, mesh, options.folder)
+
+    with joined(options.device, backend=options.backend if options.device == "cuda" else None) as rank:
+        run_rank(rank, options.folder, run)
     return 0
 
 
@@ -125,10 +129,10 @@ def run_alone(options: argparse.Namespace) -> int:
     return 0
 
 
-def row_of(options: argparse.Namespace, plan: Plan, folder: Path) -> dict[str, Any]:
-    """The row of one optimizer, from what the processes left."""
-    ranks = [json.loads((folder / f"{plan.optimizer}-{rank}.json").read_text()) for rank in range(options.ranks)]
-    alone = json.loads((folder / f"{plan.optimizer}-alone.json").read_text())
+def row_of(
+    options: argparse.Namespace, plan: Plan, ranks: list[dict[str, Any]], alone: dict[str, Any]
+) -> dict[str, Any]:
+    """The row of one optimizer, from what the processes found."""
     return {
         "schema": SCHEMA, "optimizer": plan.optimizer, "sharding": "fsdp2", "ranks": options.ranks,
         "device": options.device, "num_gpus": torch.cuda.device_count(), "backend": options.backend,

@@ -86,12 +86,20 @@ def asked(case: dict[str, Any], options: argparse.Namespace, *, engine: str = "r
 def row_of(case: dict[str, Any], ranks: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
     """A case with what every rank found and what is predicted."""
     row: dict[str, Any] = {"schema": SCHEMA, "case": case, "ranks": ranks}
-    failed = [f"rank {rank['rank']}: {rank['error']}" for rank in ranks if "error" in rank]
+    failed = [f"rank {rank['rank']}: {text}" for rank in ranks if (text := why_failed(rank))]
     if failed or len(ranks) < options.ranks:
         row["error"] = failed[0] if failed else f"{len(ranks)} of {options.ranks} ranks told anything"
     elif options.predict:
         row["predicted"] = {engine: predicted(case, options, engine=engine) for engine in ("rules", "trace")}
     return row
+
+
+def why_failed(rank: dict[str, Any]) -> str:
+    """What kept a rank from a whole step, nothing if it took one."""
+    if "figures" not in rank:
+        return str(rank.get("error") or rank.get("out_of_memory"))
+    failure = rank["figures"]["out_of_memory"]
+    return f"out of memory in {failure['phase']}: {failure['message']}" if failure else ""
 
 
 def predicted(case: dict[str, Any], options: argparse.Namespace, *, engine: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -44,12 +45,68 @@ def _launches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     command = [sys.executable, str(script), str(tmp_path)]
     monkeypatch.setattr(rank_cases, "_start", lambda *_: subprocess.Popen(command))
     launch = rank_cases.Launch(script, (), 2, 30.0)
-    return lambda names: list(rank_cases.run_cases([{"name": name} for name in names], launch, tmp_path))
+    return lambda names, **given: list(
+        rank_cases.run_cases([{"name": name} for name in names], launch._replace(**given), tmp_path)
+    )
 
 
 def test_a_case_that_ends_its_launch_keeps_no_other_from_running(launches: Any) -> None:
     found = {case["name"]: [rank["rank"] for rank in ranks] for case, ranks in launches("abcd")}
     assert found == {"a": [0, 1], "b": [0], "c": [0, 1], "d": [0, 1]}
+
+
+RANKS = """
+import argparse
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rank_cases import joined, run_rank
+
+def run(case):
+    if case["name"] == "fails-on-1" and rank.index == 1:
+        raise ValueError("it would not")
+    if case["name"] == "runs-out":
+        raise torch.OutOfMemoryError("tried to allocate")
+    given = torch.ones(1)
+    if case["name"] == "is-well":
+        dist.all_reduce(given)
+    return {"found": given.item(), "renewed": rank.facts.get("groups_renewed", 0)}
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--role")
+parser.add_argument("--folder", type=Path)
+with joined("cpu") as rank:
+    run_rank(rank, parser.parse_args().folder, run)
+"""
+"""A benchmark of two ranks over gloo, its cases named by what happens in them."""
+
+
+def test_ranks_go_on_in_the_same_launch_after_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sys.path.insert(0, str(BENCHMARKS))
+    import rank_cases
+
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS))
+    launches = []
+    start = rank_cases._start
+    monkeypatch.setattr(rank_cases, "_start", lambda *given: launches.append(given) or start(*given))
+    cases = [{"name": name} for name in ("runs-out", "fails-on-1", "is-well")]
+    launch = rank_cases.Launch(script, (), 2, 60)
+    found = {case["name"]: ranks for case, ranks in rank_cases.run_cases(cases, launch, tmp_path)}
+    assert [rank["out_of_memory"] for rank in found["runs-out"]] == ["tried to allocate"] * 2
+    assert found["fails-on-1"][0]["renewed"] == 1
+    assert found["fails-on-1"][1]["error"] == "ValueError: it would not"
+    assert [(rank["found"], rank["renewed"]) for rank in found["is-well"]] == [(2.0, 2)] * 2
+    assert len(launches) == 1
+
+
+def test_a_case_that_takes_too_long_is_given_up(launches: Any, tmp_path: Path) -> None:
+    slow = tmp_path / "rank.py"
+    slow.write_text(slow.read_text().replace("if name == 'b':", "if name == 'b':\n        import time; time.sleep(60)"))
+    found = {case["name"]: [rank["rank"] for rank in ranks] for case, ranks in launches("abc", case_seconds=1.0)}
+    assert found == {"a": [0, 1], "b": [0], "c": [0, 1]}
 
 
 def row(predicted: int, **trials: bool) -> dict[str, Any]:
@@ -79,6 +136,19 @@ def test_the_search_ends_between_a_batch_that_runs_and_the_next(
 ) -> None:
     assert [case["batch_size"] for case in search.next_cases(found)] == sizes
     assert search.measured_largest(found) == largest
+
+
+def test_an_earlier_search_is_gone_on_with(search: Any, tmp_path: Path) -> None:
+    same = {"schema": search.SCHEMA, "optimizer": "adam-mini", "options": {}, "model": "llama-2-7b", "seq_len": 4096,
+            "sharding": "fsdp2", "precision": "mixed", "checkpointing": "none", "cap_bytes": 80}  # fmt: skip
+    trials = {"2": {"fits": False}, "3": {"fits": False}, "1": {"fits": None, "verdict": "a rank told nothing"}}
+    earlier = [same | {"trials": trials}, same | {"cap_bytes": 40, "trials": {"1": {"fits": False}}}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps(row | {"environment": {"commit": "abc"}}) for row in earlier))
+    now = same | {"predicted_largest": 2, "trials": search.known_trials(same, file)}
+    assert now["trials"] == {"2": {"commit": "abc", "fits": False}, "3": {"commit": "abc", "fits": False}}
+    assert [case["name"] for case in search.next_cases(now)] == ["adam-mini-1"]
+    assert search.known_trials(same, None) == {}
 
 
 def rank(number: int, seconds: float | None = 2.0, **more: Any) -> dict[str, Any]:

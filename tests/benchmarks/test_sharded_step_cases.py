@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -34,3 +36,25 @@ def test_the_cases_are_enough_and_of_every_kind() -> None:
     ours = {case.get("optimizer", "adamw") for case in CASES if case["step"]["sharding"] == "fsdp2"}
     assert ours == {"adamw", "adam-mini", "micro-adam", "adapprox"}
     assert any(case.get("options") == {"implementation": "optplan"} for case in CASES)
+
+
+GOOD = {"rank": 0, "losses": [2.0, 1.5], "seconds": 3, "figures": {"peak_allocated_bytes": 1024, "out_of_memory": None}}
+OUT = {"out_of_memory": {"phase": "forward", "message": "tried to allocate 8 GiB"}}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "text"),
+    [
+        ([GOOD, GOOD | {"rank": 1}], "peak 1,024 B, losses 2.0000 to 1.5000 in 3 s"),
+        ([GOOD], "1 of 2 ranks told anything"),
+        ([GOOD, {"rank": 1, "error": "ValueError: bad"}], "rank 1: ValueError: bad"),
+        ([{"rank": 0, "out_of_memory": "tried"}, GOOD], "rank 0: tried"),
+        ([GOOD | {"losses": [], "figures": OUT}, GOOD], "rank 0: out of memory in forward: tried to allocate 8 GiB"),
+    ],
+)
+def test_a_case_that_fails_is_saved_with_what_its_ranks_say(ranks: list[dict[str, Any]], text: str) -> None:
+    sys.path.insert(0, str(PATH.parent))
+    import record_sharded_steps
+
+    row = record_sharded_steps.row_of(CASES[0], ranks, argparse.Namespace(ranks=2, predict=False))
+    assert record_sharded_steps.verdict(row) == text
