@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from optplan.optim_impls.adapprox.kernels import (
+    BANDS_A,
     BASIS,
     COLUMNS,
     FIELDS,
@@ -26,6 +27,7 @@ from optplan.optim_impls.adapprox.kernels import (
     Z,
     as_tf32,
     halves_of,
+    is_over,
     load_factor,
     part_of,
 )
@@ -35,7 +37,7 @@ from optplan.optim_impls.triton_math import tl_bf16, tl_fp32, tl_hash
 
 FIRST_SHARE, SHARES = tl.constexpr(int(Field.FIRST_SHARE)), tl.constexpr(int(Field.SHARES))
 SPLITS_A, SPLITS_B = tl.constexpr(int(Field.SPLITS_A)), tl.constexpr(int(Field.SPLITS_B))
-COUNT, NUM_SUMS, SEED = (tl.constexpr(int(f)) for f in (Field.COUNT, Field.NUM_SUMS, Field.SEED))
+COUNT, SEED = tl.constexpr(int(Field.COUNT)), tl.constexpr(int(Field.SEED))
 PARTIALS, TURN = (tl.constexpr(int(f)) for f in (Field.PARTIALS, Field.TURN))
 BLOCK = tl.constexpr(64)
 STRIDE = tl.constexpr(START_STRIDE)
@@ -141,7 +143,7 @@ def inverse_of_cholesky(gram, R: tl.constexpr):
 @triton.jit
 def clip_factor(scratch, row, clip):
     """What brings the direction's RMS down to the clip, from the sums of pass A."""
-    sums, num_sums = part_of(scratch, row, SUMS), tl.load(row + NUM_SUMS).to(tl.int32)
+    sums, num_sums = part_of(scratch, row, SUMS), (tl.load(row + BANDS_A) * tl.load(row + SPLITS_A)).to(tl.int32)
     total = tl.zeros([MANY], tl.float32)
     for start in range(0, num_sums, MANY):
         at = start + tl.arange(0, MANY)
@@ -152,9 +154,13 @@ def clip_factor(scratch, row, clip):
 
 
 @triton.jit
-def gram_kernel(table, owners, scratch, clip, shift, R: tl.constexpr):
+def gram_kernel(table, owners, scratch, clip, shift, R: tl.constexpr, AGAIN: tl.constexpr):
     """Add pass A's partial sketches into the first; the `[R, R]` matrix that makes Y nearly orthonormal; the clip."""
     row, share, shares = place_of(table, owners)
+    if AGAIN > 1:
+        over = is_over(row)
+        if over:
+            return
     rows, splits = tl.load(row + ROWS), tl.load(row + SPLITS_A).to(tl.int32)
     first, last = share_of(rows.to(tl.int32), share, shares)
     sketch, k = part_of(scratch, row, Y), tl.arange(0, R)
@@ -178,12 +184,17 @@ def gram_kernel(table, owners, scratch, clip, shift, R: tl.constexpr):
         basis = inverse_of_cholesky(gram, R) * unit[None, :]
         tl.store(part_of(scratch, row, TURN) + k[None, :] * R + k[:, None], basis)
         tl.store(part_of(scratch, row, SCALES) + 1, clip_factor(scratch, row, clip))
+        tl.store(part_of(scratch, row, SCALES) + 2, tl.min(tl.where(unit > 0, unit, 1e18), axis=0))
 
 
 @triton.jit
-def second_gram_kernel(table, owners, scratch, shift, R: tl.constexpr):
+def second_gram_kernel(table, owners, scratch, shift, R: tl.constexpr, AGAIN: tl.constexpr):
     """The matrix that makes Y orthonormal, from the Gram matrix of the nearly orthonormal product."""
     row, share, shares = place_of(table, owners)
+    if AGAIN > 1:
+        over = is_over(row)
+        if over:
+            return
     first, last = share_of(tl.load(row + ROWS).to(tl.int32), share, shares)
     sketch, k = part_of(scratch, row, Y), tl.arange(0, R)
     square = k[:, None] * R + k[None, :]
@@ -202,9 +213,13 @@ def second_gram_kernel(table, owners, scratch, shift, R: tl.constexpr):
 
 
 @triton.jit
-def basis_kernel(table, owners, scratch, beta2, RANK: tl.constexpr, R: tl.constexpr):
+def basis_kernel(table, owners, scratch, beta2, RANK: tl.constexpr, R: tl.constexpr, AGAIN: tl.constexpr):
     """Q' = the sketch made orthonormal, of numbers that tensor cores read exactly, and in bf16; and beta2 Qᵀ Q'."""
     row, share, shares = place_of(table, owners)
+    if AGAIN > 1:
+        over = is_over(row)
+        if over:
+            return
     first, last = share_of(tl.load(row + ROWS).to(tl.int32), share, shares)
     sketch, halves, k = part_of(scratch, row, Y), halves_of(scratch, row, BASIS), tl.arange(0, R)
     old = tl.load(row + Q).to(tl.pointer_type(tl.float32))
@@ -227,19 +242,47 @@ def basis_kernel(table, owners, scratch, beta2, RANK: tl.constexpr, R: tl.conste
 
 
 @triton.jit
+def gained(row, scratch, u, j, last, turn, RANK: tl.constexpr, R: tl.constexpr):
+    """Rows `j` of beta2 U (Qᵀ Q') + Z, adding pass B's partial Z."""
+    columns, splits = tl.load(row + COLUMNS), tl.load(row + SPLITS_B).to(tl.int32)
+    parts = part_of(scratch, row, Z)
+    new = tl.dot(load_factor(u, j, last, RANK, R), turn, input_precision="ieee")
+    for split in range(splits):
+        new += load_factor(parts + split * columns * R, j, last, R, R)
+    return new
+
+
+@triton.jit
+def again_kernel(table, owners, scratch, RANK: tl.constexpr, R: tl.constexpr, AGAIN: tl.constexpr):
+    """X of the second iteration: Vᵀ Q' brought near 1, where the first part of Z lay."""
+    row, share, shares = place_of(table, owners)
+    if AGAIN > 1:
+        over = is_over(row)
+        if over:
+            return
+    columns, u = tl.load(row + COLUMNS).to(tl.int32), tl.load(row + U).to(tl.pointer_type(tl.float32))
+    k, scales = tl.arange(0, R), part_of(scratch, row, SCALES)
+    turn = tl.load(part_of(scratch, row, TURN) + k[:, None] * R + k[None, :])
+    size = tl.load(scales) * tl.load(scales + 2)
+    first, last = share_of(columns, share, shares)
+    for at in range(first, last, BLOCK):
+        j = at + tl.arange(0, BLOCK)
+        x = gained(row, scratch, u, j, last, turn, RANK, R) * size
+        out = part_of(scratch, row, Z) + j.to(tl.int64)[:, None] * R + k[None, :]
+        tl.store(out, x, mask=(j < last)[:, None])
+
+
+@triton.jit
 def store_factors_kernel(table, owners, scratch, RANK: tl.constexpr, R: tl.constexpr):
     """U' = beta2 U (Qᵀ Q') + Z, adding pass B's partial Z, and the new Q, one share of each."""
     row, share, shares = place_of(table, owners)
-    columns, splits = tl.load(row + COLUMNS), tl.load(row + SPLITS_B).to(tl.int32)
     q, u = tl.load(row + Q).to(tl.pointer_type(tl.float32)), tl.load(row + U).to(tl.pointer_type(tl.float32))
-    parts, sketch, k = part_of(scratch, row, Z), part_of(scratch, row, Y), tl.arange(0, R)
+    sketch, k = part_of(scratch, row, Y), tl.arange(0, R)
     turn = tl.load(part_of(scratch, row, TURN) + k[:, None] * R + k[None, :])
-    first, last = share_of(columns.to(tl.int32), share, shares)
+    first, last = share_of(tl.load(row + COLUMNS).to(tl.int32), share, shares)
     for at in range(first, last, BLOCK):
         j = at + tl.arange(0, BLOCK)
-        new = tl.dot(load_factor(u, j, last, RANK, R), turn, input_precision="ieee")
-        for split in range(splits):
-            new += load_factor(parts + split * columns * R, j, last, R, R)
+        new = gained(row, scratch, u, j, last, turn, RANK, R)
         out = u + j.to(tl.int64)[:, None] * RANK + k[None, :]
         tl.store(out, new, mask=(j < last)[:, None] & (k < RANK)[None, :])
     first, last = share_of(tl.load(row + ROWS).to(tl.int32), share, shares)

@@ -21,6 +21,7 @@ import triton.language as tl
 
 from optplan.optim_impls.adapprox.layout import FIELDS as _FIELDS
 from optplan.optim_impls.adapprox.layout import Field
+from optplan.optim_impls.adapprox.subspace import STEPS_TWICE
 from optplan.optim_impls.triton_math import tl_bf16, tl_cast, tl_dot_bf16, tl_fp32, tl_reciprocal, tl_root
 
 FIELDS = tl.constexpr(_FIELDS)
@@ -29,6 +30,7 @@ ROWS, COLUMNS = tl.constexpr(int(Field.ROWS)), tl.constexpr(int(Field.COLUMNS))
 Y, Z, SUMS, SCALES = (tl.constexpr(int(f)) for f in (Field.Y, Field.Z, Field.SUMS, Field.SCALES))
 PEAKS, START, REST, BASIS = (tl.constexpr(int(f)) for f in (Field.PEAKS, Field.START, Field.REST, Field.BASIS))
 FIRST_A, BANDS_A, WIDTH_A = (tl.constexpr(int(f)) for f in (Field.FIRST_A, Field.BANDS_A, Field.WIDTH_A))
+STEP, LAST_TWICE = tl.constexpr(int(Field.STEP)), tl.constexpr(STEPS_TWICE)
 FIRST_B, BANDS_B, HEIGHT_B = (tl.constexpr(int(f)) for f in (Field.FIRST_B, Field.BANDS_B, Field.HEIGHT_B))
 
 
@@ -82,18 +84,31 @@ def halves_of(scratch, row, field: tl.constexpr):
 
 
 @triton.jit
+def is_over(row):
+    """Whether a matrix, whose steps are counted on the device, is past those that iterate twice."""
+    return tl.load(tl.load(row + STEP).to(tl.pointer_type(tl.float32))) > LAST_TWICE
+
+
+@triton.jit
 def sketch_kernel(
     table, owners, scratch, grad_scale, beta2, rest2, eps,
     GRAD: tl.constexpr, SCALED: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
     """Pass A: a band of BM rows of Y = V X, and the band's sum of squares of G / (sqrt(V) + eps).
+
+    AGAIN is 0 for the first iteration, whose X is U; in the second `again_kernel` has left it where Z is to be. It is
+    above 1 where only the device knows whether there is to be a second.
 
     PARTS is 1 to rebuild Q Uᵀ from bf16 factors, 3 for nearly fp32: what bf16 leaves of either is multiplied too.
     Everything that V enters is computed for c V, with c near 1 / max |U|, so that squares of small gradients survive.
     """
     pid = tl.program_id(0)
     row = table + tl.load(owners + pid).to(tl.int64) * FIELDS
+    if AGAIN > 1:
+        over = is_over(row)
+        if over:
+            return
     local = (pid - tl.load(row + FIRST_A)).to(tl.int32)
     bands = tl.load(row + BANDS_A).to(tl.int32)
     band, split = local % bands, local // bands
@@ -131,8 +146,14 @@ def sketch_kernel(
         v = rest * square + tl.maximum(low, 0.0)
         root = tl_reciprocal(tl_root(v) + small)
         total += tl.sum(square * root * root, axis=1)
+        if AGAIN:
+            x = tl.load(part_of(scratch, row, Z) + at * R + start_tile, mask=inside[:, None], other=0.0)
+            x = tl_bf16(x)
         y = tl_dot_bf16(tl_bf16(v), x, y)
-    y = y * tl.where(peaks > 0, 1.0 / peaks, 1.0)[None, :]
+    if AGAIN:
+        y = y * tl.load(part_of(scratch, row, SCALES) + 2)
+    else:
+        y = y * tl.where(peaks > 0, 1.0 / peaks, 1.0)[None, :]
     out = (split * rows.to(tl.int64) + i)[:, None] * R + tl.arange(0, R)[None, :]
     tl.store(part_of(scratch, row, Y) + out, y, mask=(i < rows)[:, None])
     tl.store(part_of(scratch, row, SUMS) + local, tl.sum(total, axis=0) * (c * scale * scale))
@@ -143,15 +164,19 @@ def update_kernel(
     table, owners, scratch, grad_scale, lr, weight_decay, beta1, rest1, beta2, rest2, eps,
     WEIGHT: tl.constexpr, GRAD: tl.constexpr, MOMENT: tl.constexpr, SCALED: tl.constexpr, LR: tl.constexpr,
     RANK: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
     """Pass B: the clipped update of a band of BN columns of W and M, and the band of Z = Dᵀ Q' (Q' in bf16 in BASIS).
 
     MOMENT is None where no first moment is kept. PARTS is 3 to multiply also what the tensor cores' 11 bits leave of U;
-    Q has no more.
+    Q has no more. AGAIN is 0 but where a second iteration is to follow, for which Z is all that is made.
     """
     pid = tl.program_id(0)
     row = table + tl.load(owners + pid).to(tl.int64) * FIELDS
+    if AGAIN > 1:
+        over = is_over(row)
+        if over:
+            return
     local = (pid - tl.load(row + FIRST_B)).to(tl.int32)
     bands = tl.load(row + BANDS_B).to(tl.int32)
     band, split = local % bands, local // bands
@@ -191,8 +216,10 @@ def update_kernel(
             q = tl.load(old + first * RANK + old_tile, mask=below & (k < RANK)[None, :], other=0.0)
         q_new = tl.load(new + first * R + new_tile, mask=below, other=0.0)
         g = tl_fp32(tl.load(grad + corner + tile, mask=live, other=0.0))
-        w = tl_fp32(tl.load(weight + corner + tile, mask=live, other=0.0))
+        w = 0.0
         m = 0.0
+        if not AGAIN:
+            w = tl_fp32(tl.load(weight + corner + tile, mask=live, other=0.0))
         if MOMENT is not None:
             m = tl_fp32(tl.load(moment + corner + tile, mask=live, other=0.0))
         low = tl.zeros([BM, BN], tl.float32)
@@ -200,11 +227,12 @@ def update_kernel(
             low = tl.dot(q, fine, acc=low, input_precision="tf32")
         low = tl.dot(q, coarse, acc=low, input_precision="tf32")
         v = rest * (g * g) + tl.maximum(low, 0.0)
-        move = g * tl_reciprocal(tl_root(v) + eps) * gain
-        if MOMENT is not None:
-            move = beta1 * m + move
-            tl.store(moment + corner + tile, tl_cast(move, MOMENT), mask=live)
-        tl.store(weight + corner + tile, tl_cast(decay * w - rate * move, WEIGHT), mask=live)
+        if not AGAIN:
+            move = g * tl_reciprocal(tl_root(v) + eps) * gain
+            if MOMENT is not None:
+                move = beta1 * m + move
+                tl.store(moment + corner + tile, tl_cast(move, MOMENT), mask=live)
+            tl.store(weight + corner + tile, tl_cast(decay * w - rate * move, WEIGHT), mask=live)
         z = tl_dot_bf16(tl.trans(tl_bf16(v - low)), q_new, z)
     at = (split * columns.to(tl.int64) + j)[:, None] * R + tl.arange(0, R)[None, :]
     tl.store(part_of(scratch, row, Z) + at, z, mask=(j < columns)[:, None])

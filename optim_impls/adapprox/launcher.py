@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -50,6 +50,7 @@ class Wave:
         self._sizes = {"RANK": layouts[0].rank, "R": layouts[0].padded_rank}
         self._even = aligned and layouts[0].even
         self._kernels: dict[tuple[int, int], Kernels] = {}
+        self._second: dict[tuple[int, int], SecondIteration] = {}
 
     def kernels(self, scaled: int, rated: int) -> Kernels:
         """The launches, for the ways in which scale and rate may come."""
@@ -61,19 +62,46 @@ class Wave:
         (a, b, shares), sizes = self.num_programs, self._sizes
         state, weight, gradient = self._like
         moment = None if "exp_avg" not in state else state["exp_avg"].dtype
-        tile = {"BM": TILE, "BN": TILE, "EVEN": self._even, "SCALED": scaled, "GRAD": DTYPES[gradient]}
+        tile = self._tile(scaled, again=0)
         dtypes = {"WEIGHT": DTYPES[weight], "MOMENT": None if moment is None else DTYPES[moment]}
         in_b = pass_b_settings(weight, gradient, sizes["R"], momentum=moment is not None)
         small = {"R": sizes["R"], "num_warps": small_warps(sizes["R"])}
         return Kernels(
             BoundKernel(between.start_kernel, shares, **small, RANK=sizes["RANK"]),
             BoundKernel(sketch_kernel, a, **tile, **sizes, **pass_a_settings(gradient, sizes["R"])),
-            BoundKernel(between.gram_kernel, shares, **small),
-            BoundKernel(between.second_gram_kernel, shares, **small),
-            BoundKernel(between.basis_kernel, shares, **small, RANK=sizes["RANK"]),
+            BoundKernel(between.gram_kernel, shares, **small, AGAIN=0),
+            BoundKernel(between.second_gram_kernel, shares, **small, AGAIN=0),
+            BoundKernel(between.basis_kernel, shares, **small, RANK=sizes["RANK"], AGAIN=0),
             BoundKernel(update_kernel, b, **tile, **dtypes, LR=rated, **sizes, **in_b),
             BoundKernel(between.store_factors_kernel, shares, **small, RANK=sizes["RANK"]),
         )
+
+    def second(self, scaled: int, again: int) -> SecondIteration:
+        """The launches of a second iteration; with `again` of 2 they do nothing in steps that have none."""
+        if (scaled, again) not in self._second:
+            self._second[scaled, again] = self._bind_second(scaled, again)
+        return self._second[scaled, again]
+
+    def _bind_second(self, scaled: int, again: int) -> SecondIteration:
+        (a, b, shares), sizes = self.num_programs, self._sizes
+        _, weight, gradient = self._like
+        wide, tile = sizes["R"], self._tile(scaled, again=again)
+        in_b = pass_b_settings(weight, gradient, wide, momentum=False)
+        small = {"R": wide, "num_warps": small_warps(wide)}
+        told = {"AGAIN": again if again > 1 else 0}
+        dtypes = {"WEIGHT": DTYPES[weight], "MOMENT": None, "LR": 1}
+        return SecondIteration(
+            BoundKernel(update_kernel, b, **tile, **dtypes, **sizes, **in_b),
+            BoundKernel(between.again_kernel, shares, **small, RANK=sizes["RANK"], AGAIN=again),
+            BoundKernel(sketch_kernel, a, **tile, **sizes, **pass_a_settings(gradient, wide)),
+            BoundKernel(between.gram_kernel, shares, **small, **told),
+            BoundKernel(between.second_gram_kernel, shares, **small, **told),
+            BoundKernel(between.basis_kernel, shares, **small, RANK=sizes["RANK"], **told),
+        )
+
+    def _tile(self, scaled: int, *, again: int) -> dict[str, Any]:
+        tile = {"BM": TILE, "BN": TILE, "EVEN": self._even, "SCALED": scaled, "GRAD": DTYPES[self._like[2]]}
+        return tile | {"AGAIN": again}
 
 
 class Kernels(NamedTuple):
@@ -86,6 +114,17 @@ class Kernels(NamedTuple):
     basis: BoundKernel
     update: BoundKernel
     store_factors: BoundKernel
+
+
+class SecondIteration(NamedTuple):
+    """The launches between a first basis and the one of a second iteration, in order."""
+
+    project: BoundKernel
+    again: BoundKernel
+    sketch: BoundKernel
+    gram: BoundKernel
+    second_gram: BoundKernel
+    basis: BoundKernel
 
 
 def table_images(batch: Batch, layout_of: Callable[[Member], MatrixLayout], *, seed: int) -> list[TableImage]:
@@ -102,16 +141,19 @@ def table_images(batch: Batch, layout_of: Callable[[Member], MatrixLayout], *, s
     return [wave.image for wave in batch.scratch["waves"]]
 
 
-def step_matrices(batch: Batch, tables: Sequence[Table], *, numbers: Numbers) -> None:
+def step_matrices(batch: Batch, tables: Sequence[Table], *, numbers: Numbers, again: int) -> None:
     """Update matrices with factors, round by round."""
     for wave, table in zip(batch.scratch["waves"], tables, strict=True):
-        step_wave(wave, table, batch.device, numbers)
+        step_wave(wave, table, batch.device, numbers, again=again)
 
 
 def step_wave(
-    wave: Wave, table: Table, device: torch.device, numbers: Numbers, *, sums: RankSums | None = None
+    wave: Wave, table: Table, device: torch.device, numbers: Numbers, *, again: int, sums: RankSums | None = None
 ) -> None:
-    """One round of launches; where rows lie on several ranks, with sums over them in between."""
+    """One round of launches; where rows lie on several ranks, with sums over them in between.
+
+    With `again` of 1 the range finder iterates twice, with 2 where the steps counted on the device say so.
+    """
     scratch = torch.empty(table.num_scratch, dtype=torch.float32, device=device)
     (scale, scaled), (lr, rated) = _kind(numbers.grad_scale), _kind(numbers.lr)
     run, rates, rows = wave.kernels(scaled, rated), numbers.rates, table.rows
@@ -125,10 +167,32 @@ def step_wave(
     if sums is not None:
         sums.second_turn(scratch)
     run.basis(rows, shares, scratch, float(rates.beta2))
+    if again:
+        _iterate_again(wave.second(scaled, again), table, scratch, numbers, sums=sums)
     run.update(rows, of_b, scratch, scale, lr, float(rates.weight_decay), *numbers.moments)
     run.store_factors(rows, shares, scratch)
     if sums is not None:
         sums.factors()
+
+
+def _iterate_again(
+    run: SecondIteration, table: Table, scratch: torch.Tensor, numbers: Numbers, *, sums: RankSums | None
+) -> None:
+    """From a first basis to that of a second iteration."""
+    (scale, _), rates, rows = _kind(numbers.grad_scale), numbers.rates, table.rows
+    of_a, of_b, shares = table.owners
+    run.project(rows, of_b, scratch, scale, 0.0, 0.0, *numbers.moments)
+    run.again(rows, shares, scratch)
+    if sums is not None:
+        sums.start_again(scratch)
+    run.sketch(rows, of_a, scratch, scale, *numbers.moments[2:])
+    run.gram(rows, shares, scratch, float(rates.clip), FIRST_SHIFT)
+    if sums is not None:
+        sums.first_turn(scratch, clip=float(rates.clip))
+    run.second_gram(rows, shares, scratch, SECOND_SHIFT)
+    if sums is not None:
+        sums.second_turn(scratch)
+    run.basis(rows, shares, scratch, float(rates.beta2))
 
 
 def pass_a_settings(gradient: torch.dtype, wide: int) -> dict[str, int]:

@@ -20,7 +20,10 @@ FIELDS = NUM_FIELDS
 
 
 class Field(IntEnum):
-    """Columns of a table row: pointers in bytes, sizes and a counter, offsets into scratch in fp32 elements."""
+    """Columns of a table row: pointers in bytes, sizes and a counter, offsets into scratch in fp32 elements.
+
+    STEP points to the number of the step where it lies on the device, BANDS_A counts a vector's programs.
+    """
 
     W = 0
     G = 1
@@ -38,7 +41,7 @@ class Field(IntEnum):
     BANDS_B = 13
     SPLITS_B = 14
     HEIGHT_B = 15
-    NUM_SUMS = 16
+    STEP = 16
     SHARES = 17
     FIRST_SHARE = 18
     COUNT = 19
@@ -133,7 +136,7 @@ def matrix_table(members: Sequence[Member], layouts: Sequence[MatrixLayout], *, 
         row |= {Field.ROWS: layout.rows, Field.COLUMNS: layout.columns, Field.SEED: mix_seed(seed, 0, member.ordinal)}
         row |= {Field.BANDS_A: a.bands, Field.SPLITS_A: a.splits, Field.WIDTH_A: a.length}
         row |= {Field.BANDS_B: b.bands, Field.SPLITS_B: b.splits, Field.HEIGHT_B: b.length}
-        row |= {Field.NUM_SUMS: a.programs, Field.SHARES: layout.shares, Field.COUNT: 0}
+        row |= {Field.STEP: _step_pointer(member), Field.SHARES: layout.shares, Field.COUNT: 0}
         for field, (firsts, _) in zip((Field.FIRST_A, Field.FIRST_B, Field.FIRST_SHARE), dealt, strict=True):
             row[field] = firsts[place]
         for name, numel in layout.parts().items():
@@ -149,7 +152,7 @@ def vector_table(members: Sequence[Member]) -> TableImage:
     chunks = [vector_chunks(member.parameter.numel()) for member in members]
     for member, count in zip(members, chunks, strict=True):
         row = dict.fromkeys(Field, 0) | _pointers(member, "exp_avg_sq", None)
-        row |= {Field.ROWS: member.parameter.numel(), Field.FIRST_A: first, Field.SUMS: first, Field.NUM_SUMS: count}
+        row |= {Field.ROWS: member.parameter.numel(), Field.FIRST_A: first, Field.SUMS: first, Field.BANDS_A: count}
         first += count
         rows.append([row[field] for field in Field])
     return TableImage(rows, [_deal(chunks, [0] * len(chunks))[1]], first)
@@ -160,6 +163,11 @@ def _pointers(member: Member, second: str, third: str | None) -> dict[Any, int]:
     tensors = {Field.W: member.parameter, Field.G: member.gradient, Field.M: state.get("exp_avg")}
     tensors |= {Field.Q: state[second], Field.U: state[third] if third else None}
     return {field: 0 if tensor is None else local_tensor(tensor).data_ptr() for field, tensor in tensors.items()}
+
+
+def _step_pointer(member: Member) -> int:
+    step = member.state["step"]
+    return step.data_ptr() if step.device == member.parameter.device else 0
 
 
 def _deal(counts: Sequence[int], lengths: Sequence[int]) -> tuple[list[int], torch.Tensor]:

@@ -21,7 +21,7 @@ from optplan.optim_impls.adapprox.reference import (
     updated,
 )
 from optplan.optim_impls.adapprox.sharded import RowBatch, step_by_rows
-from optplan.optim_impls.adapprox.subspace import step_matrix, uniform_start
+from optplan.optim_impls.adapprox.subspace import iterates_twice, step_matrix, uniform_start
 from optplan.optim_impls.checks import check_at_least_zero, check_betas, check_choice
 from optplan.optim_impls.fingerprint import local_tensor
 from optplan.optim_impls.optimizer_base import Batch, GradScale, GroupPlan, KernelOptimizer, Member, Part, member_of
@@ -180,11 +180,11 @@ class Adapprox(KernelOptimizer):
         if isinstance(batch, RowBatch) and is_matrices:
             from optplan.optim_impls.adapprox.sharded_launcher import step_matrices_on_ranks
 
-            step_matrices_on_ranks(batch, seed=group["seed"], numbers=numbers)
+            step_matrices_on_ranks(batch, seed=group["seed"], numbers=numbers, again=_again(batch))
         elif isinstance(batch, RowBatch):
             step_by_rows(batch, _rates(group, lr=float(lr)), seed=group["seed"], grad_scale=grad_scale)
         elif is_matrices:
-            step_matrices(batch, batch.scratch.pop("tables"), numbers=numbers)
+            step_matrices(batch, batch.scratch.pop("tables"), numbers=numbers, again=_again(batch))
         else:
             step_vectors(batch, *batch.scratch.pop("tables"), numbers=numbers)
 
@@ -214,7 +214,8 @@ class Adapprox(KernelOptimizer):
             rule = self._rank_rule if group["rank"] == "adaptive" else None
             _step_as_paper(*matrices, state, rates, step, sketch, rule)
         else:
-            step_matrix(*matrices, q, u, rates, uniform_start(mix_seed(group["seed"], 0, member.ordinal), like=q))
+            start = uniform_start(mix_seed(group["seed"], 0, member.ordinal), like=q)
+            step_matrix(*matrices, q, u, rates, start, twice=iterates_twice(step))
         for target, matrix in zip((w, m), (matrices[0], matrices[2]), strict=True):
             if target is not None and matrix is not None and matrix.data_ptr() != target.data_ptr():
                 target.copy_(matrix.view(target.shape))
@@ -259,6 +260,11 @@ def _store_update(
     w.copy_(new_w)
     if momentum is not None and new_m is not None:
         momentum.copy_(new_m)
+
+
+def _again(batch: Batch) -> int:
+    """Whether kernels iterate twice (1) or not (0), or the device is to tell (2)."""
+    return int(iterates_twice(batch.step)) if batch.step else 2
 
 
 def _rates(group: dict[str, Any], *, lr: float = 0.0) -> Rates:

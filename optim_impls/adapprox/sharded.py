@@ -8,8 +8,9 @@ ranks, in one collective a stage for all matrices together:
     Gram     the same of the sketch made orthonormal once
     U'       Vᵀ Q'
 
-Every rank receives the same bits, so U is the same on all of them, and the step is that of one process up to the order
-of fp32 sums. A rank without rows takes part with nothing.
+A step that iterates twice does all of it twice, the first time for the start of the second. Every rank receives the
+same bits, so U is the same on all of them, and the step is that of one process up to the order of fp32 sums. A rank
+without rows takes part with nothing.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from optplan.optim_impls.adapprox.subspace import (
     FIRST_SHIFT,
     SECOND_SHIFT,
     direction,
+    iterates_twice,
+    projected,
     revive,
     row_chunks,
     second_moment_rows,
@@ -84,7 +87,8 @@ def step_by_rows(batch: RowBatch, rates: Rates, *, seed: int, grad_scale: GradSc
     scaled = [m.gradient if grad_scale is None else m.gradient * grad_scale for m in batch.members]
     paired = list(zip(batch.members, scaled, [one.numel for one in shards], strict=True))
     if "q_factor" in batch.parts[0].state:
-        step_matrices_by_rows([_matrix_rows(*pair, seed=seed) for pair in paired], rates, together)
+        twice = iterates_twice(batch.step or int(batch.parts[0].state["step"]))
+        step_matrices_by_rows([_matrix_rows(*pair, seed=seed) for pair in paired], rates, together, twice=twice)
     else:
         step_vectors_by_rows([_vector_rows(*pair) for pair in paired], rates, together)
 
@@ -118,18 +122,30 @@ def over(group: Any) -> Together:
     return together
 
 
-def step_matrices_by_rows(matrices: Sequence[MatrixRows], rates: Rates, together: Together) -> None:
+def step_matrices_by_rows(
+    matrices: Sequence[MatrixRows], rates: Rates, together: Together, *, twice: bool = False
+) -> None:
     """One step of matrices in place, on all ranks at once: weights, first moments and both factors.
 
     Args:
         matrices: The same matrices on every rank, in the same order.
         rates: Learning rate and the other numbers; no guidance.
         together: Combines over the ranks.
+        twice: Whether to iterate twice.
     """
     # No sketch may outlive the bases made of it, not even in a variable of a loop.
     sketches, sums = zip(*[_sketch(one, rates) for one in matrices], strict=True)
     bases, totals = orthonormal_by_rows(sketches, sums, together)
     del sketches
+    if twice:
+        starts = together([_projected(one, basis, rates) for one, basis in zip(matrices, bases, strict=True)], "sum")
+        del bases
+        sketches, sums = zip(
+            *[_sketch(one, rates, start) for one, start in zip(matrices, starts, strict=True)], strict=True
+        )
+        del starts
+        bases, totals = orthonormal_by_rows(sketches, sums, together)
+        del sketches
     partial = [
         _update(one, basis, clip_factor(total, one.numel, rates), rates)
         for one, basis, total in zip(matrices, bases, totals, strict=True)
@@ -182,12 +198,21 @@ def clip_factor(square_sum: Tensor, numel: int, rates: Rates) -> Tensor:
     return 1 / (square_sum / max(1, numel)).sqrt().div_(rates.clip).clamp_(min=1)
 
 
-def _sketch(one: MatrixRows, rates: Rates) -> tuple[Tensor, Tensor]:
-    """Pass A over this rank's rows."""
-    revive(one.q, one.u, one.sketch)
+def _sketch(one: MatrixRows, rates: Rates, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Pass A over this rank's rows, from U unless a start is given."""
+    if start is None:
+        revive(one.q, one.u, one.sketch)
+        start = one.u
     if not len(one.w):
         return torch.empty_like(one.q), one.q.new_zeros(())
-    return sketch_product(one.q, one.u, one.grad, rates)
+    return sketch_product(one.q, one.u, start, one.grad, rates)
+
+
+def _projected(one: MatrixRows, basis: Tensor, rates: Rates) -> Tensor:
+    """What this rank's rows add to Vᵀ Q'."""
+    if not len(one.w):
+        return torch.zeros_like(one.u)
+    return projected(one.q, one.u, one.grad, basis, rates.beta2)
 
 
 def _update(one: MatrixRows, basis: Tensor, scale: Tensor, rates: Rates) -> Tensor:

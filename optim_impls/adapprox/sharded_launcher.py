@@ -81,21 +81,38 @@ class RankSums:
         turns = self._inverses(grams * units[:, :, None] * units[:, None, :] + FIRST_SHIFT * self._eye)
         self._write(scratch, "turn", units[:, :, None] * turns)
         scales = 1 / (totals / self._numels).sqrt().div_(clip).clamp_(min=1)
-        self._write(scratch, "scales", scales[:, None], at=1)
+        # The second iteration's sketch is brought near 1 by the longest column of the first, as `gram_kernel` does it.
+        sizes = torch.where(units > 0, units, 1e18).amin(dim=1)
+        self._write(scratch, "scales", torch.stack([scales, sizes], dim=1), at=1)
 
     def second_turn(self, scratch: Tensor) -> None:
         """What makes the nearly orthonormal sketches orthonormal."""
         (grams,) = self._together([self._own_grams(scratch)], "sum")
         self._write(scratch, "turn", self._inverses(grams + SECOND_SHIFT * self._eye))
 
+    def start_again(self, scratch: Tensor) -> None:
+        """X of the second iteration, of which each rank has what its rows add."""
+        remaining = iter(self._present)
+        own = [
+            next(remaining).part(scratch, "z")[: u.shape[0] * self._wide]
+            if has
+            else u.new_zeros(u.shape[0] * self._wide)
+            for u, has in zip(self._factors, self._has_rows, strict=True)
+        ]
+        torch._foreach_copy_(own, self._together(own, "sum"))
+
     def factors(self) -> None:
         """U of every matrix, of which each rank has what its rows add."""
         partial = [u if own else torch.zeros_like(u) for u, own in zip(self._factors, self._has_rows, strict=True)]
         torch._foreach_copy_(self._factors, self._together(partial, "sum"))
 
-    def take_part(self) -> None:
+    def take_part(self, *, twice: bool = False) -> None:
         """All stages, where this rank has no rows of any matrix."""
         nothing = self._numels.new_empty(0)
+        if twice:
+            self.first_turn(nothing, clip=1.0)
+            self.second_turn(nothing)
+            self.start_again(nothing)
         self.first_turn(nothing, clip=1.0)
         self.second_turn(nothing)
         self.factors()
@@ -128,16 +145,20 @@ class RowWave(NamedTuple):
     sums: RankSums
 
 
-def step_matrices_on_ranks(batch: RowBatch, *, seed: int, numbers: Numbers) -> None:
-    """Update matrices whose rows lie on several ranks, round by round."""
+def step_matrices_on_ranks(batch: RowBatch, *, seed: int, numbers: Numbers, again: int) -> None:
+    """Update matrices whose rows lie on several ranks, round by round.
+
+    Sums over ranks cannot be left out by what the device knows: with `again` of 2 every step iterates once.
+    """
+    twice = again == 1
     if "waves" not in batch.scratch:
         batch.scratch["waves"] = _row_waves(batch, seed=seed)
     for wave in batch.scratch["waves"]:
         if wave.launches is None or wave.upload is None:
-            wave.sums.take_part()
+            wave.sums.take_part(twice=twice)
         else:
             (table,) = wave.upload()
-            step_wave(wave.launches, table, batch.device, numbers, sums=wave.sums)
+            step_wave(wave.launches, table, batch.device, numbers, again=int(twice), sums=wave.sums)
 
 
 def _row_waves(batch: RowBatch, *, seed: int) -> list[RowWave]:

@@ -1,4 +1,4 @@
-"""Adapprox's fast mode in plain torch: one warm-started power iteration, chunk of rows by chunk of rows.
+"""Adapprox's fast mode in plain torch: a warm-started power iteration, chunk of rows by chunk of rows.
 
 The paper draws a new sketch at every step and multiplies by V and Vᵀ five times; the fast mode starts from the last
 step's U, which V has hardly left since, and multiplies once. V = beta2 max(Q Uᵀ, 0) + (1 - beta2) G² is rebuilt twice,
@@ -7,6 +7,8 @@ a chunk at a time, and never exists as a whole:
     pass A   Y = V X, and the sum that the clip needs         X: U, scaled
     between  Q' = orth(Y)                                     Cholesky-QR, twice
     pass B   the clipped update of W and M, and U' = Vᵀ Q'
+
+A tensor's first steps, in which one gradient is a large part of V, do A and what follows once more from X = Vᵀ Q'.
 
 This is what the Triton kernels compute, and what runs where they do not.
 """
@@ -27,6 +29,8 @@ FIRST_SHIFT = 1e-5
 """Added to the Gram matrix of the equilibrated sketch (unit diagonal), well above the rounding of its fp32 sums."""
 SECOND_SHIFT = 1e-6
 """Added to the second Gram matrix, whose eigenvalues are near 1 or negligible."""
+STEPS_TWICE = 8
+"""Steps of a tensor, from its first, that iterate twice: what they leave out of V is never seen again."""
 START_STRIDE = 2**16
 """Distance of two rows in the counter that a new column's numbers are drawn from; more than any rank."""
 
@@ -75,8 +79,21 @@ def revive(q: Tensor, u: Tensor, sketch: Sketch) -> None:
         q.masked_fill_(dead, 0)
 
 
+def iterates_twice(step: int) -> bool:
+    """Whether a step, counted from 1, iterates twice: while a single gradient is a large part of V."""
+    return step <= STEPS_TWICE
+
+
 def step_matrix(
-    w: Tensor, grad: Tensor, momentum: Tensor | None, q: Tensor, u: Tensor, rates: Rates, sketch: Sketch
+    w: Tensor,
+    grad: Tensor,
+    momentum: Tensor | None,
+    q: Tensor,
+    u: Tensor,
+    rates: Rates,
+    sketch: Sketch,
+    *,
+    twice: bool = False,
 ) -> None:
     """One step of a matrix in place: weights, first moment and both factors.
 
@@ -88,11 +105,17 @@ def step_matrix(
         u: Factor `[columns, k]`.
         rates: Learning rate and the other numbers; no guidance.
         sketch: Start of a new column.
+        twice: Whether to iterate twice.
     """
     revive(q, u, sketch)
-    sketched, square_sum = sketch_product(q, u, grad, rates)
+    sketched, square_sum = sketch_product(q, u, u, grad, rates)
     new_q = orthonormal(sketched)
     del sketched
+    if twice:
+        start = projected(q, u, grad, new_q, rates.beta2)
+        del new_q
+        new_q = orthonormal(sketch_product(q, u, start, grad, rates)[0])
+        del start
     scale = 1 / (square_sum / max(1, w.numel())).sqrt().div_(rates.clip).clamp_(min=1)
     new_u = torch.zeros_like(u)
     for rows in row_chunks(w):
@@ -103,15 +126,23 @@ def step_matrix(
     u.copy_(new_u)
 
 
-def sketch_product(q: Tensor, u: Tensor, grad: Tensor, rates: Rates) -> tuple[Tensor, Tensor]:
-    """Pass A: Y = V X `[rows, k]` and the sum of squares of the direction G / (sqrt(V) + eps)."""
-    start = u / torch.linalg.vector_norm(u, ord=math.inf).clamp_(min=torch.finfo(u.dtype).tiny)
+def sketch_product(q: Tensor, u: Tensor, start: Tensor, grad: Tensor, rates: Rates) -> tuple[Tensor, Tensor]:
+    """Pass A: Y = V X `[rows, k]`, X the start scaled, and the sum of squares of the direction G / (sqrt(V) + eps)."""
+    start = start / torch.linalg.vector_norm(start, ord=math.inf).clamp_(min=torch.finfo(u.dtype).tiny)
     y, square_sum = torch.empty_like(q), q.new_zeros(())
     for rows in row_chunks(grad):
         v, g = second_moment_rows(q, u, grad, rows, rates.beta2)
         torch.mm(v, start, out=y[rows])
         square_sum += direction(g, v, rates).square_().sum()
     return y, square_sum
+
+
+def projected(q: Tensor, u: Tensor, grad: Tensor, basis: Tensor, beta2: float) -> Tensor:
+    """Vᵀ Q' `[columns, k]`."""
+    product = torch.zeros_like(u)
+    for rows in row_chunks(grad):
+        product.addmm_(second_moment_rows(q, u, grad, rows, beta2)[0].mT, basis[rows])
+    return product
 
 
 def row_chunks(matrix: Tensor) -> Iterator[slice]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from optplan.optim_impls.adapprox.factor_kernels import NUM_SUMS
-from optplan.optim_impls.adapprox.kernels import FIELDS, FIRST_A, ROWS, SUMS, G, M, Q, W, number
+from optplan.optim_impls.adapprox.kernels import BANDS_A, FIELDS, FIRST_A, ROWS, SUMS, G, M, Q, W, number
 from optplan.optim_impls.triton_math import tl_cast, tl_fp32
 
 
@@ -40,7 +39,7 @@ def vector_update_kernel(
     """The clipped update of a chunk. MOMENT is None where no first moment is kept."""
     pid = tl.program_id(0)
     row = table + tl.load(owners + pid).to(tl.int64) * FIELDS
-    numel, num_sums = tl.load(row + ROWS), tl.load(row + NUM_SUMS).to(tl.int32)
+    numel, num_sums = tl.load(row + ROWS), tl.load(row + BANDS_A).to(tl.int32)
     total = tl.zeros([MANY], tl.float32)
     for start in range(0, num_sums, MANY):
         place = start + tl.arange(0, MANY)

@@ -40,16 +40,19 @@ def figures(kernel, constants, settings):
     counts = collections.Counter(re.findall(r"\\b((?:LDGSTS|LDG|STG|LDL|STL|HGMMA)[A-Z0-9.]*)", code))
     return {"registers": int(registers), "shared": compiled.metadata.shared, "accesses": counts}
 
-def compiled(which, dtype, momentum, rank=32):
+def compiled(which, dtype, momentum, again=0, rank=32):
     dtype = getattr(torch, dtype)
-    tile = dict(GRAD=launcher.DTYPES[dtype], SCALED=0, RANK=rank, R=rank, BM=64, BN=64, EVEN=True)
+    tile = dict(GRAD=launcher.DTYPES[dtype], SCALED=0, RANK=rank, R=rank, BM=64, BN=64, EVEN=True, AGAIN=again)
     if which == "sketch":
         return figures(kernels.sketch_kernel, tile, launcher.pass_a_settings(dtype, rank))
     if which == "update":
         kinds = dict(WEIGHT=launcher.DTYPES[dtype], MOMENT=launcher.DTYPES[dtype] if momentum else None, LR=1)
         settings = launcher.pass_b_settings(dtype, dtype, rank, momentum=momentum)
         return figures(kernels.update_kernel, tile | kinds, settings)
-    return figures(factor_kernels.second_gram_kernel, dict(R=rank), dict(num_warps=launcher.small_warps(rank)))
+    if which == "again":
+        return figures(factor_kernels.again_kernel, dict(RANK=rank, R=rank, AGAIN=again), dict(num_warps=4))
+    small = dict(num_warps=launcher.small_warps(rank))
+    return figures(factor_kernels.second_gram_kernel, dict(R=rank, AGAIN=again), small)
 
 print(json.dumps([compiled(*case) for case in json.loads(sys.argv[1])]))
 """

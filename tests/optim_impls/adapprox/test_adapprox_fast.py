@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,9 @@ from optplan.optim_impls.adapprox.subspace import orthonormal, sketch_product, u
 from optplan.planner.optimizers.registry import build_optimizer
 from optplan.planner.tensors import Parameter
 
+_contract = runpy.run_path(str(Path(__file__).parents[1] / "optimizer_contract.py"))
+Contract, SUBJECTS = _contract["Contract"], _contract["SUBJECTS"]
+kept_after = runpy.run_path(str(Path(__file__).with_name("kept_moments.py")))["kept_after"]
 RATES = Rates(lr=0.01)
 
 
@@ -24,7 +29,7 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> to
 def test_the_sketch_is_the_product_with_the_whole_second_moment() -> None:
     q, u, grad = torch.linalg.qr(random(1500, 6)).Q, random(900, 6, seed=1), random(1500, 900, seed=2)
     v = 0.999 * (q @ u.mT).clamp(min=0) + 0.001 * grad.square()
-    y, square_sum = sketch_product(q, u, grad, RATES)
+    y, square_sum = sketch_product(q, u, u, grad, RATES)
     torch.testing.assert_close(y, v @ u / u.abs().max())
     torch.testing.assert_close(square_sum, (grad / (v.sqrt() + 1e-8)).square().sum())
 
@@ -72,6 +77,18 @@ def test_a_warm_start_costs_at_most_a_twentieth_of_the_error_of_five_iterations(
     error = float((whole - state["q_factor"] @ state["u_factor"].mT).norm() / whole.norm())
     q, u = s_rsi(whole, rank, seeded_sketch(0, step=1, index=0, like=whole))
     assert error <= 1.05 * float((whole - q @ u.mT).norm() / whole.norm()) + 0.01
+
+
+def test_a_hundred_steps_hold_the_second_moment_as_the_paper_s_mode_does() -> None:
+    """What a test on GPUs says of the kernels: entries are independent, rows and columns have scales of their own."""
+    shapes = [(129, 400), (37, 101)]
+    described = tuple(Parameter(f"p{i}", shape, "other", "linear") for i, shape in enumerate(shapes))
+    subject = SUBJECTS["adapprox"]._replace(described=described)
+    training = Contract(subject, device="cpu", backend="torch").train(torch.bfloat16, 0)
+    found = kept_after(training, subject, 100)
+    assert [kept.shape for kept in found] == shapes
+    for kept in found:
+        assert kept.ours <= 1.05 * kept.paper + 0.01, kept
 
 
 def test_a_matrix_without_gradients_at_first_is_approximated_later() -> None:
@@ -130,8 +147,12 @@ def test_one_step_of_the_kernels_is_one_step_of_the_reference(
     reference.step(grad_scale=scale)
     kernels.step(grad_scale=None if scale is None else torch.tensor(scale))
     for a, b, start in zip(ours, theirs, before, strict=True):
-        moved = (a - start).double().norm()
-        assert float((a - b).detach().double().norm() / moved) < (2e-2 if dtype is torch.bfloat16 else 1e-3)
+        moved, apart = (a - start).detach().double().norm(), (a - b).detach().double().abs()
+        if dtype is torch.bfloat16:
+            # Seldom, and hardly by more than a unit in the last place: one of a large weight is 2 % of the whole step.
+            assert (apart > 0).double().mean() <= 0.01
+            apart = (apart - 2**-7 * a.detach().double().abs()).clamp(min=0)
+        assert float(apart.norm() / moved) < (5e-3 if dtype is torch.bfloat16 else 1e-3)
         x, y = reference.state[a], kernels.state[b]
         if "q_factor" in x:
             # bf16 operands turn the basis a little; what counts is how well it holds the same second moment.
