@@ -76,11 +76,23 @@ def alloc_conf() -> str:
 def command_line() -> str:
     """This process's command as a shell would take it again; of absolute paths, which are the user's, the last part."""
     program = Path(sys.argv[0])
-    name = program.name
-    if name == "__main__.py":  # `python -m package`, whatever folder the package was read from
+    launcher = _launcher()
+    name = [program.name]
+    if program.name == "__main__.py":  # `python -m package`, whatever folder the package was read from
         spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-        name = spec.name.removesuffix(".__main__") if spec else program.parent.name
-    return shlex.join([name, *map(_without_folders, sys.argv[1:])])
+        package = spec.name.removesuffix(".__main__") if spec else program.parent.name
+        name = ["-m", package] if launcher else [package]
+    return shlex.join([*launcher, *name, *map(_without_folders, sys.argv[1:])])
+
+
+def _launcher() -> list[str]:
+    """What starts this process and the others that train with it, nothing if it trains alone."""
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if "RANK" not in os.environ or num_ranks == 1:
+        return []
+    on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
+    nodes = [] if on_this_machine == num_ranks else ["--nnodes", str(num_ranks // on_this_machine)]
+    return ["torchrun", *nodes, "--nproc-per-node", str(on_this_machine)]
 
 
 def _without_folders(word: str) -> str:

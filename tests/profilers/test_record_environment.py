@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,24 +35,49 @@ def test_the_command_of_a_record_can_be_repeated(
 
 
 @pytest.mark.parametrize(
-    "started",
+    ("ranks", "command"),
     [
-        ["-m", "trainer", "--steps", "2"],
-        # A server of validation runs its children so.
-        [
-            "-c",
-            "import runpy, sys; sys.argv = ['trainer', '--steps', '2'];"
-            " runpy.run_module('trainer', run_name='__main__', alter_sys=True)",
-        ],
+        ({"WORLD_SIZE": "1", "RANK": "0"}, "train.py"),
+        ({"WORLD_SIZE": "2"}, "train.py"),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "torchrun --nproc-per-node 2 train.py"),
+        ({"WORLD_SIZE": "8", "RANK": "5", "LOCAL_WORLD_SIZE": "4"}, "torchrun --nnodes 2 --nproc-per-node 4 train.py"),
     ],
 )
-def test_a_package_that_was_run_is_named_and_not_its_file(tmp_path: Path, started: list[str]) -> None:
+def test_several_processes_are_started_by_torchrun(
+    ranks: dict[str, str], command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    assert command_line() == command
+
+
+RUN = (
+    "import runpy, sys; sys.argv = ['trainer', '--steps', '2'];"
+    " runpy.run_module('trainer', run_name='__main__', alter_sys=True)"
+)
+"""As a server of validation runs its children."""
+
+
+@pytest.mark.parametrize(
+    ("started", "ranks", "launcher"),
+    [
+        (["-m", "trainer", "--steps", "2"], {}, ""),
+        (["-c", RUN], {"WORLD_SIZE": "2", "RANK": "0"}, "torchrun --nproc-per-node 2 -m "),
+    ],
+)
+def test_a_package_that_was_run_is_named_and_not_its_file(
+    tmp_path: Path, started: list[str], ranks: dict[str, str], launcher: str
+) -> None:
     package = tmp_path / "trainer"
     package.mkdir()
     (package / "__init__.py").touch()
     (package / "__main__.py").write_text(PRINTED)
-    found = subprocess.run([sys.executable, *started], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert found.stdout == "trainer --steps 2\n"
+    command, environment = [sys.executable, *started], {**os.environ, **ranks}
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, env=environment)
+    assert found.stdout == f"{launcher}trainer --steps 2\n"
 
 
 def test_optplan_run_as_a_module_is_named_optplan(tmp_path: Path) -> None:
