@@ -115,10 +115,13 @@ def _preloaded(cases: Iterable[ValidationCase]) -> list[Sequence[str]]:
 
 
 def _visible_gpus(launcher: Launcher) -> list[VisibleGpu]:
-    asked = launcher.start(_GPUS, [], {})
-    if not asked.wait(_GPU_SECONDS) or asked.status:
-        raise OptplanError(f"the GPUs cannot be asked: {asked.last_words()}")
-    return msgspec.json.decode(asked.output, type=list[VisibleGpu])
+    told = launcher.probed
+    if told is None:
+        asked = launcher.start(_GPUS, [], {})
+        if not asked.wait(_GPU_SECONDS) or asked.status:
+            raise OptplanError(f"the GPUs cannot be asked: {asked.last_words()}")
+        told = asked.output
+    return msgspec.json.decode(told, type=list[VisibleGpu])
 
 
 def _refusing(seen: Sequence[VisibleGpu], index: int) -> Callable[[ValidationCase], str | None]:

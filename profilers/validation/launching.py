@@ -77,7 +77,13 @@ class Job(Protocol):
 
 
 class Launcher(Protocol):
-    """Starts processes."""
+    """Starts processes.
+
+    Attributes:
+        probed: What the probe printed, None where it was not run.
+    """
+
+    probed: str | None
 
     def start(self, module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Process:
         """Run `python -m module` with these arguments, and these variables added."""
@@ -135,13 +141,16 @@ def _launcher(preload: Sequence[Sequence[str]], folder: Path, probe: str | None)
 
 def _runs(launcher: ForkLauncher, module: str) -> bool:
     process = launcher.start(module, [], {})
-    return process.wait(READY_SECONDS) and process.status == 0
+    is_done = process.wait(READY_SECONDS) and process.status == 0
+    launcher.probed = process.output if is_done else None
+    return is_done
 
 
 class PlainLauncher:
     """Starts each process from nothing."""
 
     def __init__(self, folder: Path) -> None:
+        self.probed: str | None = None
         self._folder = folder
         self._started: list[_Child] = []
 
@@ -189,6 +198,7 @@ class ForkLauncher:
 
     def __init__(self, names: Sequence[str], folder: Path) -> None:
         """Start the server, which goes on importing while the caller does other things."""
+        self.probed: str | None = None
         self._folder = folder
         self._jobs: list[_Forked] = []
         self._ready = threading.Event()

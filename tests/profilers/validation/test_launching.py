@@ -122,9 +122,10 @@ def test_a_server_whose_children_cannot_do_what_is_needed_is_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "harmful.py").write_text("")
-    (tmp_path / "probe.py").write_text("import sys\nsys.exit('harmful' in sys.modules)\n")
+    (tmp_path / "probe.py").write_text("import sys\nprint('told')\nsys.exit('harmful' in sys.modules)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     with launching.launching([["harmful"], ["json"]], probe="probe") as launcher:
         assert isinstance(launcher, ForkLauncher) and launcher.start("probe", [], {}).wait(20)
+        assert launcher.probed == "told\n"
     with launching.launching([["harmful"]], probe="probe") as plain:
-        assert isinstance(plain, PlainLauncher)
+        assert isinstance(plain, PlainLauncher) and plain.probed is None

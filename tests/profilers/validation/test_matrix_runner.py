@@ -180,8 +180,8 @@ def test_the_last_words_of_a_case_without_a_record(play: Callable[..., tuple[Sta
 class Asked:
     """A launcher whose only process tells of GPUs."""
 
-    def __init__(self, status: int) -> None:
-        self._status = status
+    def __init__(self, status: int, probed: str | None = None) -> None:
+        self._status, self.probed = status, probed
 
     def start(self, module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> object:
         assert (module, list(arguments), dict(environment)) == ("optplan.profilers.validation.gpus", [], {})
@@ -196,6 +196,8 @@ class Asked:
 def test_the_gpus_are_asked_in_a_process_of_their_own() -> None:
     seen = _visible_gpus(Asked(0))  # type: ignore[arg-type]
     assert seen == [VisibleGpu("NVIDIA H200", 150_109_880_320)]
+    # What the server was tried with has told already.
+    assert _visible_gpus(Asked(1, '[{"name": "H100", "total_bytes": 8}]')) == [VisibleGpu("H100", 8)]  # type: ignore[arg-type]
     refuse = _refusing(seen, 0)
     assert refuse(PAIR) == "it needs 2 GPUs, torch sees 1"
     assert refuse(ValidationCase("gpt2", "sgd", (), {"seq_len": 128})) is None
