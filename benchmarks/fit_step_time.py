@@ -4,131 +4,149 @@
     python benchmarks/fit_step_time.py --write    # writes them, the errors and measured links into step_time.toml
     python benchmarks/fit_step_time.py --check    # errors with the committed coefficients
 
-A step's time is the mean of its second and third: on these hosts two steps of one process differ by up to 26 %. The
-honest error is that of models left out: the steps of each model are predicted by a fit to those of all others. Printed
-beside it: the same by optimizer.
+The honest error is that of models left out: the steps of each model are predicted by a fit to those of all others.
+Printed beside it: the same by optimizer, and how far steps are from their like that differ in the optimizer alone,
+which is as near as any model of the work can come. No record is left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
 import msgspec
 from link_records import measured_shares
+from step_time_cases import ROOT, Case, read_cases, repeated_errors
 
-from optplan.planner.candidates import Candidate, choose_optimizers
-from optplan.planner.catalog import load_model
 from optplan.planner.gpus import load_gpu
-from optplan.planner.request import StepRequest, check_request
-from optplan.planner.requested_step import step_options
-from optplan.planner.step.rules import record_step
-from optplan.planner.step_time import combine, micro_steps, optimizer_update
-from optplan.planner.step_time_rates import CALIBRATED_GPU, FitError, FitErrors, LinkRates, TimeModel, load_time_model
-from optplan.planner.step_time_work import StepWork, step_work
-from optplan.planner.workload import Workload
+from optplan.planner.step_time import Update, combine, micro_steps, optimizer_update, phase_ends, whole_step
+from optplan.planner.step_time_rates import (
+    CALIBRATED_GPU,
+    FitError,
+    FitErrors,
+    HostRates,
+    LinkRates,
+    TimeModel,
+    load_time_model,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
-RECORDS = ROOT / "tests" / "records" / "public_h200_times.jsonl"
 TABLE = ROOT / "planner" / "data" / "step_time.toml"
-OPTIMIZERS = {
-    "adamw": ("adamw", "fused"),
-    "adamw_foreach": ("adamw", "foreach"),
-    "sgd": ("sgd", "fused"),
-    "adafactor": ("adafactor", "transformers"),
-    "adam_mini": ("adam-mini", "official"),
-}
-"""Names in the records to id and implementation."""
+GPU = load_gpu(CALIBRATED_GPU)
+
+
+class Fitted(NamedTuple):
+    """A coefficient that is fitted: where the search starts, how strongly it is kept there, and what it can be."""
+
+    part: str
+    name: str
+    start: float
+    keep: float
+    least: float
+    most: float
+
 
 FITTED = (
-    ("gpu", "product_share_16bit", 0.70, 0.2),
-    ("gpu", "product_share_fp32", 0.75, 0.002),
-    ("gpu", "moves_per_written_byte", 5.0, 0.002),
-    ("host", "seconds_per_rotary_layer", 3.5e-3, 0.002),
-    ("host", "seconds_per_other_layer", 2.5e-3, 0.002),
+    Fitted("gpu", "product_share_16bit", 0.72, 3.0, 0.4, 0.85),
+    Fitted("gpu", "product_share_fp32", 0.72, 0.1, 0.4, 0.85),
+    Fitted("gpu", "moves_per_written_byte", 3.2, 0.1, 2.0, 5.0),
+    Fitted("host", "seconds_per_launch", 2e-5, 0.01, 5e-6, 5e-5),
+    Fitted("host", "seconds_per_module", 1e-4, 0.01, 1e-5, 3e-4),
 )
-"""Coefficients, where the search starts, and how strongly it is kept there: few records tell products from moves."""
+HOST_FACTOR = Fitted("records", "host_factor", 1.0, 0.01, 0.5, 2.0)
+"""Of every record but the first, whose host is the table's."""
 
 
-class Case(NamedTuple):
-    """One measured step and its work."""
-
-    name: str
-    seconds: float
-    request: StepRequest
-    work: StepWork
-    candidate: Candidate
-    moved_bytes: int
-
-
-def read_cases() -> list[Case]:
-    """The measured steps of the records."""
-    return [_case(json.loads(line)) for line in RECORDS.read_text("utf-8").splitlines()]
+def predicted_seconds(case: Case, model: TimeModel, update: Update | None = None) -> float:
+    """Time of the step by the model, on the host that it was measured on."""
+    records, exponent = model.records[case.records], model.overlap.exponent
+    micro = micro_steps(case.work, case.request, GPU, model=_on_host(model, records.host_factor))
+    update = update or update_of(case, model)
+    busy = msgspec.structs.replace(update.busy, host=records.host_factor * update.busy.host)
+    update = msgspec.structs.replace(update, busy=busy)
+    if records.waited:
+        return phase_ends(micro, update, num_steps=1, exponent=exponent)[-1]
+    device = micro.device_seconds(exponent) + update.device_seconds
+    return whole_step(device, micro.host_seconds + update.busy.host, exponent)
 
 
-def _case(row: dict[str, Any]) -> Case:
-    request = check_request(
-        load_model(row["model"]),
-        gpu=CALIBRATED_GPU,
-        precision=row["precision"],
-        batch_size=row["batch"],
-        seq_len=row["seq"],
-        checkpointing="full" if row["checkpointing"] else "none",
-        attention=row["attention"],
-    )
-    options, workload = step_options(request), Workload(request)
-    name, implementation = OPTIMIZERS[row["optimizer"]]
-    (candidate,), _ = workload.candidates(choose_optimizers(name, {"implementation": implementation}))
-    return Case(
-        f"{row['model']} {row['precision']} {row['optimizer']} {row['batch']} x {row['seq']}",
-        fmean(row["step_seconds"][1:]),
-        request,
-        step_work(request.model, options, record_step(request.model, options)),
-        candidate,
-        workload.moved_bytes(candidate),
-    )
+def update_of(case: Case, model: TimeModel) -> Update:
+    """The optimizer's step on the table's host."""
+    return optimizer_update(case.candidate, case.moved_bytes, GPU, case.request, model=model)
 
 
-def predicted_seconds(case: Case, model: TimeModel) -> float:
-    """Time of the step by the model."""
-    gpu = load_gpu(CALIBRATED_GPU)
-    micro = micro_steps(case.work, case.request, gpu, model=model)
-    update = optimizer_update(case.candidate, case.moved_bytes, gpu, case.request, model=model)
-    return combine(micro, update, exponent=model.overlap.exponent).step
+def _on_host(model: TimeModel, factor: float) -> TimeModel:
+    host = HostRates(factor * model.host.seconds_per_launch, factor * model.host.seconds_per_module)
+    return msgspec.structs.replace(model, host=host)
+
+
+def is_host_bound(case: Case, model: TimeModel) -> bool:
+    """Whether the host decides the step's time by the model."""
+    micro = micro_steps(case.work, case.request, GPU, model=_on_host(model, model.records[case.records].host_factor))
+    return combine(micro, update_of(case, model), exponent=model.overlap.exponent).bound == "host"
 
 
 def fit(cases: Sequence[Case], start: TimeModel) -> TimeModel:
     """The coefficients with the least squared relative errors, found by a pattern search on their logarithms."""
-    logs = [0.0] * len(FITTED)
+    fitted = [*FITTED, *[HOST_FACTOR] * (len(start.records) - 1)]
+    updates = [update_of(case, start) for case in cases]
 
     def loss(point: list[float]) -> float:
         model = _moved(start, point)
-        errors = [math.log(predicted_seconds(case, model) / case.seconds) ** 2 for case in cases]
-        return fmean(errors) + sum(keep * log**2 for (*_, keep), log in zip(FITTED, point, strict=True)) / len(point)
+        errors = [
+            math.log(predicted_seconds(case, model, update) / case.seconds) ** 2
+            for case, update in zip(cases, updates, strict=True)
+        ]
+        kept = sum(one.keep * log**2 for one, log in zip(fitted, point, strict=True))
+        return fmean(errors) + kept / len(cases)
 
-    best, step = loss(logs), 0.2
+    return _rounded(_moved(start, _searched(loss, [0.0] * len(fitted))))
+
+
+def _rounded(model: TimeModel) -> TimeModel:
+    """With the digits that the table has."""
+    parts: dict[str, Any] = {name: getattr(model, name) for name in ("gpu", "host")}
+    for one in FITTED:
+        value = float(_text(getattr(parts[one.part], one.name)))
+        parts[one.part] = msgspec.structs.replace(parts[one.part], **{one.name: value})
+    records = [msgspec.structs.replace(row, host_factor=float(_text(row.host_factor))) for row in model.records]
+    return msgspec.structs.replace(model, records=records, **parts)
+
+
+def _text(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def _searched(loss: Callable[[list[float]], float], point: list[float]) -> list[float]:
+    """The point with the least loss, found one coordinate at a time with smaller and smaller steps."""
+    best, step = loss(point), 0.2
     while step > 1e-3:
-        tries = [(i, d) for i in range(len(logs)) for d in (step, -step)]
         moved = False
-        for index, change in tries:
-            point = [log + change * (i == index) for i, log in enumerate(logs)]
-            if (found := loss(point)) < best - 1e-12:
-                best, logs, moved = found, point, True
+        for index in range(len(point)):
+            for change in (step, -step):
+                other = [log + change * (i == index) for i, log in enumerate(point)]
+                if (found := loss(other)) < best - 1e-12:
+                    best, point, moved = found, other, True
         step = step if moved else step / 2
-    return _moved(start, logs)
+    return point
 
 
 def _moved(start: TimeModel, logs: Sequence[float]) -> TimeModel:
     parts: dict[str, Any] = {name: getattr(start, name) for name in ("gpu", "host")}
-    for (part, name, first, _), log in zip(FITTED, logs, strict=True):
-        parts[part] = msgspec.structs.replace(parts[part], **{name: first * math.exp(log)})
-    return msgspec.structs.replace(start, **parts)
+    for one, log in zip(FITTED, logs, strict=False):
+        parts[one.part] = msgspec.structs.replace(parts[one.part], **{one.name: _limited(one, log)})
+    factors = [1.0, *(_limited(HOST_FACTOR, log) for log in logs[len(FITTED) :])]
+    records = [
+        msgspec.structs.replace(row, host_factor=factor) for row, factor in zip(start.records, factors, strict=True)
+    ]
+    return msgspec.structs.replace(start, records=records, **parts)
+
+
+def _limited(one: Fitted, log: float) -> float:
+    return min(max(one.start * math.exp(log), one.least), one.most)
 
 
 def errors_of(cases: Sequence[Case], model: TimeModel) -> list[float]:
@@ -146,12 +164,20 @@ def optimizer_of(case: Case) -> str:
     return f"{case.candidate.id} {case.candidate.implementation}"
 
 
-def held_out_errors(cases: Sequence[Case], start: TimeModel, group: Callable[[Case], str] = model_of) -> list[float]:
-    """The same for each step by a fit to the steps of all other groups."""
+class HeldOut(NamedTuple):
+    """Error of a step by a fit to the steps of all other groups, and whether the host decides it by that fit."""
+
+    error: float
+    is_host_bound: bool
+
+
+def held_out(cases: Sequence[Case], start: TimeModel, group: Callable[[Case], str] = model_of) -> list[HeldOut]:
+    """How each step is predicted by a fit to the steps of all other groups."""
     fits = {
         name: fit([case for case in cases if group(case) != name], start) for name in sorted(set(map(group, cases)))
     }
-    return [errors_of([case], fits[group(case)])[0] for case in cases]
+    found = [(case, fits[group(case)]) for case in cases]
+    return [HeldOut(errors_of([case], model)[0], is_host_bound(case, model)) for case, model in found]
 
 
 def summary(errors: Sequence[float]) -> FitError:
@@ -160,22 +186,48 @@ def summary(errors: Sequence[float]) -> FitError:
     return FitError(round(median(sizes), 3), round(max(sizes), 3))
 
 
+def fit_errors(fitted: Sequence[float], found: Sequence[HeldOut]) -> FitErrors:
+    """What the table states."""
+    return FitErrors(
+        num_steps=len(fitted),
+        fitted=summary(fitted),
+        held_out=summary([one.error for one in found]),
+        held_out_gpu=summary([one.error for one in found if not one.is_host_bound]),
+        held_out_host=summary([one.error for one in found if one.is_host_bound]),
+    )
+
+
 def show_errors(title: str, cases: Sequence[Case], errors: Sequence[float]) -> None:
-    """Print the error of each step, the median and the largest."""
+    """Print the error of each step, the median and the largest; and these by model and by optimizer."""
     for case, error in zip(cases, errors, strict=True):
-        print(f"  {case.name:44} {case.seconds * 1e3:7.1f} ms  {100 * error:+6.1f} %")
+        print(f"  {case.name:76} {case.seconds * 1e3:7.1f} ms  {100 * error:+6.1f} %")
+    for group in (model_of, optimizer_of):
+        for name in sorted(set(map(group, cases))):
+            _show_summary(
+                f"  {name}", [error for case, error in zip(cases, errors, strict=True) if group(case) == name]
+            )
+    _show_summary(title, errors)
+    print()
+
+
+def _show_summary(title: str, errors: Sequence[float]) -> None:
     found = summary(errors)
-    print(f"{title}: median {100 * found.median:.1f} %, largest {100 * found.largest:.1f} % of {len(cases)} steps\n")
+    print(f"{title}: median {100 * found.median:.1f} %, largest {100 * found.largest:.1f} % of {len(errors)} steps")
 
 
 def written(text: str, model: TimeModel, links: dict[str, LinkRates]) -> str:
     """The table's text with the fitted coefficients, the errors and the measured links."""
-    for part, name, *_ in FITTED:
-        text = _set(text, name, f"{getattr(getattr(model, part), name):.3g}")
-    text = _set(text, "num_steps", str(model.errors.num_steps))
-    for name in ("fitted", "held_out"):
+    for one in FITTED:
+        text = _set(text, one.part, one.name, _text(getattr(getattr(model, one.part), one.name)))
+    text = _set(text, "errors", "num_steps", str(model.errors.num_steps))
+    for name in ("fitted", "held_out", "held_out_gpu", "held_out_host"):
         found = getattr(model.errors, name)
-        text = _set(text, name, f"{{ median = {found.median}, largest = {found.largest} }}")
+        text = _set(text, "errors", name, f"{{ median = {found.median}, largest = {found.largest} }}")
+    for records in model.records:
+        start = text.index(f'path = "{records.path}"\n')
+        entry = re.sub(r"num_steps = .*", f"num_steps = {records.num_steps}", text[start:], count=1)
+        entry = re.sub(r"host_factor = .*", f"host_factor = {_text(records.host_factor)}", entry, count=1)
+        text = text[:start] + entry
     for name, row in links.items():
         fields = f'bandwidth_share = {row.bandwidth_share}\nbasis = "{row.basis}"\nsource = "{row.source}"'
         start = text.index(f'link = "{name}"\n') + len(f'link = "{name}"\n')
@@ -183,31 +235,35 @@ def written(text: str, model: TimeModel, links: dict[str, LinkRates]) -> str:
     return text
 
 
-def _set(text: str, name: str, value: str) -> str:
-    return re.sub(rf"(?m)^{name} = .*$", f"{name} = {value}", text, count=1)
+def _set(text: str, part: str, name: str, value: str) -> str:
+    start = text.index(f"\n[{part}]\n")
+    return text[:start] + re.sub(rf"(?m)^{name} = .*$", f"{name} = {value}", text[start:], count=1)
 
 
-def _refitted(cases: Sequence[Case]) -> TimeModel:
+def _refitted(cases: Sequence[Case], start: TimeModel) -> TimeModel:
     """The fit to all steps with its errors, each printed."""
-    start = load_time_model()
-    show_errors("optimizers left out", cases, held_out_errors(cases, start, optimizer_of))
-    held_out, model = held_out_errors(cases, start), fit(cases, start)
-    show_errors("models left out", cases, held_out)
-    for part, name, *_ in FITTED:
-        print(f"[{part}] {name} = {getattr(getattr(model, part), name):.3g}")
-    errors = FitErrors(len(cases), summary(errors_of(cases, model)), summary(held_out))
-    return msgspec.structs.replace(model, errors=errors)
+    by_optimizer = held_out(cases, start, optimizer_of)
+    show_errors("optimizers left out", cases, [one.error for one in by_optimizer])
+    found, model = held_out(cases, start), fit(cases, start)
+    show_errors("models left out", cases, [one.error for one in found])
+    counts = [sum(case.records == index for case in cases) for index in range(len(model.records))]
+    records = [msgspec.structs.replace(row, num_steps=count) for row, count in zip(model.records, counts, strict=True)]
+    errors = fit_errors(errors_of(cases, model), found)
+    return msgspec.structs.replace(model, records=records, errors=errors)
 
 
 def main() -> None:
     """Fit, write or check."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
-    cases = read_cases()
-    model = load_time_model() if arguments.check else _refitted(cases)
+    committed = load_time_model()
+    cases = read_cases(committed.records)
+    model = committed if arguments.check else _refitted(cases, committed)
     show_errors("all", cases, errors_of(cases, model))
+    _show_summary("from the median of their like", list(repeated_errors(cases).values()))
+    print(model.gpu, model.host, model.records, model.errors, sep="\n")
     if arguments.write:
         TABLE.write_text(written(TABLE.read_text("utf-8"), model, measured_shares()), "utf-8")
 

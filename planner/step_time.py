@@ -1,9 +1,9 @@
 """How long a training step takes: an analytic model with few coefficients, fitted to steps measured on an H200.
 
 The GPU multiplies matrices at a share of the data sheet's rate, and moves what the step writes at the bandwidth of a
-large copy; the host launches the same work layer by layer; the links pass on what is sharded. All of it runs at the
-same time, and the longest decides; the optimizer's step follows. Other GPUs are scaled by their data sheets and keep
-the measured host: their times are marked `scaled`.
+large copy; the links pass on what is sharded meanwhile; the optimizer's step follows. The host launches the same work
+operation by operation and runs ahead as far as it can, into the next step too: over whole steps the longer of GPU and
+host decides. Other GPUs are scaled by their data sheets and keep the measured host: their times are marked `scaled`.
 
 Source: `data/step_time.toml`; `benchmarks/fit_step_time.py` fits the coefficients and states the errors.
 """
@@ -11,6 +11,7 @@ Source: `data/step_time.toml`; `benchmarks/fit_step_time.py` fits the coefficien
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
 from typing import Literal
 
 import msgspec
@@ -66,13 +67,18 @@ class MicroSteps(msgspec.Struct, frozen=True):
         """All of them."""
         return self.forward.plus(self.backward).times(self.count).plus(Busy(0.0, 0.0, self.reduction))
 
-    def seconds(self, exponent: float) -> float:
-        """How long they take."""
-        one = self.forward.plus(self.backward)
+    def device_seconds(self, exponent: float) -> float:
+        """How long they take on the GPU and its links, which work at the same time."""
+        one = _without_host(self.forward.plus(self.backward))
         if not self.reduction:
             return self.count * longer(one, exponent)
         last = one.plus(Busy(0.0, 0.0, self.reduction))
         return (self.count - 1) * longer(one, exponent) + longer(last, exponent)
+
+    @property
+    def host_seconds(self) -> float:
+        """How long the host takes to launch them."""
+        return self.count * (self.forward.host + self.backward.host)
 
 
 class Update(msgspec.Struct, frozen=True):
@@ -81,9 +87,10 @@ class Update(msgspec.Struct, frozen=True):
     busy: Busy
     gather: float = 0.0
 
-    def seconds(self, exponent: float) -> float:
-        """How long both take."""
-        return longer(self.busy, exponent) + self.gather
+    @property
+    def device_seconds(self) -> float:
+        """How long both take on the GPU and its links."""
+        return self.busy.gpu + self.gather
 
 
 class StepSeconds(msgspec.Struct, frozen=True):
@@ -139,12 +146,12 @@ def micro_steps(work: StepWork, request: StepRequest, gpu: Gpu, *, model: TimeMo
 
 def phase_busy(work: PhaseWork, gpu: Gpu, precision: str, *, model: TimeModel) -> Busy:
     """How long one phase of one micro-step keeps GPU and host busy."""
-    rates, bandwidth = model.gpu, gpu.achievable_bandwidth_bytes_per_s or 0.0
+    rates, host, bandwidth = model.gpu, model.host, gpu.achievable_bandwidth_bytes_per_s or 0.0
     peak, share = _product_peak(gpu, precision, model=model)
     seconds = work.product_flops / (share * peak) + work.attention_flops / (rates.attention_share * peak)
-    layer = model.host.seconds_per_rotary_layer if work.rotates else model.host.seconds_per_other_layer
     moved = rates.moves_per_written_byte * work.written_bytes + _MOVES_PER_COPIED_BYTE * work.copied_bytes
-    return Busy(seconds + moved / bandwidth, layer * (work.num_layers / 2 + work.num_recomputed_layers))
+    seconds += moved / bandwidth + rates.seconds_per_launch * work.num_launches
+    return Busy(seconds, host.seconds_per_launch * work.num_launches + host.seconds_per_module * work.num_modules)
 
 
 def _product_peak(gpu: Gpu, precision: str, *, model: TimeModel) -> tuple[float, float]:
@@ -177,8 +184,13 @@ def optimizer_update(
     seconds += share * _product_flops(candidate, rates, spec) / (product_share * peak)
     if candidate.footprint.host_bytes and candidate.id.startswith("paged"):
         seconds += 2 * candidate.footprint.host_bytes / (gpu.host_link_bytes_per_s or 1e10)
-    busy = Busy(seconds, rates.seconds_per_tensor * len(spec.unique_parameters))
-    return Update(busy, link_seconds(request, model=model).gather)
+    return Update(Busy(seconds, _launching(rates, spec)), link_seconds(request, model=model).gather)
+
+
+def _launching(rates: OptimizerRates, spec: ModelSpec) -> float:
+    """How long the host takes to launch the optimizer's step."""
+    num_matrices = sum(len(parameter.shape) > 1 for parameter in spec.unique_parameters)
+    return rates.seconds_per_tensor * len(spec.unique_parameters) + rates.seconds_per_matrix * num_matrices
 
 
 def _updated_share(request: StepRequest) -> float:
@@ -215,12 +227,42 @@ def _product_flops(candidate: Candidate, rates: OptimizerRates, spec: ModelSpec)
 
 
 def combine(micro: MicroSteps, update: Update, *, exponent: float) -> StepSeconds:
-    """The time of a step: its micro-steps, then the optimizer's."""
-    whole, stepping = micro.seconds(exponent), update.seconds(exponent)
-    forward, backward = longer(micro.forward, exponent), longer(micro.backward, exponent)
-    share = forward / (forward + backward)
+    """The time of a step: its micro-steps, then the optimizer's, as one step follows another."""
+    host = micro.host_seconds + update.busy.host
+    step = whole_step(micro.device_seconds(exponent) + update.device_seconds, host, exponent)
+    ends = phase_ends(micro, update, num_steps=2, exponent=exponent)
+    spans = [end - begin for begin, end in pairwise(ends[2:])]
+    forward, backward, stepping = (step * span / sum(spans) for span in spans)
     busy = micro.busy.plus(update.busy).plus(Busy(0.0, 0.0, update.gather))
-    return StepSeconds(whole + stepping, share * whole, (1 - share) * whole, stepping, _bound(busy))
+    return StepSeconds(step, forward, backward, stepping, _bound(busy))
+
+
+def phase_ends(micro: MicroSteps, update: Update, *, num_steps: int, exponent: float) -> list[float]:
+    """When the GPU is done with all forwards, all backwards and the optimizer's step of each of some steps.
+
+    GPU and host begin the first of them together, and the host goes on to the next without waiting.
+    """
+    device, forward = micro.device_seconds(exponent), longer(_without_host(micro.forward), exponent)
+    forward *= micro.count
+    parts = [
+        (forward, micro.count * micro.forward.host),
+        (max(device - forward, 0.0), micro.count * micro.backward.host),
+        (update.device_seconds, update.busy.host),
+    ]
+    ends, launched = [0.0], 0.0
+    for seconds, host in parts * num_steps:
+        launched += host
+        ends.append(whole_step(ends[-1] + seconds, launched, exponent))
+    return ends[1:]
+
+
+def whole_step(device: float, host: float, exponent: float) -> float:
+    """Seconds of a step that keeps the GPU with its links and the host busy for so long, each without a break."""
+    return longer(Busy(device, host), exponent)
+
+
+def _without_host(busy: Busy) -> Busy:
+    return Busy(busy.gpu, 0.0, busy.link)
 
 
 def _bound(whole: Busy) -> Bound:

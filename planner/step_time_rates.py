@@ -22,23 +22,33 @@ class GpuRates(msgspec.Struct, frozen=True):
         product_share_16bit: Of the matrix units' operations, by products in fp16 or bf16; likewise in fp32.
         attention_share: The same by fused attention.
         moves_per_written_byte: How often a byte of a written tensor crosses the memory bus, its reads included.
+        seconds_per_launch: What a kernel takes that has next to nothing to do.
     """
 
     product_share_16bit: float
     product_share_fp32: float
     attention_share: float
     moves_per_written_byte: float
+    seconds_per_launch: float
 
 
 class HostRates(msgspec.Struct, frozen=True):
-    """Seconds that the host takes to launch forward and backward of one layer, and once more if it is recomputed."""
+    """Seconds that the host takes to launch one operation, and to call one module in Python besides."""
 
-    seconds_per_rotary_layer: float
-    seconds_per_other_layer: float
+    seconds_per_launch: float
+    seconds_per_module: float
 
 
 class OptimizerRates(msgspec.Struct, frozen=True):
-    """Time of `step()` besides moving its bytes at the copy bandwidth."""
+    """Time of `step()` besides moving its bytes at the copy bandwidth.
+
+    Attributes:
+        id: Id in the registry; `implementation` names one of its implementations.
+        seconds_per_element: On the GPU.
+        seconds_per_tensor: On the host, for every tensor; `seconds_per_matrix` besides for those of two dimensions.
+        basis: Whether they rest on a measurement, which `source` names.
+        flops_per_element_and_rank: Of optimizers that multiply matrices; likewise by a matrix's shorter side.
+    """
 
     id: str
     implementation: str
@@ -46,6 +56,7 @@ class OptimizerRates(msgspec.Struct, frozen=True):
     seconds_per_tensor: float
     basis: Literal["measured", "estimated"]
     source: str
+    seconds_per_matrix: float = 0.0
     flops_per_element_and_rank: float = 0.0
     flops_per_element_and_side: float = 0.0
 
@@ -86,17 +97,40 @@ class FitErrors(msgspec.Struct, frozen=True):
         num_steps: Measured steps.
         fitted: Errors on the steps that it was fitted to.
         held_out: Errors on each model's steps by a fit to the other models'.
+        held_out_gpu: Of these, those of the steps that the GPU decides by that fit; likewise `held_out_host`.
     """
 
     num_steps: int
     fitted: FitError
     held_out: FitError
+    held_out_gpu: FitError
+    held_out_host: FitError
+
+    def expected(self, bound: str) -> FitError:
+        """Of a step of a model that was not fitted to, by what decides it."""
+        return {"gpu": self.held_out_gpu, "host": self.held_out_host}.get(bound, self.held_out)
+
+
+class FittedRecords(msgspec.Struct, frozen=True):
+    """Measured steps that the model is fitted to.
+
+    Attributes:
+        path: File or folder in the repository.
+        num_steps: Steps taken from there.
+        host_factor: How much longer than `host` says the host took that they were measured on.
+        waited: Whether each step was waited for before the next: then the GPU is idle until the first launches.
+    """
+
+    path: str
+    num_steps: int
+    host_factor: float
+    waited: bool
 
 
 class TimeModel(msgspec.Struct, frozen=True):
     """All coefficients."""
 
-    fitted_to: str
+    records: list[FittedRecords]
     errors: FitErrors
     gpu: GpuRates
     host: HostRates

@@ -1,14 +1,19 @@
-"""The work of one training step: operations of its matrix products, bytes of the tensors that it writes.
+"""The work of one training step: operations of its matrix products, bytes that it writes, launches of the host.
 
 Products are counted from the model's matrices, the rest from the step rules: every tensor that forward and backward
 allocate is written once and read a few times, save what products write in backward: their time is that of their
-operations. What is copied for collectives is counted on its own, what they write themselves is the links' time. What
-checkpointing computes again is on the rules' tape already; its products are added here.
+operations. What is copied for collectives is counted on its own, what they write themselves is the links' time. Every
+tensor that is not written beside another is a launch of the host. What checkpointing computes again is on the rules'
+tape: each layer's forward up to the last tensor that its backward needs, so mostly without its last product.
+
+Source: `torch/utils/checkpoint.py` (`early_stop`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import msgspec
 
@@ -21,7 +26,17 @@ from optplan.planner.timeline import Phase
 _NO_PRODUCT = {"token_embedding", "position_embedding", "norm", "bias"}
 _WRITTEN_BY_OTHERS = {"weight gradient", "gradient of the input", "all-gather output", "sharded gradients"}
 """Written by products or collectives, whose time is counted otherwise."""
+_LAUNCHES = {
+    "attention log-sums": 0,
+    "dropout mask": 0,
+    "gradient of the keys": 0,
+    "gradient of the values": 0,
+    "bias gradient": 0,
+    "reciprocal deviation": -1,
+}
+"""Launches that a tensor stands for: none if another's launch writes it, of a layer norm neither this nor the mean."""
 _GATHERED = "gathered "
+_OUTPUT = "output"
 _BIDIRECTIONAL = {"bert", "roberta", "vit", "t5"}
 RECOMPUTED_SHARE = {"none": 0.0, "selective": 0.5, "full": 1.0, "full-reentrant": 1.0}
 """Share of the layers whose forward runs twice."""
@@ -35,18 +50,16 @@ class PhaseWork(msgspec.Struct, frozen=True):
         attention_flops: The same of queries with keys and of weights with values.
         written_bytes: Bytes of the tensors that it allocates, without those that products or collectives write.
         copied_bytes: Bytes of copies for collectives and of what they gathered.
-        num_layers: Layers that it runs through.
-        num_recomputed_layers: Layers whose forward it runs again.
-        rotates: Whether positions are encoded by rotation, which takes many small operations.
+        num_launches: Operations that the host launches.
+        num_modules: Modules that it calls in Python: in backward only those that run again.
     """
 
     product_flops: float
     attention_flops: float
     written_bytes: float
     copied_bytes: float
-    num_layers: int
-    num_recomputed_layers: float
-    rotates: bool
+    num_launches: int
+    num_modules: float
 
 
 class StepWork(msgspec.Struct, frozen=True):
@@ -58,14 +71,19 @@ class StepWork(msgspec.Struct, frozen=True):
 
 def product_flops(spec: ModelSpec, *, num_tokens: int) -> float:
     """Operations of the forward's products with the model's matrices; of experts, those that a token visits."""
+    return sum(_flops_by_name(spec, num_tokens=num_tokens).values())
+
+
+def _flops_by_name(spec: ModelSpec, *, num_tokens: int) -> dict[str, float]:
+    """Operations of the forward's product with each of the model's matrices."""
     chosen = spec.config.get("num_experts_per_tok")
     experts = spec.config.get("num_local_experts") or spec.config.get("num_experts")
     share = chosen / experts if chosen and experts else 1.0
-    numel = 0.0
-    for parameter in spec.parameters:
-        if parameter.role not in _NO_PRODUCT and len(parameter.shape) > 1:
-            numel += parameter.numel * (share if parameter.module == "experts" else 1.0)
-    return 2.0 * num_tokens * numel
+    return {
+        parameter.name: 2.0 * num_tokens * parameter.numel * (share if parameter.module == "experts" else 1.0)
+        for parameter in spec.parameters
+        if parameter.role not in _NO_PRODUCT and len(parameter.shape) > 1
+    }
 
 
 def head_flops(spec: ModelSpec, *, num_tokens: int) -> float:
@@ -89,49 +107,92 @@ def step_work(spec: ModelSpec, options: StepOptions, program: Program) -> StepWo
         options: How the step is run.
         program: The forward and backward that the rules recorded for them.
     """
-    products = product_flops(spec, num_tokens=options.batch_size * options.seq_len)
-    attention = attention_flops(spec, options)
-    again = RECOMPUTED_SHARE[options.checkpointing]
-    head = head_flops(spec, num_tokens=options.batch_size * options.seq_len) if options.fused_loss == "chunked" else 0.0
-    num_layers, rotates = _num_layers(program), any(name.startswith("rotary") for name in spec.config)
+    num_tokens = options.batch_size * options.seq_len
+    flops, attention = _flops_by_name(spec, num_tokens=num_tokens), attention_flops(spec, options)
+    again, products = RECOMPUTED_SHARE[options.checkpointing], sum(flops.values())
+    forward, backward = _sums(program, "forward"), _sums(program, "backward")
+    backward_products = 2 * products + (_recomputed_flops(program, flops) if again else 0.0)
+    if options.fused_loss == "chunked":
+        backward_products += head_flops(spec, num_tokens=num_tokens)
     return StepWork(
-        PhaseWork(products, attention, *_written_bytes(program, "forward"), num_layers, 0.0, rotates),
         PhaseWork(
-            (2 + again) * products + head,
+            products,
+            attention,
+            forward.written_bytes,
+            forward.copied_bytes,
+            forward.num_launches,
+            forward.num_modules,
+        ),
+        PhaseWork(
+            backward_products,
             (2.5 + again) * attention,
-            *_written_bytes(program, "backward"),
-            num_layers,
-            again * num_layers,
-            rotates,
+            backward.written_bytes,
+            backward.copied_bytes,
+            backward.num_launches,
+            again * forward.num_layer_modules,
         ),
     )
 
 
-def _num_layers(program: Program) -> int:
-    segments = program.tape.segments
-    return sum(
-        segments[index].phase == "forward" and segments[index].layer is not None for index, _ in program.stretches()
-    )
+class _Sums(NamedTuple):
+    """What one phase of the whole model writes, copies, launches and calls, its layers' modules also on their own."""
+
+    written_bytes: int
+    copied_bytes: int
+    num_launches: int
+    num_modules: int
+    num_layer_modules: int
 
 
-def _written_bytes(program: Program, phase: Phase) -> tuple[float, float]:
-    """Bytes that a phase writes in the whole model: those of its operations, and those copied for collectives."""
-    tape, written, copied = program.tape, 0, 0
+def _sums(program: Program, phase: Phase) -> _Sums:
+    totals = [0] * len(_Sums._fields)
+    for records, layer, count in _stretches(program, phase):
+        found = _sums_of(records, in_layer=layer is not None)
+        totals = [total + count * value for total, value in zip(totals, found, strict=True)]
+    return _Sums(*totals)
+
+
+def _stretches(program: Program, phase: Phase) -> Iterator[tuple[Sequence[Record], int | None, int]]:
+    """The recorded stretches of a phase: their records, their layer, and how often they occur in the model."""
+    tape = program.tape
     starts = [segment.first_id - 1 for segment in tape.segments] + [len(tape.records)]
-    sums: dict[int, tuple[int, int]] = {}
-    for index, _ in program.stretches():
-        if tape.segments[index].phase != phase:
+    for index, count in Counter(index for index, _ in program.stretches()).items():
+        if tape.segments[index].phase == phase:
+            yield tape.records[starts[index] : starts[index + 1]], tape.segments[index].layer, count
+
+
+def _sums_of(records: Sequence[Record], *, in_layer: bool) -> _Sums:
+    written = copied = launches = 0
+    modules = set()
+    for record in records:
+        if record.category != "workspace":
+            launches += _LAUNCHES.get(record.operation, 1)
+        if record.operation in _WRITTEN_BY_OTHERS:
             continue
-        if index not in sums:
-            sums[index] = _sums_of(tape.records[starts[index] : starts[index + 1]])
-        written, copied = written + sums[index][0], copied + sums[index][1]
-    return float(written), float(copied)
+        if _is_copy(record):
+            copied += record.num_bytes
+        else:
+            written += record.num_bytes
+            modules.add(record.path)
+    return _Sums(written, copied, launches, len(modules), len(modules) if in_layer else 0)
 
 
-def _sums_of(records: Sequence[Record]) -> tuple[int, int]:
-    counted = [record for record in records if record.operation not in _WRITTEN_BY_OTHERS]
-    copied = sum(record.num_bytes for record in counted if _is_copy(record))
-    return sum(record.num_bytes for record in counted) - copied, copied
+def _recomputed_flops(program: Program, flops: Mapping[str, float]) -> float:
+    """Operations of the products whose output is made again in backward, by the names of their matrices."""
+    total = 0.0
+    for records, layer, count in _stretches(program, "backward"):
+        if layer is not None:
+            prefix = program.layer_name(layer)
+            names = {
+                f"{prefix}.{record.path}.{_matrix(record)}" for record in records if record.operation.endswith(_OUTPUT)
+            }
+            total += count * sum(flops.get(name, 0.0) for name in names)
+    return total
+
+
+def _matrix(record: Record) -> str:
+    """Name, within its module, of the matrix that an output is the product with."""
+    return record.operation.removesuffix(_OUTPUT).strip() or "weight"
 
 
 def _is_copy(record: Record) -> bool:

@@ -82,7 +82,7 @@ class Describer:
         model, gpu = self.exploration.model, self.exploration.gpu
         micro = micro_steps(self.exploration.work_of(found), request, gpu, model=model)
         seconds = combine(micro, found.bound.update(gpu, model), exponent=model.overlap.exponent)
-        candidate = found.bound.candidate
+        candidate, errors = found.bound.candidate, model.errors.expected(seconds.bound)
         return Time(
             step_seconds=seconds.step,
             forward_seconds=seconds.forward,
@@ -93,8 +93,8 @@ class Describer:
             basis=self._basis(request),
             optimizer_basis=model.rates_of(candidate.id, candidate.implementation).basis,
             link_basis=link_basis(request, model=model) if request.config.gpus > 1 else None,
-            median_error=model.errors.held_out.median,
-            largest_error=model.errors.held_out.largest,
+            median_error=errors.median,
+            largest_error=errors.largest,
         )
 
     def _basis(self, request: StepRequest) -> TimeBasis:

@@ -23,7 +23,7 @@ from optplan.planner.search.evidence import EvidenceKey
 from optplan.planner.search.pool import BoundMember, Frame, Pool
 from optplan.planner.search.space import Layout, Manner, Space
 from optplan.planner.search.steps import StepPoint, StepRecorder, accumulated_batches, manner_refused
-from optplan.planner.step_time import MicroSteps, micro_steps
+from optplan.planner.step_time import MicroSteps, Update, micro_steps, whole_step
 from optplan.planner.step_time_rates import TimeModel, load_time_model
 from optplan.planner.step_time_work import StepWork
 
@@ -62,14 +62,15 @@ class Beaten(NamedTuple):
 
 
 class Micro(NamedTuple):
-    """One way of running forward and backward, with its batch and the seconds that it takes for a whole step."""
+    """One way of running forward and backward, with its batch and what it takes for a whole step on GPU and host."""
 
     manner: Manner
     micro_batch: int
     accumulated: int
     share: float
     point: StepPoint
-    seconds: float
+    device_seconds: float
+    host_seconds: float
 
 
 _ROOMY = 0.9
@@ -162,9 +163,10 @@ class Exploration:
 
     def _micro(self, frame: Frame, manner: Manner, size: int, accumulated: int, point: StepPoint) -> Micro:
         one = micro_steps(point.work, frame.request, self.gpu, model=self.model)
-        seconds = MicroSteps(one.forward, one.backward, accumulated, one.reduction).seconds(self.model.overlap.exponent)
+        steps = MicroSteps(one.forward, one.backward, accumulated, one.reduction)
+        device = steps.device_seconds(self.model.overlap.exponent)
         share = size * accumulated * frame.layout.gpus / self.space.sequences
-        return Micro(manner, size, accumulated, share, point, seconds)
+        return Micro(manner, size, accumulated, share, point, device, steps.host_seconds)
 
     def _note_least(self, frame: Frame, manner: Manner, point: StepPoint) -> None:
         for member in frame.members:
@@ -182,15 +184,17 @@ class Exploration:
             for micro in micros:
                 self._lower(member, micro.manner, resident + micro.point.least_bytes)
             return
-        update = member.update(self.gpu, self.model).seconds(self.model.overlap.exponent)
+        update = member.update(self.gpu, self.model)
         keys = {in_backward: member.evidence(step_in_backward=in_backward) for in_backward in (False, True)}
         for micro in micros:
             found = self._found(member, micro, resident, update, keys[micro.manner.step_in_backward])
             self._settle(found, micro, limit)
 
-    def _found(self, member: BoundMember, micro: Micro, resident: int, update: float, key: EvidenceKey) -> Found:
+    def _found(self, member: BoundMember, micro: Micro, resident: int, update: Update, key: EvidenceKey) -> Found:
         """A configuration with its peak as it would be without the optimizer's temporaries."""
-        seconds = (micro.seconds + update) / micro.share
+        device = micro.device_seconds + update.device_seconds
+        host = micro.host_seconds + update.busy.host
+        seconds = whole_step(device, host, self.model.overlap.exponent) / micro.share
         bound = resident + micro.point.least_bytes
         return Found(member, micro.manner, micro.micro_batch, micro.accumulated, bound, seconds, key)
 

@@ -29,8 +29,9 @@ class Time(msgspec.Struct, frozen=True, kw_only=True):
             a memory budget stands for a GPU and an H200's rates are taken.
         optimizer_basis: Whether the optimizer's own time rests on a measurement or on a likeness.
         link_basis: What the links' rates rest on, on several GPUs: `measured`, `cited` or `estimated`.
-        median_error: Of the time model on measured steps of models that it was not fitted to, as a share of their time;
-            likewise the largest. They hold for one GPU of the calibrated kind.
+        median_error: Of the time model on measured steps of models that it was not fitted to and that GPU or host
+            decided as they do here, as a share of their time; likewise the largest. They hold for one GPU of the
+            calibrated kind.
     """
 
     step_seconds: float

