@@ -10,6 +10,7 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from agreement_section import GAPS, agreement_section, trace_versions, traced_figures
+from profiles_section import profiles_section
 from ranks_page import ranks_section
 from rivals_section import rivals_section
 
@@ -51,7 +52,7 @@ def accuracy_page() -> str:
     """The whole page."""
     traced = traced_figures()
     names = "public_h200_cases.jsonl", "h200_steps.jsonl"
-    rows = [_row(case, traced[name, number]) for name in names for number, case in _cases(name)]
+    rows = [_row(case, traced.get((name, number))) for name in names for number, case in _cases(name)]
     compared = [row.state_is_exact for row in rows if row.state_is_exact is not None]
     num_steps = len(list(_cases("h200_optimizers.jsonl")))
     lines = [
@@ -69,6 +70,7 @@ def accuracy_page() -> str:
         _summary("Trace, peak allocated", [row.trace.peak for row in rows if row.trace]),
         _summary("Rules, peak reserved", [row.rules.reserved for row in rows if row.rules]),
         _summary("Trace, peak reserved", [row.trace.reserved for row in rows if row.trace]),
+        "- **Steps measured with the product's own profiler**: [below](#steps-that-optplan-validate-measured).",
         "- Where cached blocks of one size tie, the addresses that the driver chose decide what is reserved, which nobody"
         " can know beforehand.",
         "",
@@ -84,7 +86,10 @@ def accuracy_page() -> str:
         " | rules | trace | rules, reserved | trace, reserved |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    return "\n".join([*lines, *(_line(row) for row in rows), *ranks_section(), *rivals_section()]) + "\n"
+    return (
+        "\n".join([*lines, *(_line(row) for row in rows), *profiles_section(), *ranks_section(), *rivals_section()])
+        + "\n"
+    )
 
 
 def _summary(what: str, errors: list[float]) -> str:

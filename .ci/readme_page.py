@@ -1,4 +1,4 @@
-"""The README with its table of optimizers written anew from the records of speed and training."""
+"""The README with what it says of records written anew: the table of optimizers, the claim of accuracy."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from profiles_section import readme_claim
 from speed_page import newest_rows
 from training_page import YARDSTICK, difference, summary_of, training_rows
 
 README = Path(__file__).resolve().parent.parent / "README.md"
-MARKERS = re.compile(r"(<!-- optimizers: written by `make docs` -->\n).*?(<!-- end -->)", re.DOTALL)
+PLACE = r"(<!-- {name}: written by `make docs` -->\n).*?( *<!-- end -->)"
 MODEL, DTYPE = "llama-2-7b", "bfloat16"
 
 
@@ -34,9 +35,12 @@ LINES = (
 
 def readme_page() -> str:
     """The whole README."""
-    text, count = MARKERS.subn(lambda found: f"{found[1]}{_table()}{found[2]}", README.read_text(encoding="utf-8"))
-    if count != 1:
-        raise SystemExit(f"README.md has {count} places for the table of optimizers, not 1")
+    text = README.read_text(encoding="utf-8")
+    for name, content in (("optimizers", _table()), ("accuracy", f"  {readme_claim()}\n")):
+        place = re.compile(PLACE.format(name=name), re.DOTALL)
+        text, count = place.subn(lambda found, content=content: f"{found[1]}{content}{found[2]}", text)
+        if count != 1:
+            raise SystemExit(f"README.md has {count} places for what is written on {name}, not 1")
     return text
 
 
