@@ -30,6 +30,7 @@ from optplan.optim_impls.adapprox.subspace import (
     projected,
     revive,
     row_chunks,
+    scale,
     second_moment_rows,
     sketch_product,
     step_rows,
@@ -84,8 +85,8 @@ def step_by_rows(batch: RowBatch, rates: Rates, *, seed: int, grad_scale: GradSc
     """One step of a batch, in plain torch."""
     shards = [shards_of(part) for part in batch.parts]
     together = over(shards[0].group)
-    scaled = [m.gradient if grad_scale is None else m.gradient * grad_scale for m in batch.members]
-    paired = list(zip(batch.members, scaled, [one.numel for one in shards], strict=True))
+    gradients = [m.gradient if grad_scale is None else m.gradient * grad_scale for m in batch.members]
+    paired = list(zip(batch.members, gradients, [one.numel for one in shards], strict=True))
     if "q_factor" in batch.parts[0].state:
         twice = iterates_twice(batch.step or int(batch.parts[0].state["step"]))
         step_matrices_by_rows([_matrix_rows(*pair, seed=seed) for pair in paired], rates, together, twice=twice)
@@ -202,10 +203,10 @@ def _sketch(one: MatrixRows, rates: Rates, start: Tensor | None = None) -> tuple
     """Pass A over this rank's rows, from U unless a start is given."""
     if start is None:
         revive(one.q, one.u, one.sketch)
-        start = one.u
+        start = one.u.clone()
     if not len(one.w):
         return torch.empty_like(one.q), one.q.new_zeros(())
-    return sketch_product(one.q, one.u, start, one.grad, rates)
+    return sketch_product(one.q, one.u, scale(start), one.grad, rates)
 
 
 def _projected(one: MatrixRows, basis: Tensor, rates: Rates) -> Tensor:

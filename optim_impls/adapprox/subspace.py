@@ -108,33 +108,40 @@ def step_matrix(
         twice: Whether to iterate twice.
     """
     revive(q, u, sketch)
-    sketched, square_sum = sketch_product(q, u, u, grad, rates)
+    # No sketch may outlive the basis made of it, and no start its sketch: either may be as large as a chunk of V.
+    sketched, square_sum = sketch_product(q, u, scale(u.clone()), grad, rates)
     new_q = orthonormal(sketched)
     del sketched
     if twice:
-        start = projected(q, u, grad, new_q, rates.beta2)
+        start = scale(projected(q, u, grad, new_q, rates.beta2))
         del new_q
-        new_q = orthonormal(sketch_product(q, u, start, grad, rates)[0])
+        sketched, _ = sketch_product(q, u, start, grad, rates)
         del start
-    scale = 1 / (square_sum / max(1, w.numel())).sqrt().div_(rates.clip).clamp_(min=1)
+        new_q = orthonormal(sketched)
+        del sketched
+    factor = 1 / (square_sum / max(1, w.numel())).sqrt().div_(rates.clip).clamp_(min=1)
     new_u = torch.zeros_like(u)
     for rows in row_chunks(w):
         v, g = second_moment_rows(q, u, grad, rows, rates.beta2)
         new_u.addmm_(v.mT, new_q[rows])
-        step_rows(w[rows], None if momentum is None else momentum[rows], direction(g, v, rates).mul_(scale), rates)
+        step_rows(w[rows], None if momentum is None else momentum[rows], direction(g, v, rates).mul_(factor), rates)
     q.copy_(new_q)
     u.copy_(new_u)
 
 
 def sketch_product(q: Tensor, u: Tensor, start: Tensor, grad: Tensor, rates: Rates) -> tuple[Tensor, Tensor]:
-    """Pass A: Y = V X `[rows, k]`, X the start scaled, and the sum of squares of the direction G / (sqrt(V) + eps)."""
-    start = start / torch.linalg.vector_norm(start, ord=math.inf).clamp_(min=torch.finfo(u.dtype).tiny)
+    """Pass A: Y = V X `[rows, k]` with X the start, and the sum of squares of the direction G / (sqrt(V) + eps)."""
     y, square_sum = torch.empty_like(q), q.new_zeros(())
     for rows in row_chunks(grad):
         v, g = second_moment_rows(q, u, grad, rows, rates.beta2)
         torch.mm(v, start, out=y[rows])
         square_sum += direction(g, v, rates).square_().sum()
     return y, square_sum
+
+
+def scale(start: Tensor) -> Tensor:
+    """Bring a start's largest magnitude to 1, in place."""
+    return start.div_(torch.linalg.vector_norm(start, ord=math.inf).clamp_(min=torch.finfo(start.dtype).tiny))
 
 
 def projected(q: Tensor, u: Tensor, grad: Tensor, basis: Tensor, beta2: float) -> Tensor:

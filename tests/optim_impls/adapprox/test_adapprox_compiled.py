@@ -67,12 +67,18 @@ PASSES = [
     ("update", "float32", True, 2, 0),
 ]
 BETWEEN = ("second gram", "float32", False)
+SECOND_ITERATION = [
+    (which, dtype, False, told)
+    for which, dtype in (("sketch", "bfloat16"), ("sketch", "float32"), ("update", "bfloat16"), ("again", "float32"))
+    for told in (1, 2)
+]
+"""Where the host tells that there is one, and where the device does."""
 
 
 @pytest.fixture(scope="module")
-def figures() -> dict[tuple[str, str, bool], dict[str, Any]]:
+def figures() -> dict[tuple[Any, ...], dict[str, Any]]:
     """What the compiler says of each kernel."""
-    cases = [*(case[:3] for case in PASSES), BETWEEN]
+    cases = [*(case[:3] for case in PASSES), BETWEEN, *SECOND_ITERATION]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", COMPILE, json.dumps(cases)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -99,3 +105,12 @@ def test_the_passes_load_ahead_in_vectors(
 
 def test_what_lies_between_does_not_spill(figures: Any) -> None:
     assert _spills(figures[BETWEEN]["accesses"]) <= 4
+
+
+@pytest.mark.parametrize("case", SECOND_ITERATION)
+def test_the_second_iteration_writes_only_its_band_and_does_not_spill(figures: Any, case: tuple[Any, ...]) -> None:
+    """128 threads store 64 x 32 numbers of 4 bytes, 16 bytes at a time; pass A also its sum of squares."""
+    accesses = figures[case]["accesses"]
+    stores = {name: n for name, n in accesses.items() if name.startswith("STG")}
+    assert stores == {"STG.E.128": 4} | ({"STG.E": 1} if case[0] == "sketch" else {})
+    assert _spills(accesses) == 0

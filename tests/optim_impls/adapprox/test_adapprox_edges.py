@@ -106,3 +106,40 @@ def test_a_rate_on_the_device_is_a_rate_on_the_host_to_the_bit(dtype: torch.dtyp
         optimizer.param_groups[0]["lr"] = torch.tensor(0.1, dtype=dtype, device=DEVICE)
     for found, exact in zip(parameters, expected, strict=True):
         assert torch.equal(found, exact)
+
+
+@pytest.mark.parametrize("steps_before", [6, 7, 8])
+def test_the_device_tells_as_the_host_does_which_steps_iterate_twice(steps_before: int) -> None:
+    """The eighth is the last; two steps each, to the bit."""
+    grads = [[_random(*shape, seed=10 * step + i) for i, shape in enumerate(SHAPES[:2])] for step in range(3)]
+    found = []
+    for capturable in (False, True):
+        parameters = [torch.nn.Parameter(torch.ones_like(gradient)) for gradient in grads[0]]
+        optimizer = Adapprox(parameters, lr=0.1, rank=4, backend="triton", capturable=capturable)
+        for number, step in enumerate(grads):
+            for parameter, gradient in zip(parameters, step, strict=True):
+                parameter.grad = gradient.clone()
+            optimizer.step()
+            if not number:
+                for parameter in parameters:
+                    optimizer.state[parameter]["step"].fill_(steps_before)
+        found.append([value for p in parameters for value in optimizer.state[p].values()] + parameters)
+    for host, device in zip(*found, strict=True):
+        assert torch.equal(host.cpu(), device.cpu())
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_only_the_first_eight_steps_iterate_twice(backend: str) -> None:
+    """A second iteration brings the factors of one gradient's square nearer to it than one iteration does."""
+    errors = []
+    for steps_before in (0, 7, 8):
+        parameter = torch.nn.Parameter(torch.zeros(48, 64, device=DEVICE))
+        optimizer = Adapprox([parameter], rank=4, backend=backend)
+        parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.state[parameter]["step"].fill_(steps_before)
+        parameter.grad = _random(48, 64, seed=1)
+        optimizer.step()
+        state, exact = optimizer.state[parameter], 0.001 * parameter.grad.double().square()
+        errors.append(float((exact - state["q_factor"].double() @ state["u_factor"].double().mT).norm() / exact.norm()))
+    assert errors[0] == errors[1] < 0.97 * errors[2]

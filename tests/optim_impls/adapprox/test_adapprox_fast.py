@@ -12,7 +12,7 @@ import torch
 
 from optplan.optim_impls import Adapprox
 from optplan.optim_impls.adapprox.reference import Rates, s_rsi, seeded_sketch
-from optplan.optim_impls.adapprox.subspace import orthonormal, sketch_product, uniform_start
+from optplan.optim_impls.adapprox.subspace import orthonormal, scale, sketch_product, uniform_start
 from optplan.planner.optimizers.registry import build_optimizer
 from optplan.planner.tensors import Parameter
 
@@ -29,7 +29,7 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> to
 def test_the_sketch_is_the_product_with_the_whole_second_moment() -> None:
     q, u, grad = torch.linalg.qr(random(1500, 6)).Q, random(900, 6, seed=1), random(1500, 900, seed=2)
     v = 0.999 * (q @ u.mT).clamp(min=0) + 0.001 * grad.square()
-    y, square_sum = sketch_product(q, u, u, grad, RATES)
+    y, square_sum = sketch_product(q, u, scale(u.clone()), grad, RATES)
     torch.testing.assert_close(y, v @ u / u.abs().max())
     torch.testing.assert_close(square_sum, (grad / (v.sqrt() + 1e-8)).square().sum())
 
