@@ -15,7 +15,9 @@ from ranks_page import ranks_section
 from rivals_section import rivals_section
 
 if TYPE_CHECKING:
-    from optplan.planner.records import EstimateReport
+    from optplan.planner.candidates import Candidate
+    from optplan.planner.records import StepConfig
+    from optplan.planner.workload import StepPeaks
 
 RECORDS = Path(__file__).resolve().parent.parent / "tests" / "records"
 OPTIMIZERS: dict[str, tuple[str, dict[str, str]]] = {
@@ -36,6 +38,15 @@ class Figures(NamedTuple):
 
     peak: float
     reserved: float
+
+
+class Predicted(NamedTuple):
+    """What the rules say of a measured step; the advice of an estimate, which takes longer, is not asked for."""
+
+    config: StepConfig
+    candidate: Candidate
+    peaks: StepPeaks
+    state_is_exact: bool
 
 
 class Row(NamedTuple):
@@ -117,36 +128,41 @@ def _checkpointing(case: dict[str, Any]) -> str:
 def _row(case: dict[str, Any], traced: dict[str, Any] | None) -> Row:
     measured = _measured_bytes(case)
     trace = _figures(case, traced["peak_bytes"], traced["reserved_bytes"]) if traced else None
-    report = _estimate(case)
-    (row,) = report.estimates
-    exact = row.bytes.optimizer_state == case["state"] and report.model.num_parameters == case["params"]
-    assert row.peak_allocated_bytes is not None
-    assert row.peak_reserved_bytes is not None
-    return Row(case, measured, _figures(case, row.peak_allocated_bytes, row.peak_reserved_bytes), trace, exact)
+    found = predict(case)
+    rules = _figures(case, found.peaks.peak_bytes, found.peaks.reserved_bytes)
+    return Row(case, measured, rules, trace, found.state_is_exact)
 
 
 def _figures(case: dict[str, Any], peak_bytes: int, reserved_bytes: int) -> Figures:
     return Figures(peak_bytes / _measured_bytes(case) - 1, reserved_bytes / case["reserved"] - 1)
 
 
-def _estimate(case: dict[str, Any]) -> EstimateReport:
-    import optplan
+def predict(case: dict[str, Any]) -> Predicted:
+    """The rules asked about a measured step."""
+    from optplan.planner.candidates import choose_optimizers
+    from optplan.planner.catalog import load_model
+    from optplan.planner.request import check_request
+    from optplan.planner.workload import Workload
 
-    optimizer, options = OPTIMIZERS[case["optimizer"]]
     with tempfile.TemporaryDirectory() as folder:
-        return optplan.estimate(
-            _model(case, Path(folder)),
-            gpu="h200-141g",
-            optimizer=optimizer,
-            options=options,
-            precision=case["precision"],
-            batch_size=case["batch"],
-            seq_len=case["seq"],
-            grad_accum=case.get("grad_accum", 1),
-            checkpointing=_checkpointing(case),
-            attention=case["attention"],
-            **{name: case[name] for name in FLAGS if name in case},
-        )
+        spec = load_model(_model(case, Path(folder)))
+    request = check_request(
+        spec,
+        gpu="h200-141g",
+        precision=case["precision"],
+        batch_size=case["batch"],
+        seq_len=case["seq"],
+        grad_accum=case.get("grad_accum", 1),
+        checkpointing=_checkpointing(case),
+        attention=case["attention"],
+        **{name: case[name] for name in FLAGS if name in case},
+    )
+    workload = Workload(request)
+    (candidate,), _ = workload.candidates(choose_optimizers(*OPTIMIZERS[case["optimizer"]]))
+    peaks = workload.peaks(candidate)
+    assert peaks is not None
+    is_exact = workload.resident(candidate).optimizer_state == case["state"] and spec.num_parameters == case["params"]
+    return Predicted(request.config, candidate, peaks, is_exact)
 
 
 def _model(case: dict[str, Any], folder: Path) -> str:

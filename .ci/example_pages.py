@@ -93,16 +93,14 @@ def evidence() -> str:
 def _row(case: dict[str, Any], record: str) -> AccuracyRow:
     from optplan.planner.accuracy import AccuracyRow
 
-    report = cases._estimate(case)
-    (row,) = report.estimates
+    config, candidate, peaks, is_exact = cases.predict(case)
     phases = case["phases"] if "phases" in case else case["steps"][-1]
     measured = {phase: int(values["peak"]) for phase, values in phases.items()}
-    config = report.config
     return AccuracyRow(
         model=case["model"],
         precision=config.precision,
-        optimizer=row.optimizer,
-        implementation=row.implementation,
+        optimizer=candidate.id,
+        implementation=candidate.implementation,
         batch_size=config.batch_size,
         seq_len=config.seq_len,
         grad_accum=config.grad_accum,
@@ -110,12 +108,12 @@ def _row(case: dict[str, Any], record: str) -> AccuracyRow:
         attention=config.attention,
         more=", ".join(name.replace("_", " ") for name in cases.FLAGS if case.get(name)),
         measured_peak_bytes=max(measured.values()),
-        predicted_peak_bytes=row.peak_allocated_bytes,
+        predicted_peak_bytes=peaks.peak_bytes,
         measured_reserved_bytes=case["reserved"],
-        predicted_reserved_bytes=row.peak_reserved_bytes,
+        predicted_reserved_bytes=peaks.reserved_bytes,
         measured_phases=measured,
-        predicted_phases={phase: peak.peak_allocated_bytes for phase, peak in (row.phases or {}).items()},
-        state_is_exact=row.bytes.optimizer_state == case["state"] and report.model.num_parameters == case["params"],
+        predicted_phases={phase: peak.peak_allocated_bytes for phase, peak in peaks.phases.items()},
+        state_is_exact=is_exact,
         record=record,
     )
 
