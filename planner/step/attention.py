@@ -17,7 +17,7 @@ from optplan.planner.step.attention_shape import AttentionShape
 from optplan.planner.step.graph import Tensor
 from optplan.planner.step.operations import cast
 from optplan.planner.step.options import StepOptions
-from optplan.planner.step.projections import expanded
+from optplan.planner.step.projections import clone, expanded, transposed_keys
 from optplan.planner.step.tape import Tape
 from optplan.planner.step.unfused_attention import eager, math_attention, repeat_kv
 from optplan.planner.units import round_up
@@ -25,13 +25,19 @@ from optplan.planner.units import round_up
 Backend = Literal["cudnn", "flash", "efficient", "math"]
 WIDEST_FUSED_HEAD = 256
 """Widest head of the flash and cuDNN kernels, and of grouped heads that transformers leaves to the kernel."""
+HEAD_ALIGNMENT = 8
+"""Multiple of which a head must be wide for cuDNN; for flash attention torch fills narrower ones up to it."""
+_WIDE_HEAD, _WIDER_HEAD = 192, 224
+"""Heads up to the first, and from the second on without dropout, have a flash backward on every GPU."""
 
 _ROW, _GRADIENT_ROW = 8, 16
 """Elements to a multiple of which the efficient kernel wants the rows of a bias, and makes those of its gradient."""
 _PARTS = ("queries", "keys", "values")
 
 
-def choose_backend(dtype: Dtype, shape: AttentionShape, *, masked: bool, capability: tuple[int, int]) -> Backend:
+def choose_backend(
+    dtype: Dtype, shape: AttentionShape, *, masked: bool, capability: tuple[int, int], drops: bool = False
+) -> Backend:
     """The kernel that `F.scaled_dot_product_attention` runs in training.
 
     Args:
@@ -39,16 +45,29 @@ def choose_backend(dtype: Dtype, shape: AttentionShape, *, masked: bool, capabil
         shape: Sizes; with grouped heads only where they reach the kernel as they are.
         masked: Whether an explicit mask is given.
         capability: Compute capability of the GPU.
+        drops: Whether attention weights are dropped out.
     """
     ampere = capability >= (8, 0)
-    half = dtype != "float32" and shape.width <= WIDEST_FUSED_HEAD and shape.width % 8 == 0
-    if half and shape.seq > 1 and capability in ((9, 0), (10, 0), (10, 3)):
+    half = dtype != "float32" and shape.width <= WIDEST_FUSED_HEAD
+    if half and shape.width % HEAD_ALIGNMENT == 0 and shape.seq > 1 and capability in ((9, 0), (10, 0), (10, 3)):
         return "cudnn"
-    if half and ampere and not masked:
+    if half and ampere and not masked and not _is_beyond_flash(shape.width, drops, capability):
         return "flash"
-    if shape.kv_heads != shape.heads or (dtype == "bfloat16" and not ampere):
-        return "math"
-    return "efficient"
+    return "efficient" if takes_efficient(dtype, shape, capability) else "math"
+
+
+def _is_beyond_flash(width: int, drops: bool, capability: tuple[int, int]) -> bool:
+    """Whether flash attention has no backward for heads so wide on GPUs with little shared memory."""
+    is_small = (8, 6) <= capability <= (8, 9) or (12, 0) <= capability <= (12, 1)
+    return is_small and width > _WIDE_HEAD and (drops or width <= _WIDER_HEAD)
+
+
+def takes_efficient(dtype: Dtype, shape: AttentionShape, capability: tuple[int, int]) -> bool:
+    """Whether memory-efficient attention can run: every head its own keys, of 16 bytes where tensor cores load them."""
+    if shape.kv_heads != shape.heads or (dtype == "bfloat16" and capability < (8, 0)):
+        return False
+    has_tensor_cores = capability >= (8, 0) or (capability >= (7, 0) and dtype != "float32")
+    return not has_tensor_cores or shape.width * ITEMSIZE_BYTES[dtype] % 16 == 0
 
 
 def attend(
@@ -81,13 +100,26 @@ def attend(
     q, k, v = qkv
     del qkv
     if options.attention == "flash":
-        return sdpa(t, (q, k, v), shape, "flash", drops=drop > 0), None
+        return sdpa(t, (q, k, v), shape, "flash", drops=drop > 0, by_head=False), None
     if shape.copies > 1 and (mask is not None or shape.width > WIDEST_FUSED_HEAD):
         k, v = repeat_kv(t, k, shape, "keys"), repeat_kv(t, v, shape, "values")
         shape = msgspec.structs.replace(shape, kv_heads=shape.heads)
     dtype = t.autocast or q.dtype
-    backend = choose_backend(dtype, shape, masked=mask is not None, capability=options.compute_capability)
-    return sdpa(t, (q, k, v), shape, backend, mask=mask, drops=drop > 0), None
+    capability, drops = options.compute_capability, drop > 0
+    backend = choose_backend(dtype, shape, masked=mask is not None, capability=capability, drops=drops)
+    return sdpa(t, (q, k, v), shape, backend, mask=mask, drops=drops), None
+
+
+def split_keys(t: Tape, x: Tensor, options: StepOptions, shape: AttentionShape, *, masked: bool = False) -> Tensor:
+    """Keys right after their projection, split into heads; see `transposed_keys` for their gradient."""
+    dtype, capability = t.autocast or x.dtype, options.compute_capability
+    if options.attention == "sdpa":
+        is_unfused = choose_backend(dtype, shape, masked=masked, capability=capability) == "math"
+    else:
+        is_unfused = options.attention == "eager"
+    if is_unfused:
+        return transposed_keys(t, x, options.batch_size, shape.seq)
+    return x
 
 
 def sdpa(
@@ -99,6 +131,7 @@ def sdpa(
     mask: Tensor | None = None,
     added: Tensor | None = None,
     drops: bool = False,
+    by_head: bool = True,
 ) -> Tensor:
     """`F.scaled_dot_product_attention`: the result with its heads joined, `[batch, seq, heads * width]`.
 
@@ -110,6 +143,7 @@ def sdpa(
         mask: Boolean mask, for kernels that take one.
         added: Numbers without gradient that are added to the scores, instead of a mask.
         drops: Whether attention weights are dropped out.
+        by_head: Whether heads that are filled up for flash attention are laid out one after the other.
     """
     q, k, v = qkv
     if t.autocast is not None:
@@ -119,7 +153,35 @@ def sdpa(
         if mask is not None:
             added = _bias(t, shape, q.dtype, padded=False)
         return math_attention(t, (q, k, v), shape, added, drops=drops)
+    if backend == "flash" and shape.width % HEAD_ALIGNMENT:
+        out = _filled_flash(t, (q, k, v), shape, by_head=by_head)
+        del q, k, v  # what autocast has cast ends with the attention, before its heads are joined
+        return clone(t, out, "attention output with its heads joined", permuted=True)
     return _fused(t, q, k, v, shape, backend, mask, added)
+
+
+def _filled_flash(t: Tape, qkv: tuple[Tensor, Tensor, Tensor], shape: AttentionShape, *, by_head: bool) -> Tensor:
+    """Flash attention of heads filled up to a multiple of 8 elements, of whose results the last are cut off again.
+
+    Source: pytorch `native/transformers/attention.cpp` (`pad_last_dim`, `post_process_flash_output`), and before it
+    flash-attention's `FlashAttnFunc`.
+    """
+    whole = msgspec.structs.replace(shape, width=round_up(shape.width, HEAD_ALIGNMENT))
+    dtype, numel = qkv[0].dtype, whole.numel
+    q, k, v = (_filled(t, x, whole.width * x.numel // shape.width, by_head) for x in qkv)
+    del qkv
+    out = _fused(t, q, k, v, whole, "flash", None, None)
+    cut = t.node([out], lambda _: [t.new(numel, dtype, "gradient among zeros", permuted=by_head)])
+    return Tensor(out.storage, shape.numel, dtype, cut)
+
+
+def _filled(t: Tape, x: Tensor, whole: int, by_head: bool) -> Tensor:
+    """Queries, keys or values in which each head has some zeros after it."""
+    numel, dtype = x.numel, x.dtype
+    node = t.node([x], lambda _: [t.new(numel, dtype, "gradient without the filling", permuted=by_head)])
+    out = t.new(whole, dtype, "filled heads", permuted=by_head)
+    out.node = node
+    return out
 
 
 def _fused(

@@ -14,7 +14,7 @@ import msgspec
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.step import kernels, projections, vocabulary
 from optplan.planner.step import operations as op
-from optplan.planner.step.attention import attend
+from optplan.planner.step.attention import attend, split_keys
 from optplan.planner.step.attention_shape import AttentionShape
 from optplan.planner.step.causal_lm import StepModel
 from optplan.planner.step.graph import Tensor
@@ -196,11 +196,11 @@ class Bert(StepModel[BertConfig]):
     def _attention(self, hidden: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         t, c = self.t, self.c
         q, k, v = (self._project(hidden, name) for name in ("query", "key", "value"))
-        k = projections.split_keys(t, k, self.o)
-        t.path = "attention.self"
         shape = AttentionShape(
             self.o.batch_size, self.o.seq_len, c.heads, c.heads, c.hidden // c.heads, is_causal=False
         )
+        k = split_keys(t, k, self.o, shape, masked=mask is not None)
+        t.path = "attention.self"
         return attend(t, self.o, (q, k, v), shape, mask, drop=c.attention_dropout, upcast=False, casts_back=False)
 
     def _project(self, hidden: Tensor, name: str) -> Tensor:

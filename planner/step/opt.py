@@ -16,7 +16,7 @@ from optplan.planner.dtypes import Dtype
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.step import kernels, projections, vocabulary
 from optplan.planner.step import operations as op
-from optplan.planner.step.attention import attend
+from optplan.planner.step.attention import attend, split_keys
 from optplan.planner.step.attention_shape import AttentionShape
 from optplan.planner.step.causal_lm import StepModel
 from optplan.planner.step.graph import Tensor
@@ -171,9 +171,9 @@ class Opt(StepModel[OptConfig]):
         q = op.scale(t, self._project(hidden, "q_proj"), "scaled queries")
         q = projections.split_heads(t, q)
         k, v = self._project(hidden, "k_proj"), self._project(hidden, "v_proj")
-        k, v = projections.split_keys(t, k, self.o), projections.split_heads(t, v)
-        t.path = "self_attn"
         shape = AttentionShape(self.o.batch_size, self.o.seq_len, c.heads, c.heads, c.hidden // c.heads)
+        k, v = split_keys(t, k, self.o, shape, masked=mask is not None), projections.split_heads(t, v)
+        t.path = "self_attn"
         out, weights = attend(t, self.o, (q, k, v), shape, mask, drop=c.attention_dropout)
         out = self._project(out, "out_proj")
         return out, weights

@@ -185,15 +185,6 @@ def split_heads(t: Tape, x: Tensor) -> Tensor:
     return Tensor(x.storage, x.numel, x.dtype, t.node([x], backward), 0, x.permuted)
 
 
-def split_keys(t: Tape, x: Tensor, options: StepOptions) -> Tensor:
-    """Keys right after their projection, split into heads; see `transposed_keys` for their gradient."""
-    # Older GPUs have no fused kernel for bfloat16.
-    is_unfused = options.compute_capability < (8, 0) and "bfloat16" in (t.autocast, x.dtype)
-    if options.attention == "eager" or is_unfused:
-        return transposed_keys(t, x, options.batch_size, options.seq_len)
-    return x
-
-
 def transposed_keys(t: Tape, x: Tensor, batch: int, seq: int) -> Tensor:
     """Keys right after their projection, for an attention that is written out.
 

@@ -17,7 +17,7 @@ from optplan.planner.dtypes import Dtype
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.step import operations as op
 from optplan.planner.step import projections, relative_bias, vocabulary
-from optplan.planner.step.attention import Backend, choose_backend, sdpa
+from optplan.planner.step.attention import Backend, choose_backend, sdpa, takes_efficient
 from optplan.planner.step.attention_shape import AttentionShape
 from optplan.planner.step.causal_lm import RECOMPUTED, StepModel, kind_of
 from optplan.planner.step.graph import Tensor
@@ -204,11 +204,13 @@ class T5(StepModel[T5Config]):
         return sdpa(t, qkv, shape, backend, added=bias, drops=drop > 0), None
 
     def _backend(self, bias: Tensor, dtype: Dtype) -> Backend:
-        """The kernel: of the fused ones one makes the gradient of a bias, if that lies in memory row by row."""
+        """The kernel: the fused ones read a bias row by row, and only one of them makes the gradient of a bias."""
+        if bias.permuted:
+            return "math"
+        dtype, shape, capability = self.t.autocast or dtype, self._shape(), self.o.compute_capability
         if bias.node is not None:
-            return "math" if bias.permuted else "efficient"
-        capability = self.o.compute_capability
-        return choose_backend(self.t.autocast or dtype, self._shape(), masked=True, capability=capability)
+            return "efficient" if takes_efficient(dtype, shape, capability) else "math"
+        return choose_backend(dtype, shape, masked=True, capability=capability)
 
     def _residual(self, hidden: Tensor, out: Tensor, normed: Tensor) -> Tensor:
         t = self.t

@@ -15,7 +15,7 @@ import msgspec
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.step import operations as op
 from optplan.planner.step import projections, vocabulary
-from optplan.planner.step.attention import attend
+from optplan.planner.step.attention import attend, split_keys
 from optplan.planner.step.attention_shape import AttentionShape
 from optplan.planner.step.causal_lm import StepModel
 from optplan.planner.step.graph import Tensor
@@ -149,9 +149,9 @@ class Vit(StepModel[VitConfig]):
         t, c = self.t, self.c
         width = c.heads * c.head_dim
         q, k, v = (self._project(hidden, f"{name}_proj", width) for name in "qkv")
-        k = projections.split_keys(t, k, self.o)
-        t.path = "attention"
         shape = AttentionShape(self.o.batch_size, c.positions, c.heads, c.heads, c.head_dim, is_causal=False)
+        k = split_keys(t, k, self.o, shape)
+        t.path = "attention"
         out, weights = attend(t, self.o, (q, k, v), shape, None, drop=c.attention_dropout)
         t.path = "attention.o_proj"
         out = projections.linear(t, out, width, c.hidden, bias=True)

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
+import msgspec
 import torch
 from torch.nn import functional as F
 
 from optplan.planner.dtypes import Dtype
-from optplan.planner.step.attention import Backend, choose_backend
+from optplan.planner.step.attention import HEAD_ALIGNMENT, Backend, choose_backend, takes_efficient
 from optplan.planner.step.attention_shape import AttentionShape
 from optplan.profilers.tracing.accumulation import overwriting_sums
 
@@ -37,27 +38,44 @@ class Chooser:
         self.chosen: list[Backend] = []
         self._capability = capability
 
-    def choose(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> Backend:
-        """The kernel for queries `[batch, heads, tokens, width]`, keys, values and a mask."""
-        backend = self._by_sizes(query, key, value, mask)
+    def choose(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        *,
+        drops: bool = False,
+    ) -> Backend:
+        """The kernel for queries `[batch, heads, tokens, width]`, keys, values and a mask.
+
+        Args:
+            query: Queries.
+            key: Keys.
+            value: Values.
+            mask: Booleans, or numbers that are added to the scores.
+            drops: Whether attention weights are dropped out.
+        """
+        backend = self._by_sizes(query, key, value, mask, drops)
         self.chosen.append(backend)
         return backend
 
     def _by_sizes(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, drops: bool
     ) -> Backend:
         if query.dim() != _NUM_DIMS:
             return "math"
         batch, heads, seq, width = query.shape
-        if mask is not None and mask.requires_grad:
-            # One fused kernel makes the gradient of a bias, if the bias lies in memory row by row.
-            return "efficient" if mask.stride(-1) == 1 and key.shape[1] == heads else "math"
+        if mask is not None and mask.stride(-1) != 1:
+            return "math"  # every fused kernel reads a mask row by row
         shape = AttentionShape(batch, seq, heads, key.shape[1], width)
         dtype = cast(Dtype, str(query.dtype).removeprefix("torch."))
-        chosen = choose_backend(dtype, shape, masked=mask is not None, capability=self._capability)
-        if chosen in ("flash", "cudnn") and value.shape[-1] != width:
-            return "efficient" if key.shape[1] == heads else "math"
-        return chosen
+        # One fused kernel makes the gradient of a bias, and takes values of another width than the keys.
+        if value.shape[-1] != width or (mask is not None and mask.requires_grad):
+            values = msgspec.structs.replace(shape, width=value.shape[-1])
+            is_fit = all(takes_efficient(dtype, sizes, self._capability) for sizes in (shape, values))
+            return "efficient" if is_fit else "math"
+        return choose_backend(dtype, shape, masked=mask is not None, capability=self._capability, drops=drops)
 
 
 def attend(
@@ -80,11 +98,9 @@ def attend(
         query: Queries `[batch, heads, tokens, width]`, and so on as for `F.scaled_dot_product_attention`.
         composing: Around the operations of the unfused attention.
     """
-    backend = chooser.choose(query, key, value, attn_mask)
+    backend = chooser.choose(query, key, value, attn_mask, drops=dropout_p > 0)
     if backend == "flash":
-        return aten._scaled_dot_product_flash_attention.default(
-            query, key, value, dropout_p, is_causal, False, scale=scale
-        )[0]
+        return _flash(query, key, value, dropout_p, is_causal, scale)
     bias = _bias(attn_mask, query.dtype)
     if backend == "math":
         with overwriting_sums(), composing():
@@ -100,6 +116,25 @@ def attend(
     return aten._scaled_dot_product_efficient_attention.default(
         query, key, value, bias, keeps, dropout_p, is_causal, scale=scale
     )[0]
+
+
+def _flash(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+) -> torch.Tensor:
+    """Flash attention; heads of an odd width are filled up for the kernel, and its result is cut again."""
+    width = query.shape[-1]
+    if width % HEAD_ALIGNMENT:
+        query, key, value = (F.pad(x, (0, -width % HEAD_ALIGNMENT)) for x in (query, key, value))
+        scale = width**-0.5 if scale is None else scale
+    out = aten._scaled_dot_product_flash_attention.default(query, key, value, dropout_p, is_causal, False, scale=scale)[
+        0
+    ]
+    return cast(torch.Tensor, out[..., :width] if width % HEAD_ALIGNMENT else out)
 
 
 def _bias(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:

@@ -98,7 +98,12 @@ def _attention(operation: Any, *args: Any, **kwargs: Any) -> Any:
     del operation
     if torch.is_autocast_enabled("cuda"):
         args, kwargs = cast_arguments("lower", args, kwargs)
-    return attend(_chooser, *args, **kwargs, composing=_composing)
+    ending = list(args)
+    del args
+    result = attend(_chooser, *ending, **kwargs, composing=_composing)
+    while ending:
+        del ending[0]  # what was cast last ends first, as temporaries of an expression do
+    return result
 
 
 @contextmanager

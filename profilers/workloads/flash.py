@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
+
+from optplan.planner.step.attention import HEAD_ALIGNMENT
 
 NAME = "flash_attention_2"
 
@@ -45,7 +48,16 @@ def _attend(
         dtype = torch.get_autocast_dtype("cuda")
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
+    width = query.shape[-1]
+    if width % HEAD_ALIGNMENT:
+        query, key, value = (_filled(x) for x in (query, key, value))
     out = torch.ops.aten._scaled_dot_product_flash_attention.default(
-        query, key, value, dropout, causal, False, scale=scaling
+        query, key, value, dropout, causal, False, scale=width**-0.5 if scaling is None else scaling
     )[0]
-    return out.transpose(1, 2), None
+    out = out.transpose(1, 2)
+    return out[..., :width].contiguous() if width % HEAD_ALIGNMENT else out, None
+
+
+def _filled(x: torch.Tensor) -> torch.Tensor:
+    """Heads filled up to a width that the kernel takes; each token's heads stay together."""
+    return functional.pad(x.transpose(1, 2), (0, -x.shape[-1] % HEAD_ALIGNMENT)).transpose(1, 2)

@@ -22,6 +22,11 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
         ((7, 5), BF16, 8, 8, 64, False, "math"),
         ((8, 0), FP32, 8, 8, 64, False, "efficient"),
         ((9, 0), FP32, 8, 2, 64, False, "math"),
+        ((9, 0), BF16, 9, 3, 86, False, "flash"),
+        ((9, 0), BF16, 8, 8, 36, False, "flash"),
+        ((9, 0), BF16, 8, 8, 36, True, "math"),
+        ((9, 0), FP32, 8, 8, 36, True, "efficient"),
+        ((9, 0), FP32, 8, 8, 86, False, "math"),
     ],
 )
 def test_the_kernel_follows_from_dtype_heads_width_mask_and_gpu(
@@ -41,6 +46,20 @@ def test_a_bias_that_learns_has_one_fused_kernel_that_reads_it_row_by_row():
     bias = torch.empty(1, 8, 16, 16, dtype=BF16, device="meta", requires_grad=True)
     assert Chooser((9, 0)).choose(query, query, query, bias) == "efficient"
     assert Chooser((9, 0)).choose(query, query, query, bias.permute(0, 3, 2, 1)) == "math"
+
+
+def test_numbers_that_do_not_lie_row_by_row_have_no_fused_kernel():
+    # Recorded on an H200 with T5 inside a reentrant checkpoint, where its transposed table asks for no gradient.
+    query = torch.empty(1, 8, 16, 64, dtype=BF16, device="meta")
+    bias = torch.empty(1, 16, 16, 8, dtype=BF16, device="meta")
+    assert Chooser((9, 0)).choose(query, query, query, bias.permute(0, 3, 1, 2)) == "math"
+
+
+def test_a_bias_that_learns_needs_heads_that_tensor_cores_can_load():
+    query = torch.empty(1, 8, 16, 36, dtype=BF16, device="meta")
+    bias = torch.empty(1, 8, 16, 16, dtype=BF16, device="meta", requires_grad=True)
+    assert Chooser((9, 0)).choose(query, query, query, bias) == "math"
+    assert Chooser((9, 0)).choose(query.float(), query.float(), query.float(), bias.float()) == "efficient"
 
 
 def test_values_of_another_width_are_beyond_flash_attention():
