@@ -105,6 +105,11 @@ class BoundKernel:
         self._constants: tuple[Any, ...] = ()
         self._launch: Callable[..., None] | None = None
 
+    @property
+    def takes_addresses(self) -> bool:
+        """Whether tensors may be given by their addresses; the dispatch of the first call needs their dtypes."""
+        return self._launch is not None
+
     def __call__(self, *arguments: Any) -> None:
         """Launch on the current stream."""
         if self._launch is not None:

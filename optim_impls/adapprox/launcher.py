@@ -156,21 +156,21 @@ def step_wave(
     """
     scratch = torch.empty(table.num_scratch, dtype=torch.float32, device=device)
     (scale, scaled), (lr, rated) = _kind(numbers.grad_scale), _kind(numbers.lr)
-    run, rates, rows = wave.kernels(scaled, rated), numbers.rates, table.rows
-    of_a, of_b, shares = table.owners
-    run.start(rows, shares, scratch)
-    run.sketch(rows, of_a, scratch, scale, *numbers.moments[2:])
-    run.gram(rows, shares, scratch, float(rates.clip), FIRST_SHIFT)
+    run, rates, moments = wave.kernels(scaled, rated), numbers.rates, numbers.moments
+    rows, (of_a, of_b, shares), memory = _pointers(table, scratch, last=run.store_factors)
+    run.start(rows, shares, memory)
+    run.sketch(rows, of_a, memory, scale, *moments[2:])
+    run.gram(rows, shares, memory, float(rates.clip), FIRST_SHIFT)
     if sums is not None:
         sums.first_turn(scratch, clip=float(rates.clip))
-    run.second_gram(rows, shares, scratch, SECOND_SHIFT)
+    run.second_gram(rows, shares, memory, SECOND_SHIFT)
     if sums is not None:
         sums.second_turn(scratch)
-    run.basis(rows, shares, scratch, float(rates.beta2))
+    run.basis(rows, shares, memory, moments[2])
     if again:
         _iterate_again(wave.second(scaled, again), table, scratch, numbers, sums=sums)
-    run.update(rows, of_b, scratch, scale, lr, float(rates.weight_decay), *numbers.moments)
-    run.store_factors(rows, shares, scratch)
+    run.update(rows, of_b, memory, scale, lr, float(rates.weight_decay), *moments)
+    run.store_factors(rows, shares, memory)
     if sums is not None:
         sums.factors()
 
@@ -179,20 +179,27 @@ def _iterate_again(
     run: SecondIteration, table: Table, scratch: torch.Tensor, numbers: Numbers, *, sums: RankSums | None
 ) -> None:
     """From a first basis to that of a second iteration."""
-    (scale, _), rates, rows = _kind(numbers.grad_scale), numbers.rates, table.rows
-    of_a, of_b, shares = table.owners
-    run.project(rows, of_b, scratch, scale, 0.0, 0.0, *numbers.moments)
-    run.again(rows, shares, scratch)
+    (scale, _), rates, moments = _kind(numbers.grad_scale), numbers.rates, numbers.moments
+    rows, (of_a, of_b, shares), memory = _pointers(table, scratch, last=run.basis)
+    run.project(rows, of_b, memory, scale, 0.0, 0.0, *moments)
+    run.again(rows, shares, memory)
     if sums is not None:
         sums.start_again(scratch)
-    run.sketch(rows, of_a, scratch, scale, *numbers.moments[2:])
-    run.gram(rows, shares, scratch, float(rates.clip), FIRST_SHIFT)
+    run.sketch(rows, of_a, memory, scale, *moments[2:])
+    run.gram(rows, shares, memory, float(rates.clip), FIRST_SHIFT)
     if sums is not None:
         sums.first_turn(scratch, clip=float(rates.clip))
-    run.second_gram(rows, shares, scratch, SECOND_SHIFT)
+    run.second_gram(rows, shares, memory, SECOND_SHIFT)
     if sums is not None:
         sums.second_turn(scratch)
-    run.basis(rows, shares, scratch, float(rates.beta2))
+    run.basis(rows, shares, memory, moments[2])
+
+
+def _pointers(table: Table, scratch: torch.Tensor, *, last: BoundKernel) -> tuple[Any, Sequence[Any], Any]:
+    """Rows, owners and scratch as kernels take them: by address once the last of them has been launched."""
+    if last.takes_addresses:
+        return *table.addresses(), scratch.data_ptr()
+    return table.rows, table.owners, scratch
 
 
 def pass_a_settings(gradient: torch.dtype, wide: int) -> dict[str, int]:
@@ -230,11 +237,11 @@ def step_vectors(batch: Batch, table: Table, *, numbers: Numbers) -> None:
     key = f"kernels of vectors {scaled} {rated}"
     if key not in kept:
         kept[key] = _bind_vectors(batch.members[0], kept["vectors"].counts[0], scaled, rated)
-    run, owners = kept[key], table.owners[0]
-    beta1, rest1, beta2, rest2, eps = numbers.moments
-    run.moment(table.rows, owners, scratch, scale, beta2, rest2, eps)
+    run, (beta1, rest1, beta2, rest2, eps) = kept[key], numbers.moments
+    rows, (owners,), memory = _pointers(table, scratch, last=run.update)
+    run.moment(rows, owners, memory, scale, beta2, rest2, eps)
     weight_decay, clip = float(rates.weight_decay), float(rates.clip)
-    run.update(table.rows, owners, scratch, scale, lr, weight_decay, clip, beta1, rest1, eps)
+    run.update(rows, owners, memory, scale, lr, weight_decay, clip, beta1, rest1, eps)
 
 
 def _bind_vectors(like: Member, num_programs: int, scaled: int, rated: int) -> VectorKernels:

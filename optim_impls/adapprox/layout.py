@@ -61,14 +61,39 @@ class Table(NamedTuple):
     """A launch table on the device.
 
     Attributes:
-        rows: int64 [tensors * FIELDS].
-        owners: int32: the row that each program works for: of pass A, of pass B, of what lies between.
-        num_scratch: fp32 elements of scratch.
+        image: Its contents on the host.
+        buffer: uint8, holds it among others.
+        first_byte: Where it begins there.
     """
 
-    rows: torch.Tensor
-    owners: list[torch.Tensor]
-    num_scratch: int
+    image: TableImage
+    buffer: torch.Tensor
+    first_byte: int
+
+    @property
+    def num_scratch(self) -> int:
+        """The fp32 elements of scratch."""
+        return self.image.num_scratch
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """int64 [tensors * FIELDS]."""
+        return self._part(self.first_byte, self.first_byte + self.image.num_row_bytes, torch.int64)
+
+    @property
+    def owners(self) -> list[torch.Tensor]:
+        """int32: the row that each program works for: of pass A, of pass B, of what lies between."""
+        firsts = [self.first_byte + first for first in self.image.firsts]
+        counts = self.image.counts
+        return [self._part(at, at + 4 * count, torch.int32) for at, count in zip(firsts, counts, strict=True)]
+
+    def addresses(self) -> tuple[int, list[int]]:
+        """Where rows and owners begin: to make a tensor of each would cost the host more than to launch."""
+        begin = self.buffer.data_ptr() + self.first_byte
+        return begin, [begin + first for first in self.image.firsts]
+
+    def _part(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
+        return self.buffer[first:last].view(dtype)
 
 
 class TableImage:
@@ -76,23 +101,18 @@ class TableImage:
 
     Attributes:
         counts: Programs of each tensor of owners.
+        num_scratch: fp32 elements of scratch.
+        num_row_bytes: Bytes of the rows, which come first.
+        firsts: Where each tensor of owners begins, in bytes.
         content: uint8: rows, then owners.
     """
 
     def __init__(self, rows: list[list[int]], owners: Sequence[torch.Tensor], num_scratch: int) -> None:
         self.counts = [owner.numel() for owner in owners]
-        self._num_longs, self._num_scratch = len(rows) * FIELDS, num_scratch
+        self.num_scratch, self.num_row_bytes = num_scratch, len(rows) * FIELDS * 8
+        self.firsts = [self.num_row_bytes + 4 * sum(self.counts[:place]) for place in range(len(owners))]
         parts = [torch.tensor(rows, dtype=torch.int64).flatten(), *owners]
         self.content = torch.cat([part.view(torch.uint8) for part in parts])
-
-    def table(self, longs: torch.Tensor, ints: torch.Tensor, first_byte: int) -> Table:
-        """The table within memory seen as int64 and as int32, that begins at a byte of it."""
-        end = first_byte // 8 + self._num_longs
-        rows, owners, first = longs[first_byte // 8 : end], [], 2 * end
-        for count in self.counts:
-            owners.append(ints[first : first + count])
-            first += count
-        return Table(rows, owners, self._num_scratch)
 
 
 class TableUpload:
@@ -115,8 +135,7 @@ class TableUpload:
                 _CONTENTS_OF_GRAPHS.append(self._content)
             buffer = torch.empty_like(self._content, device=self._device, pin_memory=False)
             buffer.copy_(self._content, non_blocking=True)
-        longs, ints = buffer[: buffer.numel() // 8 * 8].view(torch.int64), buffer.view(torch.int32)
-        return [image.table(longs, ints, first) for image, first in zip(self._images, self._firsts, strict=True)]
+        return [Table(image, buffer, first) for image, first in zip(self._images, self._firsts, strict=True)]
 
 
 _CONTENTS_OF_GRAPHS: list[torch.Tensor] = []

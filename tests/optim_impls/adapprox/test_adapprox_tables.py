@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import ctypes
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from optplan.optim_impls import Adapprox
-from optplan.optim_impls.adapprox.layout import Field
+from optplan.optim_impls.adapprox.layout import FIELDS, Field
 from optplan.planner.optimizers.base import OptimizerContext
 from optplan.planner.optimizers.registry import build_optimizer
 from optplan.planner.tensors import Parameter
@@ -97,3 +98,39 @@ def test_steps_go_on_after_a_counter_was_set_ahead(stepped: Any) -> None:
     optimizer.step()
     assert [float(optimizer.state[p]["step"]) for p in parameters] == [71.0, *(count + 1 for count in before[1:])]
     assert not any(torch.equal(p, old) for p, old in zip(parameters, moved, strict=True) if p.numel())
+
+
+class Launches:
+    """Stands for kernels past their first call, and keeps what each is given: the first row, owners, scratch."""
+
+    seen: ClassVar[list[tuple[Any, ...]]] = []
+
+    def __init__(self, kernel: Any, num_programs: int, **constants: Any) -> None:
+        del kernel, constants
+        self._num_programs, self.takes_addresses = num_programs, False
+
+    def __call__(self, table: Any, owners: Any, scratch: Any, *rest: Any) -> None:
+        del rest
+        if self.takes_addresses:
+            row = list((ctypes.c_int64 * FIELDS).from_address(table))
+            self.seen.append((row, list((ctypes.c_int32 * self._num_programs).from_address(owners)), scratch % 16))
+        else:
+            self.seen.append((table[:FIELDS].tolist(), owners.tolist(), scratch.data_ptr() % 16))
+        self.takes_addresses = True
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the host cannot read tables on a GPU")
+def test_kernels_are_given_the_same_by_address_as_by_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = pytest.importorskip("optplan.optim_impls.adapprox.launcher")
+    monkeypatch.setattr(launcher, "BoundKernel", Launches)
+    monkeypatch.setattr(Launches, "seen", [])
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = Adapprox(parameters, rank=10, backend="triton")
+    optimizer.step()
+    by_tensor = list(Launches.seen)
+    optimizer.step()
+    # Three rounds of seven launches and six of a second iteration, and two for vectors.
+    assert len(by_tensor) == 3 * 13 + 2
+    assert Launches.seen[len(by_tensor) :] == by_tensor
