@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import runpy
 import tomllib
 from pathlib import Path
@@ -11,7 +12,11 @@ from typing import Any
 
 import pytest
 
+from optplan.planner.allocator.device import DeviceAllocator
+from optplan.planner.allocator.driver import Driver
+from optplan.planner.allocator.settings import AllocatorSettings
 from optplan.planner.measured.measurement import Measurement
+from optplan.profilers.tracing import runs
 
 ROOT = Path(__file__).parents[3]
 RECORDS = ROOT / "tests" / "records"
@@ -69,6 +74,56 @@ def test_most_traced_steps_are_nearer_than_each_must_be() -> None:
     assert len(rows) >= BOUNDS["h200_profiles"]["least_records"]
     for kind in ("peak", "phase", "reserved"):
         assert median(row[kind] for row in rows) <= BOUNDS["h200_profiles"]["median"][kind], kind
+
+
+class Scattered:
+    """A driver that puts some segments above all others and the rest below them; engines assume that it puts none."""
+
+    def __init__(self, seed: int, share_above: float) -> None:
+        self.random, self.share_above, self.low, self.high = random.Random(seed), share_above, 0, 0
+
+    def of_segment(self, size: int, /) -> int:
+        if self.random.random() < self.share_above:
+            self.high += size
+            return self.high - size
+        self.low -= size
+        return self.low
+
+    def of_range(self, stream: int, small: bool, span: int, /) -> None:
+        """No range is asked for."""
+
+    def range_ended(self, start: int, /) -> None:
+        """No range ends."""
+
+
+OWN_BYTES = {"forward": 512, "backward": 512, "step": 1024}
+"""What the measurement itself keeps on the device: a tensor of losses, and a loss in the optimizer's step."""
+
+
+@pytest.mark.parametrize(
+    ("name", "seed", "share_above"),
+    [
+        ("llama-3.1-8b_adamw_batch_size=1_seq_len=2048_checkpointing=none", 1, 0.7),
+        ("gpt2_micro-adam_precision=amp_batch_size=2_seq_len=1024", 90, 0.1),
+        ("qwen3-0.6b_micro-adam_batch_size=2_seq_len=1024", 28, 0.02),
+        ("qwen3-0.6b_adamw-8bit_batch_size=2_seq_len=1024", 16, 0.02),
+        ("llama-3.2-1b_micro-adam_precision=amp_batch_size=2_seq_len=1024", 9, 0.02),
+        ("qwen2.5-7b_adamw_batch_size=1_seq_len=2048_checkpointing=none", 9, 0.02),
+    ],
+)
+def test_addresses_of_segments_explain_what_is_off(
+    name: str, seed: int, share_above: float, tracer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scattered(settings: AllocatorSettings, order: object) -> DeviceAllocator:
+        return DeviceAllocator(settings, driver=Driver(addresses=Scattered(seed, share_above)))
+
+    record = PROFILES[f"h200_profiles/{name}"]
+    plain = SCRIPT["figures_of"](tracer.peaks(record))
+    monkeypatch.setattr(runs, "_allocator", scattered)
+    found = SCRIPT["figures_of"](SCRIPT["Tracer"]().peaks(record))
+    measured = {phase: record.phases[phase].peak_allocated_bytes - own for phase, own in OWN_BYTES.items()}
+    assert (found["phases"], found["reserved_bytes"]) == (measured, record.peak_reserved_bytes)
+    assert (plain["phases"], plain["reserved_bytes"]) != (measured, record.peak_reserved_bytes)
 
 
 def test_on_two_gpus_each_way_of_sharing_has_a_traced_step() -> None:
