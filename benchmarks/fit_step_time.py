@@ -55,9 +55,11 @@ FITTED = (
     Fitted("gpu", "moves_per_written_byte", 3.2, 0.1, 2.0, 5.0),
     Fitted("host", "seconds_per_launch", 2e-5, 0.01, 5e-6, 5e-5),
     Fitted("host", "seconds_per_module", 1e-4, 0.01, 1e-5, 3e-4),
+    Fitted("host", "seconds_per_collective", 1.5e-3, 0.01, 1e-4, 5e-3),
+    Fitted("host", "seconds_per_reduced_tensor", 2e-4, 0.01, 1e-5, 1e-3),
 )
 HOST_FACTOR = Fitted("records", "host_factor", 1.0, 0.01, 0.5, 2.0)
-"""Of every record but the first, whose host is the table's."""
+"""Of every host but the first, which is the table's."""
 
 
 def predicted_seconds(case: Case, model: TimeModel, update: Update | None = None) -> float:
@@ -79,19 +81,19 @@ def update_of(case: Case, model: TimeModel) -> Update:
 
 
 def _on_host(model: TimeModel, factor: float) -> TimeModel:
-    host = HostRates(factor * model.host.seconds_per_launch, factor * model.host.seconds_per_module)
-    return msgspec.structs.replace(model, host=host)
+    rates = {name: factor * rate for name, rate in msgspec.structs.asdict(model.host).items()}
+    return msgspec.structs.replace(model, host=HostRates(**rates))
 
 
-def is_host_bound(case: Case, model: TimeModel) -> bool:
-    """Whether the host decides the step's time by the model."""
+def bound_of(case: Case, model: TimeModel) -> str:
+    """What decides the step's time by the model."""
     micro = micro_steps(case.work, case.request, GPU, model=_on_host(model, model.records[case.records].host_factor))
-    return combine(micro, update_of(case, model), exponent=model.overlap.exponent).bound == "host"
+    return combine(micro, update_of(case, model), exponent=model.overlap.exponent).bound
 
 
 def fit(cases: Sequence[Case], start: TimeModel) -> TimeModel:
     """The coefficients with the least squared relative errors, found by a pattern search on their logarithms."""
-    fitted = [*FITTED, *[HOST_FACTOR] * (len(start.records) - 1)]
+    fitted = [*FITTED, *[HOST_FACTOR] * (len(_hosts(start)) - 1)]
     updates = [update_of(case, start) for case in cases]
 
     def loss(point: list[float]) -> float:
@@ -139,10 +141,14 @@ def _moved(start: TimeModel, logs: Sequence[float]) -> TimeModel:
     for one, log in zip(FITTED, logs, strict=False):
         parts[one.part] = msgspec.structs.replace(parts[one.part], **{one.name: _limited(one, log)})
     factors = [1.0, *(_limited(HOST_FACTOR, log) for log in logs[len(FITTED) :])]
-    records = [
-        msgspec.structs.replace(row, host_factor=factor) for row, factor in zip(start.records, factors, strict=True)
-    ]
+    of_host = dict(zip(_hosts(start), factors, strict=True))
+    records = [msgspec.structs.replace(row, host_factor=of_host[row.host]) for row in start.records]
     return msgspec.structs.replace(start, records=records, **parts)
+
+
+def _hosts(model: TimeModel) -> list[str]:
+    """The hosts of the records."""
+    return list(dict.fromkeys(row.host for row in model.records))
 
 
 def _limited(one: Fitted, log: float) -> float:
@@ -165,10 +171,11 @@ def optimizer_of(case: Case) -> str:
 
 
 class HeldOut(NamedTuple):
-    """Error of a step by a fit to the steps of all other groups, and whether the host decides it by that fit."""
+    """Error of a step by a fit to the steps of all other groups, what decides it by that fit, and its GPUs."""
 
     error: float
-    is_host_bound: bool
+    bound: str
+    gpus: int
 
 
 def held_out(cases: Sequence[Case], start: TimeModel, group: Callable[[Case], str] = model_of) -> list[HeldOut]:
@@ -176,8 +183,10 @@ def held_out(cases: Sequence[Case], start: TimeModel, group: Callable[[Case], st
     fits = {
         name: fit([case for case in cases if group(case) != name], start) for name in sorted(set(map(group, cases)))
     }
-    found = [(case, fits[group(case)]) for case in cases]
-    return [HeldOut(errors_of([case], model)[0], is_host_bound(case, model)) for case, model in found]
+    return [
+        HeldOut(errors_of([case], model)[0], bound_of(case, model), case.request.config.gpus)
+        for case, model in ((case, fits[group(case)]) for case in cases)
+    ]
 
 
 def summary(errors: Sequence[float]) -> FitError:
@@ -188,12 +197,14 @@ def summary(errors: Sequence[float]) -> FitError:
 
 def fit_errors(fitted: Sequence[float], found: Sequence[HeldOut]) -> FitErrors:
     """What the table states."""
+    alone = [one for one in found if one.gpus == 1]
     return FitErrors(
         num_steps=len(fitted),
         fitted=summary(fitted),
         held_out=summary([one.error for one in found]),
-        held_out_gpu=summary([one.error for one in found if not one.is_host_bound]),
-        held_out_host=summary([one.error for one in found if one.is_host_bound]),
+        held_out_gpu=summary([one.error for one in alone if one.bound != "host"]),
+        held_out_host=summary([one.error for one in alone if one.bound == "host"]),
+        held_out_sharded=summary([one.error for one in found if one.gpus > 1]),
     )
 
 
@@ -220,7 +231,7 @@ def written(text: str, model: TimeModel, links: dict[str, LinkRates]) -> str:
     for one in FITTED:
         text = _set(text, one.part, one.name, _text(getattr(getattr(model, one.part), one.name)))
     text = _set(text, "errors", "num_steps", str(model.errors.num_steps))
-    for name in ("fitted", "held_out", "held_out_gpu", "held_out_host"):
+    for name in ("fitted", "held_out", "held_out_gpu", "held_out_host", "held_out_sharded"):
         found = getattr(model.errors, name)
         text = _set(text, "errors", name, f"{{ median = {found.median}, largest = {found.largest} }}")
     for records in model.records:

@@ -99,7 +99,7 @@ def _case(
 ) -> Case:
     options, workload = step_options(request), Workload(request)
     (candidate,), _ = workload.candidates(choices)
-    work = step_work(request.model, options, record_step(request.model, options))
+    work = step_work(request.model, options, record_step(request.model, options, strategy=request.strategy))
     return Case(name, *seconds, request, work, candidate, workload.moved_bytes(candidate), records)
 
 

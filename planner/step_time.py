@@ -20,7 +20,7 @@ from optplan.planner.candidates import Candidate
 from optplan.planner.gpus import Gpu, load_gpu
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.request import StepRequest
-from optplan.planner.step_time_links import link_seconds
+from optplan.planner.step_time_links import is_reduced_once, link_seconds, num_reduced_tensors
 from optplan.planner.step_time_rates import CALIBRATED_GPU, OptimizerRates, TimeModel
 from optplan.planner.step_time_work import PhaseWork, StepWork
 
@@ -28,6 +28,8 @@ Basis = Literal["calibrated", "scaled"]
 Bound = Literal["gpu", "host", "link"]
 _MOVES_PER_COPIED_BYTE = 2.0
 """A copy is read once and written once."""
+_FOLLOWED = 8
+"""Micro-steps that are followed one by one to tell forward from backward; further ones are like them."""
 _EXTRA_MASTER_BYTES = 12
 """Moved a parameter with master weights: a bf16 gradient is read and written in fp32, the result read and cast."""
 
@@ -54,31 +56,31 @@ class MicroSteps(msgspec.Struct, frozen=True):
     Attributes:
         forward: Of one of them; likewise `backward`.
         count: How many there are.
-        reduction: Seconds that gradients are reduced once a step, beside the last backward.
+        reduction: Of gradients that are reduced once a step, beside the last backward.
     """
 
     forward: Busy
     backward: Busy
     count: int = 1
-    reduction: float = 0.0
+    reduction: Busy = Busy(0.0, 0.0)
 
     @property
     def busy(self) -> Busy:
         """All of them."""
-        return self.forward.plus(self.backward).times(self.count).plus(Busy(0.0, 0.0, self.reduction))
+        return self.forward.plus(self.backward).times(self.count).plus(self.reduction)
 
     def device_seconds(self, exponent: float) -> float:
         """How long they take on the GPU and its links, which work at the same time."""
         one = _without_host(self.forward.plus(self.backward))
-        if not self.reduction:
+        if not self.reduction.link:
             return self.count * longer(one, exponent)
-        last = one.plus(Busy(0.0, 0.0, self.reduction))
+        last = one.plus(_without_host(self.reduction))
         return (self.count - 1) * longer(one, exponent) + longer(last, exponent)
 
     @property
     def host_seconds(self) -> float:
         """How long the host takes to launch them."""
-        return self.count * (self.forward.host + self.backward.host)
+        return self.count * (self.forward.host + self.backward.host) + self.reduction.host
 
 
 class Update(msgspec.Struct, frozen=True):
@@ -136,11 +138,12 @@ def micro_steps(work: StepWork, request: StepRequest, gpu: Gpu, *, model: TimeMo
     precision, links = request.config.precision, link_seconds(request, model=model)
     forward = phase_busy(work.forward, gpu, precision, model=model)
     backward = phase_busy(work.backward, gpu, precision, model=model)
+    launching, once = model.host.seconds_per_reduced_tensor * num_reduced_tensors(request), is_reduced_once(request)
     return MicroSteps(
         forward.plus(Busy(0.0, 0.0, links.forward)),
-        backward.plus(Busy(0.0, 0.0, links.backward)),
+        backward.plus(Busy(0.0, 0.0 if once else launching, links.backward)),
         request.config.grad_accum,
-        links.reduction,
+        Busy(0.0, launching if once else 0.0, links.reduction),
     )
 
 
@@ -151,7 +154,8 @@ def phase_busy(work: PhaseWork, gpu: Gpu, precision: str, *, model: TimeModel) -
     seconds = work.product_flops / (share * peak) + work.attention_flops / (rates.attention_share * peak)
     moved = rates.moves_per_written_byte * work.written_bytes + _MOVES_PER_COPIED_BYTE * work.copied_bytes
     seconds += moved / bandwidth + rates.seconds_per_launch * work.num_launches
-    return Busy(seconds, host.seconds_per_launch * work.num_launches + host.seconds_per_module * work.num_modules)
+    launching = host.seconds_per_launch * work.num_launches + host.seconds_per_module * work.num_modules
+    return Busy(seconds, launching + host.seconds_per_collective * work.num_collectives)
 
 
 def _product_peak(gpu: Gpu, precision: str, *, model: TimeModel) -> tuple[float, float]:
@@ -230,25 +234,24 @@ def combine(micro: MicroSteps, update: Update, *, exponent: float) -> StepSecond
     """The time of a step: its micro-steps, then the optimizer's, as one step follows another."""
     host = micro.host_seconds + update.busy.host
     step = whole_step(micro.device_seconds(exponent) + update.device_seconds, host, exponent)
-    ends = phase_ends(micro, update, num_steps=2, exponent=exponent)
-    spans = [end - begin for begin, end in pairwise(ends[2:])]
-    forward, backward, stepping = (step * span / sum(spans) for span in spans)
+    few = msgspec.structs.replace(micro, count=min(micro.count, _FOLLOWED))
+    ends = phase_ends(few, update, num_steps=2, exponent=exponent)
+    spans = [end - begin for begin, end in pairwise(ends[2 * few.count :])]
+    forward, backward = (sum(spans[first:-1:2]) * micro.count / few.count for first in (0, 1))
+    share = step / (forward + backward + spans[-1])
     busy = micro.busy.plus(update.busy).plus(Busy(0.0, 0.0, update.gather))
-    return StepSeconds(step, forward, backward, stepping, _bound(busy))
+    return StepSeconds(step, share * forward, share * backward, share * spans[-1], _bound(busy))
 
 
 def phase_ends(micro: MicroSteps, update: Update, *, num_steps: int, exponent: float) -> list[float]:
-    """When the GPU is done with all forwards, all backwards and the optimizer's step of each of some steps.
+    """When the GPU is done with every forward, every backward and the optimizer's step of each of some steps.
 
     GPU and host begin the first of them together, and the host goes on to the next without waiting.
     """
-    device, forward = micro.device_seconds(exponent), longer(_without_host(micro.forward), exponent)
-    forward *= micro.count
-    parts = [
-        (forward, micro.count * micro.forward.host),
-        (max(device - forward, 0.0), micro.count * micro.backward.host),
-        (update.device_seconds, update.busy.host),
-    ]
+    forward, backward = ((longer(_without_host(one), exponent), one.host) for one in (micro.forward, micro.backward))
+    last = longer(_without_host(micro.backward.plus(micro.reduction)), exponent)
+    parts = [forward, backward] * (micro.count - 1)
+    parts += [forward, (last, micro.backward.host + micro.reduction.host), (update.device_seconds, update.busy.host)]
     ends, launched = [0.0], 0.0
     for seconds, host in parts * num_steps:
         launched += host

@@ -114,6 +114,18 @@ def _network_rate(cluster: Cluster, gpus_per_node: int, model: TimeModel) -> flo
     return share * cluster.network_bytes_per_s * gpus_per_node
 
 
+def num_reduced_tensors(request: StepRequest) -> int:
+    """Gradients that reach the other ranks one by one, as DDP's hooks send them on."""
+    if request.config.gpus == 1 or request.config.sharding in FULL_SHARDINGS:
+        return 0
+    return len(request.model.trained_parameters)
+
+
+def is_reduced_once(request: StepRequest) -> bool:
+    """Whether gradients are reduced in the last micro-step alone."""
+    return request.config.sharding in _REDUCED_ONCE
+
+
 def link_basis(request: StepRequest, *, model: TimeModel) -> LinkBasis:
     """What the rates of a request's links rest on: the least sure of them."""
     cluster = cluster_of(request.gpu.id)

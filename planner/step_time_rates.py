@@ -33,10 +33,19 @@ class GpuRates(msgspec.Struct, frozen=True):
 
 
 class HostRates(msgspec.Struct, frozen=True):
-    """Seconds that the host takes to launch one operation, and to call one module in Python besides."""
+    """Seconds that the host takes.
+
+    Attributes:
+        seconds_per_launch: To launch one operation.
+        seconds_per_module: To call one module in Python besides.
+        seconds_per_collective: To gather or reduce one group of FSDP2, with its hooks.
+        seconds_per_reduced_tensor: To have one parameter's gradient reduced by DDP.
+    """
 
     seconds_per_launch: float
     seconds_per_module: float
+    seconds_per_collective: float
+    seconds_per_reduced_tensor: float
 
 
 class OptimizerRates(msgspec.Struct, frozen=True):
@@ -97,7 +106,8 @@ class FitErrors(msgspec.Struct, frozen=True):
         num_steps: Measured steps.
         fitted: Errors on the steps that it was fitted to.
         held_out: Errors on each model's steps by a fit to the other models'.
-        held_out_gpu: Of these, those of the steps that the GPU decides by that fit; likewise `held_out_host`.
+        held_out_gpu: Of these, those of the steps on one GPU that it decides by that fit; likewise `held_out_host`.
+        held_out_sharded: Of these, those of the steps over several GPUs.
     """
 
     num_steps: int
@@ -105,10 +115,13 @@ class FitErrors(msgspec.Struct, frozen=True):
     held_out: FitError
     held_out_gpu: FitError
     held_out_host: FitError
+    held_out_sharded: FitError
 
-    def expected(self, bound: str) -> FitError:
+    def expected(self, bound: str, *, gpus: int) -> FitError:
         """Of a step of a model that was not fitted to, by what decides it."""
-        return {"gpu": self.held_out_gpu, "host": self.held_out_host}.get(bound, self.held_out)
+        if gpus > 1:
+            return self.held_out_sharded
+        return self.held_out_host if bound == "host" else self.held_out_gpu
 
 
 class FittedRecords(msgspec.Struct, frozen=True):
@@ -117,12 +130,13 @@ class FittedRecords(msgspec.Struct, frozen=True):
     Attributes:
         path: File or folder in the repository.
         num_steps: Steps taken from there.
-        host_factor: How much longer than `host` says the host took that they were measured on.
+        host: The host that they were measured on; `host_factor` says how much longer it took than the table's `host`.
         waited: Whether each step was waited for before the next: then the GPU is idle until the first launches.
     """
 
     path: str
     num_steps: int
+    host: str
     host_factor: float
     waited: bool
 

@@ -36,6 +36,7 @@ _LAUNCHES = {
 }
 """Launches that a tensor stands for: none if another's launch writes it, of a layer norm neither this nor the mean."""
 _GATHERED = "gathered "
+_COLLECTIVES = ("all-gather output", "reduce-scatter input")
 _OUTPUT = "output"
 _BIDIRECTIONAL = {"bert", "roberta", "vit", "t5"}
 RECOMPUTED_SHARE = {"none": 0.0, "selective": 0.5, "full": 1.0, "full-reentrant": 1.0}
@@ -52,6 +53,7 @@ class PhaseWork(msgspec.Struct, frozen=True):
         copied_bytes: Bytes of copies for collectives and of what they gathered.
         num_launches: Operations that the host launches.
         num_modules: Modules that it calls in Python: in backward only those that run again.
+        num_collectives: Gathers and reductions of fully sharded groups; a group that runs again is asked once more.
     """
 
     product_flops: float
@@ -60,6 +62,7 @@ class PhaseWork(msgspec.Struct, frozen=True):
     copied_bytes: float
     num_launches: int
     num_modules: float
+    num_collectives: float = 0.0
 
 
 class StepWork(msgspec.Struct, frozen=True):
@@ -122,6 +125,7 @@ def step_work(spec: ModelSpec, options: StepOptions, program: Program) -> StepWo
             forward.copied_bytes,
             forward.num_launches,
             forward.num_modules,
+            forward.num_collectives,
         ),
         PhaseWork(
             backward_products,
@@ -130,6 +134,7 @@ def step_work(spec: ModelSpec, options: StepOptions, program: Program) -> StepWo
             backward.copied_bytes,
             backward.num_launches,
             again * forward.num_layer_modules,
+            backward.num_collectives + again * forward.num_collectives,
         ),
     )
 
@@ -142,6 +147,7 @@ class _Sums(NamedTuple):
     num_launches: int
     num_modules: int
     num_layer_modules: int
+    num_collectives: int
 
 
 def _sums(program: Program, phase: Phase) -> _Sums:
@@ -162,11 +168,13 @@ def _stretches(program: Program, phase: Phase) -> Iterator[tuple[Sequence[Record
 
 
 def _sums_of(records: Sequence[Record], *, in_layer: bool) -> _Sums:
-    written = copied = launches = 0
+    written = copied = launches = collectives = 0
     modules = set()
     for record in records:
         if record.category != "workspace":
             launches += _LAUNCHES.get(record.operation, 1)
+        if record.operation.startswith(_COLLECTIVES):
+            collectives += 1
         if record.operation in _WRITTEN_BY_OTHERS:
             continue
         if _is_copy(record):
@@ -174,7 +182,7 @@ def _sums_of(records: Sequence[Record], *, in_layer: bool) -> _Sums:
         else:
             written += record.num_bytes
             modules.add(record.path)
-    return _Sums(written, copied, launches, len(modules), len(modules) if in_layer else 0)
+    return _Sums(written, copied, launches, len(modules), len(modules) if in_layer else 0, collectives)
 
 
 def _recomputed_flops(program: Program, flops: Mapping[str, float]) -> float:

@@ -82,7 +82,7 @@ class Describer:
         model, gpu = self.exploration.model, self.exploration.gpu
         micro = micro_steps(self.exploration.work_of(found), request, gpu, model=model)
         seconds = combine(micro, found.bound.update(gpu, model), exponent=model.overlap.exponent)
-        candidate, errors = found.bound.candidate, model.errors.expected(seconds.bound)
+        candidate, errors = found.bound.candidate, model.errors.expected(seconds.bound, gpus=request.config.gpus)
         return Time(
             step_seconds=seconds.step,
             forward_seconds=seconds.forward,

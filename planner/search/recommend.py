@@ -148,13 +148,15 @@ def _time_reason(best: Configuration) -> str:
 
 def _sureness(time: Time) -> list[str]:
     """What a time rests on, part by part."""
+    shared = time.link_basis is not None
     errors = f"{time.median_error:.0%} off in the median and {time.largest_error:.0%} at most on models left out"
     marks = {
         "calibrated": f"a model fitted to measured steps of this GPU, {errors}",
-        "scaled": f"scaled by the data sheet from one H200, where the model is {errors}",
+        "scaled": f"scaled by the data sheet from {'two H200s' if shared else 'one H200'}, where the model is {errors}",
         "assumed": "as if on an H200: a budget has no speed",
     }
     words = [marks[time.basis]]
+    words += ["the host's launches decide: another host is as much quicker or slower"] if time.bound == "host" else []
     words += ["the optimizer's part estimated"] if time.optimizer_basis == "estimated" else []
     links = {"cited": "the links' rate cited from others' measurements", "estimated": "the links' rate estimated"}
     return words + ([links[time.link_basis]] if time.link_basis in links else [])

@@ -30,8 +30,8 @@ class Time(msgspec.Struct, frozen=True, kw_only=True):
         optimizer_basis: Whether the optimizer's own time rests on a measurement or on a likeness.
         link_basis: What the links' rates rest on, on several GPUs: `measured`, `cited` or `estimated`.
         median_error: Of the time model on measured steps of models that it was not fitted to and that GPU or host
-            decided as they do here, as a share of their time; likewise the largest. They hold for one GPU of the
-            calibrated kind.
+            decided as they do here, or that several GPUs shared, as a share of their time; likewise the largest. They
+            hold for GPUs of the calibrated kind.
     """
 
     step_seconds: float

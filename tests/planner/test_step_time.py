@@ -21,10 +21,10 @@ from optplan.planner.optimizers.registry import OPTIMIZERS
 from optplan.planner.request import check_request
 from optplan.planner.requested_step import step_options
 from optplan.planner.step.rules import record_step
-from optplan.planner.step_time import Busy, MicroSteps, Update, combine, longer, phase_ends
+from optplan.planner.step_time import Busy, MicroSteps, Update, combine, longer, micro_steps, phase_ends
 from optplan.planner.step_time_links import link_basis, link_seconds, link_traffic
 from optplan.planner.step_time_rates import load_time_model
-from optplan.planner.step_time_work import product_flops, step_work
+from optplan.planner.step_time_work import PhaseWork, StepWork, product_flops, step_work
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,11 +51,13 @@ def cases(fitting: ModuleType) -> list[Any]:
 
 
 def test_every_record_is_fitted_to() -> None:
-    files = len(list((ROOT / "tests/records/h200_profiles").glob("*.json.gz")))
+    folders = [
+        len(list((ROOT / "tests/records" / name).glob("*.json.gz"))) for name in ("h200_profiles", "h200x2_profiles")
+    ]
     rows = len((ROOT / "tests/records/public_h200_times.jsonl").read_text("utf-8").splitlines())
     model = load_time_model()
-    assert [row.num_steps for row in model.records] == [files, rows]
-    assert model.errors.num_steps == files + rows
+    assert [row.num_steps for row in model.records] == [*folders, rows]
+    assert model.errors.num_steps == sum(folders) + rows
 
 
 def test_times_are_near_the_measured_ones(fitting: ModuleType, cases: list[Any]) -> None:
@@ -74,6 +76,7 @@ def test_steps_of_models_left_out(fitting: ModuleType, cases: list[Any]) -> None
     assert fitting.fit_errors(fitting.errors_of(cases, model), found) == model.errors
     assert model.errors.held_out.median < 0.10
     assert model.errors.held_out_gpu.largest < 0.25
+    assert model.errors.held_out_sharded.largest < 0.25
     beyond = {case.name for case, one in zip(cases, found, strict=True) if abs(one.error) > 0.25}
     assert beyond == {
         "bert-large amp adamw 8 x 512",
@@ -172,6 +175,30 @@ def test_recomputing_visits_the_chosen_experts() -> None:
     assert work.backward.product_flops - 2 * work.forward.product_flops == 2 * 16 * again
 
 
+def test_collectives_of_llama_3_2_1b() -> None:
+    # Sixteen layers and the root: gathered in forward, the layers again in backward, all reduced. The root stays whole.
+    request = check_request(load_model("llama-3.2-1b"), gpu="h200", gpus=2, sharding="fsdp2")
+    options = step_options(request)
+    work = step_work(request.model, options, record_step(request.model, options, strategy=request.strategy))
+    assert (work.forward.num_collectives, work.backward.num_collectives) == (17, 16 + 17)
+
+
+@pytest.mark.parametrize(
+    ("sharding", "reduced_once", "in_every_backward"),
+    # 148 tensors of GPT-2; under full sharding groups are reduced, not tensors.
+    [("ddp", 148, 0), ("zero1", 148, 0), ("zero2", 0, 148), ("fsdp2", 0, 0), ("none", 0, 0)],
+)
+def test_gradients_reduced_one_by_one_take_the_host(sharding: str, reduced_once: int, in_every_backward: int) -> None:
+    gpus = 1 if sharding == "none" else 2
+    model, gpu = load_time_model(), load_gpu("h200")
+    precision = "mixed" if sharding == "zero2" else "bf16"
+    request = check_request(load_model("gpt2"), gpu="h200", gpus=gpus, sharding=sharding, precision=precision)
+    nothing = StepWork(PhaseWork(1.0, 0.0, 0.0, 0.0, 0, 0), PhaseWork(1.0, 0.0, 0.0, 0.0, 0, 0))
+    steps, each = micro_steps(nothing, request, gpu, model=model), model.host.seconds_per_reduced_tensor
+    assert steps.reduction.host == pytest.approx(reduced_once * each)
+    assert steps.backward.host == pytest.approx(in_every_backward * each)
+
+
 def test_launches_of_gpt2() -> None:
     # A layer's forward: 2 norms, 4 products, attention, 2 dropouts, 2 sums, and 8 operations of the tanh GELU.
     request = check_request(load_model("gpt2"), gpu="h200", batch_size=2, seq_len=1024)
@@ -210,7 +237,7 @@ def test_the_host_runs_ahead() -> None:
 
 def test_a_reduction_once_a_step_hides_behind_the_last_micro_step() -> None:
     # Four micro-steps of 3 s; what is reduced beside the last takes 5 s and leaves 2 s over, however many come before.
-    micro = MicroSteps(Busy(1.0, 0.0), Busy(2.0, 0.0), count=4, reduction=5.0)
+    micro = MicroSteps(Busy(1.0, 0.0), Busy(2.0, 0.0), count=4, reduction=Busy(0.0, 0.0, 5.0))
     assert micro.device_seconds(1000) == pytest.approx(3 * 3 + 5, rel=1e-3)
     # What is gathered after the optimizer's step hides behind nothing.
     assert Update(Busy(0.5, 0.1), gather=2.0).device_seconds == pytest.approx(2.5, rel=1e-3)
