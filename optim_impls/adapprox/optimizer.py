@@ -44,7 +44,7 @@ class Adapprox(KernelOptimizer):
 
     With FSDP2 the fast mode factors the whole matrix: each rank keeps its rows of Q and of the moments, and all of U,
     which is the same on every rank. The factors' rank is that of the whole matrix. Sums over rows are added up over the
-    ranks, in at most four collectives for all matrices of one rank. A step is that of one process up to the order of
+    ranks, in at most four collectives for all matrices of one rank (eight in the first eight steps). A step is that of one process up to the order of
     fp32 sums, and a checkpoint loads on any number of ranks.
 
     Args:
@@ -56,14 +56,16 @@ class Adapprox(KernelOptimizer):
         clip: RMS that a tensor's direction may have at most.
         rank: Rank of the factors, at most a quarter of the smaller side; `max` for that quarter; `adaptive` (paper mode
             only) to choose it every `rank_rule.every` steps, with room for the quarter reserved.
-        mode: `fast` starts each range finder from the last step's factor, multiplies once and never forms the second
-            moment of a matrix; `paper` draws a new sketch, multiplies five times and forms it.
+        mode: `fast` starts each range finder from the last step's factor, multiplies once (twice in a tensor's first
+            eight steps) and never forms the second moment of a matrix; `paper` draws a new sketch, multiplies five
+            times and forms it.
         rank_rule: How an adaptive rank grows.
         guidance_cap: Most that the cosine guidance may multiply a step by, or None for no guidance (paper mode only).
         state_dtype: Dtype of the first moment: torch.float32, torch.bfloat16, or None for the parameter's.
         seed: Of the sketches, which also depend on the step and the parameter's place, on nothing else.
         backend: `auto`, `triton` or `torch`; the paper mode and ranks above 64 always run in torch.
-        capturable: Keep the step counters on the device, so that a CUDA graph may record `step()` in the fast mode.
+        capturable: Keep the step counters on the device, so that a CUDA graph may record `step()` in the fast mode. On
+            row shards every step then multiplies once.
 
     Raises:
         ValueError: An argument is out of range.
