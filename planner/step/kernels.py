@@ -19,6 +19,7 @@ _ONE_TILE = 2304
 """Up to this many 64-bit keys with 64-bit values, one thread block sorts them all."""
 _SORT_TILE = 4608
 """Such keys that one thread block of a larger sort takes."""
+_TF32_BYTES = 4
 _GROUP_BYTES = 60
 """What a grouped product keeps of each group: pointers, shapes and strides."""
 GROUPED_ALIGNMENT_BYTES = 16
@@ -56,21 +57,33 @@ def pair_sort_scratch(count: int, num_rows: int) -> int:
     return 2 * round_up(8 * count, 256) + 511 + 2048 * passes + 1024 * -(-count // _SORT_TILE)
 
 
-def patch_gradient_scratch(images: int, patches: int, weight: int, *, channels: int, itemsize: int) -> int:
+def patch_gradient_scratch(
+    images: int, patches: int, weight: int, *, num_images: int, sizes: tuple[int, int], itemsize: int
+) -> int:
     """Workspace of cuDNN's weight gradient of a convolution that cuts images into patches, on tensor cores.
 
-    It holds the images and the weight's gradient with their channels last, filled up to 16 bytes a pixel, and the
-    patches' gradient with its channels last: on an H200 to the byte, in bf16 and fp32 (as TF32), of 1 and 5 images.
+    It holds the images, the weight's gradient and the patches' gradient with their channels last, those of an image and
+    those of a patch filled up to 16 bytes each: on an H200 to the byte, in bf16 of 1 and 5 images and in fp32 (as TF32)
+    of 5. In fp32 of a single image cuDNN chose a kernel without workspace there, for patches of 108 and 384 channels.
 
     Args:
         images: Elements of all images.
         patches: Elements of all patches' gradients.
         weight: Elements of the weight.
-        channels: Channels of an image.
+        num_images: Images.
+        sizes: Channels of an image and of a patch.
         itemsize: Bytes of an element.
     """
-    filled = round_up(channels * itemsize, 16)
-    return (images + weight) // channels * filled + patches * itemsize + 16
+    if itemsize == _TF32_BYTES and num_images == 1:
+        return 0
+    channels, width = sizes
+    pixel, patch = (round_up(size * itemsize, 16) for size in sizes)
+    return (
+        images // channels * pixel
+        + weight // (channels * width) * pixel * patch // itemsize
+        + patches // width * patch
+        + 16
+    )
 
 
 def grouped_product_scratch(num_groups: int, resident_threads: int) -> tuple[int, int]:

@@ -238,8 +238,14 @@ def patch_projection(
     added = autocast_parameter(t, f"{t.path}.bias", width)
     weight = autocast_parameter(t, f"{t.path}.weight", patch * width)
     dtype: Dtype = t.autocast or t.parameter_dtype
-    sizes = (num_pixels, numel, patch * width)
-    scratch = kernels.patch_gradient_scratch(*sizes, channels=channels, itemsize=ITEMSIZE_BYTES[dtype])
+    scratch = kernels.patch_gradient_scratch(
+        num_pixels,
+        numel,
+        patch * width,
+        num_images=options.batch_size,
+        sizes=(channels, width),
+        itemsize=ITEMSIZE_BYTES[dtype],
+    )
     images = Tensor(None, num_pixels, t.parameter_dtype)
     if dtype != images.dtype:
         images = t.new(num_pixels, dtype, f"input in {dtype}")
@@ -247,7 +253,7 @@ def patch_projection(
     def backward(_: list[Tensor]) -> list[Tensor]:
         contiguous = t.new(numel, dtype, "gradient of the patches")
         of_weight = t.new(patch * width, dtype, "weight gradient", "gradients")
-        if options.compute_capability >= (8, 0):
+        if scratch and options.compute_capability >= (8, 0):
             t.scratch(scratch, operation="convolution backward")
         del contiguous
         return [of_weight, t.new(width, dtype, "bias gradient", "gradients")]

@@ -34,6 +34,7 @@ class Call(NamedTuple):
         category: What its results are for.
         name: What it is called in the timeline.
         resident_threads: Threads that the simulated GPU holds at once.
+        capability: Its compute capability.
     """
 
     recorder: Recorder
@@ -43,6 +44,7 @@ class Call(NamedTuple):
     category: Category
     name: str
     resident_threads: int
+    capability: tuple[int, int]
 
     def run(self) -> Any:
         """The operation's results on tensors without contents."""
@@ -324,9 +326,10 @@ def convolution_gradient(call: Call) -> Any:
     result = call.run()
     call.track(*result[:2])
     _, images, weight, _, stride = call.args[:5]
-    if not call.args[10][0] and list(stride) == list(weight.shape[2:]):
-        sizes = (images.numel(), call.args[0].numel(), weight.numel())
-        call.scratch(kernels.patch_gradient_scratch(*sizes, channels=images.shape[1], itemsize=images.itemsize))
+    if not call.args[10][0] and list(stride) == list(weight.shape[2:]) and call.capability >= (8, 0):
+        num_images, channels = images.shape[:2]
+        sizes = {"num_images": num_images, "sizes": (channels, weight.shape[0]), "itemsize": images.itemsize}
+        call.scratch(kernels.patch_gradient_scratch(images.numel(), call.args[0].numel(), weight.numel(), **sizes))
     call.release(in_a_row)
     call.track(result[2])
     return result

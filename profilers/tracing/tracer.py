@@ -52,6 +52,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._recorder = recorder
         self._scopes = scopes
         self._resident_threads = resident_threads
+        self._capability = capability
         self._workspaces = Workspaces(recorder, capability)
         self._last_is_existence = False
 
@@ -65,15 +66,20 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kernel = KERNELS.get(func)
         if kernel is not None:
             category, name = self._describe(func, node)
-            return kernel(Call(self._recorder, func, args, kwargs, category, name, self._resident_threads))
+            return kernel(self._call(func, args, kwargs, category, name))
         out = func(*args, **kwargs)
         if target is None or not self._recorder.inherit(target, out):
             self._record(func, args, node, out)
         afterwards = AFTERWARDS.get(func)
         if afterwards is not None:
             category, name = self._describe(func, node)
-            afterwards(Call(self._recorder, func, args, kwargs, category, name, self._resident_threads))
+            afterwards(self._call(func, args, kwargs, category, name))
         return out
+
+    def _call(self, func: Any, args: Any, kwargs: Any, category: Category, name: str) -> Call:
+        return Call(
+            self._recorder, func, args, kwargs, category, name, self._resident_threads, capability=self._capability
+        )
 
     def _record(self, func: Any, args: Any, node: Any, out: Any) -> None:
         self._last_is_existence = func in _EXISTENCE

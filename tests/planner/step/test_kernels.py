@@ -70,3 +70,21 @@ def test_segments_of_an_embedding_gradient(num_tokens, num_rows, segments):
 @pytest.mark.parametrize(("num_keys", "num_bytes"), [(3073, 67_583), (3505, 74_239), (4096, 83_455), (8192, 150_015)])
 def test_sorting_scratch(num_keys, num_bytes):
     assert kernels.radix_sort_scratch(num_keys) == num_bytes
+
+
+@pytest.mark.parametrize(
+    ("num_images", "width", "itemsize", "num_bytes"),
+    [
+        (1, 384, 2, 2_161_424),
+        (5, 384, 2, 4_515_600),
+        (5, 384, 4, 4_980_240),
+        (1, 384, 4, 0),
+        (1, 108, 2, 981_488),
+        (1, 108, 4, 0),
+    ],
+)
+def test_the_weight_gradient_of_patches(num_images, width, itemsize, num_bytes):
+    # Images of 3 channels and 176 x 176 pixels, patches of 16 x 16.
+    images, patches, weight = num_images * 3 * 176 * 176, num_images * 121 * width, width * 3 * 16 * 16
+    sizes = {"num_images": num_images, "sizes": (3, width), "itemsize": itemsize}
+    assert kernels.patch_gradient_scratch(images, patches, weight, **sizes) == num_bytes
