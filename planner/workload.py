@@ -121,7 +121,8 @@ class Workload:
         if key not in self._peaks:
             step = self._simulated(candidate, self._simulator(key[1]))
             phases = {phase: PhasePeak(num_bytes) for phase, num_bytes in step.phases.items()}
-            self._peaks[key] = StepPeaks(phases, step.peak_phase, step.categories, step.reserved_bytes)
+            reserved = (step.reserved_bytes, step.reserved_range_bytes)
+            self._peaks[key] = StepPeaks(phases, step.peak_phase, step.categories, *reserved)
         return self._peaks[key]
 
     def remember(self, optimizer: OptimizerModel, peaks: StepPeaks) -> None:
@@ -170,8 +171,8 @@ class Workload:
         """What a steady step may allocate: the GPU's usable bytes, less what a step before it needs more."""
         if self._strategy is None or not self.has_rules:
             return self.request.gpu.usable_bytes
-        rebuilt = self._strategy.rebuilt(sharded_view(self.request))
-        return self.request.gpu.usable_bytes - sum(num_bytes for _, num_bytes, _ in rebuilt)
+        replaced = self._strategy.replaced(sharded_view(self.request))
+        return self.request.gpu.usable_bytes - sum(num_bytes for _, num_bytes, _ in replaced)
 
     def rounded_peak_bytes(self, candidate: Candidate, *, batch_size: int | None = None) -> int:
         """The peak as a sum of requests rounded up to 512 bytes: quick, and a few percent too low at worst."""

@@ -95,12 +95,17 @@ class Strategy:
         return ((p.name, p.numel * view.compute_itemsize) for p in view.parameters)
 
     def kept(self, view: ModelView) -> Iterator[Resident]:
-        """What the strategy keeps besides from the start."""
+        """What the strategy keeps besides."""
         del view
         return iter(())
 
-    def rebuilt(self, view: ModelView) -> Iterator[Resident]:
-        """What the second step replaces all that is kept with, if it does; both exist until the step's end."""
+    def replaced(self, view: ModelView) -> Iterator[Resident]:
+        """What the first step has in place of all that is kept, if it has; it may live to the second one's backward."""
+        del view
+        return iter(())
+
+    def passing(self, view: ModelView) -> Iterator[int]:
+        """Bytes of what is allocated as the model is divided, one after another, at most two at once."""
         del view
         return iter(())
 

@@ -1,14 +1,20 @@
 """DistributedDataParallel: every rank keeps everything, and gradients are added up in buckets.
 
-Buckets are filled with gradients in the order of the parameters, the first up to 1 MiB, each further one until it has
-25 MiB; a tensor is never cut. They exist from construction. With `gradient_as_bucket_view` the gradients are views of
-them, so that `zero_grad` frees nothing; a gradient is copied in as soon as it is there. The first backward shows in
-which order gradients arrive; the second step makes the buckets anew in that order while the old ones live.
+The first step has one bucket for everything, made at construction. Its backward shows in which order gradients arrive;
+the second step makes the buckets anew in that order, the first up to 1 MiB, each further one until it has 25 MiB; a
+tensor is never cut. With `gradient_as_bucket_view` the gradients are views of the buckets, so that `zero_grad` frees
+nothing; a gradient is copied in as soon as it is there.
 
-Source: torch 2.13 `nn/parallel/distributed.py` (`_ddp_init_helper`, `_pre_forward`) and
+Before the new buckets are made DDP lets the first one go. The communication library holds on to it until its own
+thread, which looks ten times a second, has seen that the first reduction is over, and the next collective is begun. Of
+two ranks of one run, measured on H200s, one made the new buckets out of the first one's memory, the other beside it.
+
+Construction sends every parameter from rank 0 to the others in flat copies of 250 MiB, at most two at once.
+
+Source: torch 2.13 `nn/parallel/distributed.py` (`_ddp_init_helper`, `_sync_module_states`, `_pre_forward`),
 `csrc/distributed/c10d/reducer.cpp` (`compute_bucket_assignment_by_size`, `initialize_buckets`,
-`mark_variable_ready_dense`); that old and new buckets exist together until the second backward is over was measured on
-two H200s.
+`mark_variable_ready_dense`, `rebuild_buckets`), `comm.cpp` (`broadcast_coalesced`), `ProcessGroupNCCL.cpp`
+(`shelvesToUnstash_`).
 """
 
 from __future__ import annotations
@@ -23,18 +29,22 @@ from optplan.planner.units import MIB
 
 FIRST_BUCKET_BYTES = MIB
 BUCKET_BYTES = 25 * MIB
+BROADCAST_BYTES = 250 * MIB
 
 
 def buckets(sizes: Sequence[int]) -> list[int]:
     """Bytes of the buckets for gradients of these bytes in this order."""
-    result: list[int] = []
-    filled = 0
+    return [sum(group) for group in _groups(sizes, [FIRST_BUCKET_BYTES, BUCKET_BYTES])]
+
+
+def _groups(sizes: Sequence[int], limits: Sequence[int]) -> list[list[int]]:
+    """Sizes in their order, each group until it has its limit; the last limit is that of all further ones."""
+    result: list[list[int]] = [[]]
     for size in sizes:
-        filled += size
-        if filled >= (BUCKET_BYTES if result else FIRST_BUCKET_BYTES):
-            result.append(filled)
-            filled = 0
-    return result + [filled] * (filled > 0)
+        result[-1].append(size)
+        if sum(result[-1]) >= limits[min(len(result), len(limits)) - 1]:
+            result.append([])
+    return [group for group in result if group]
 
 
 class _BucketedHooks(StepHooks):
@@ -61,15 +71,18 @@ class Ddp(Strategy):
         self._views = views
 
     def kept(self, view: ModelView) -> Iterator[Resident]:
-        """The first buckets."""
-        # They are made in the order in which gradients are expected: the last parameters' first.
-        return self._rows(reversed(buckets(_sizes(view))))
-
-    def rebuilt(self, view: ModelView) -> Iterator[Resident]:
-        """The buckets in the order in which gradients arrived."""
+        """The buckets in the order in which gradients arrive: the last parameters' first."""
         return self._rows(buckets(_sizes(view)[::-1]))
 
-    def _rows(self, sizes: Iterator[int] | Sequence[int]) -> Iterator[Resident]:
+    def replaced(self, view: ModelView) -> Iterator[Resident]:
+        """One bucket for everything."""
+        return self._rows([sum(_sizes(view))])
+
+    def passing(self, view: ModelView) -> Iterator[int]:
+        """The flat copies in which parameters are broadcast; a single one needs none."""
+        return (sum(group) for group in _groups(_sizes(view), [BROADCAST_BYTES]) if len(group) > 1)
+
+    def _rows(self, sizes: Sequence[int]) -> Iterator[Resident]:
         for number, size in enumerate(sizes):
             yield f"bucket {number}", size, "gradients" if self._views else "communication"
 

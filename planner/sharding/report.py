@@ -41,7 +41,8 @@ def rank_notes(request: StepRequest) -> list[str]:
         size = sum(parameter.numel for parameter in request.rank_model.unique_parameters)
         size *= 4 if request.policy.parameter_dtype == "float32" else 2
         notes.append(
-            f"the second step needs {format_gib(size)} more: DDP makes its buckets anew while the old ones live"
+            f"the second step may need {format_gib(size)} more, which then stay reserved: DDP makes its buckets anew "
+            "while the communication library may still hold the first one"
         )
     return notes
 

@@ -40,11 +40,13 @@ class SimulatedStep(msgspec.Struct, frozen=True):
         phases: Largest number of allocated bytes in forward, backward and step, and in clip if gradients are clipped.
         categories: Allocated bytes by category at the largest of them.
         reserved_bytes: Largest number of bytes held from the driver, cached blocks included.
+        reserved_range_bytes: Least and most of it, where that depends on how far another thread has come.
     """
 
     phases: dict[Phase, int]
     categories: dict[Category, int]
     reserved_bytes: int
+    reserved_range_bytes: tuple[int, int] | None = None
 
     @property
     def peak_phase(self) -> Phase:
@@ -92,6 +94,16 @@ class SimulatedDevice:
     def hold(self, tensors: Iterable[tuple[str, int, Category]]) -> None:
         """Allocate what lives until it is replaced; each with its name, bytes and category."""
         self._held += [(name, category, self._allocator.alloc(num_bytes)) for name, num_bytes, category in tensors]
+
+    def pass_through(self, sizes: Iterable[int]) -> None:
+        """Allocate and free one after another, each when the second before it has gone."""
+        alive: list[Any] = []
+        for num_bytes in sizes:
+            if len(alive) == 2:
+                self._allocator.free(alive.pop(0))
+            alive.append(self._allocator.alloc(num_bytes))
+        for block in alive:
+            self._allocator.free(block)
 
     def free_held(self, count: int) -> None:
         """Free the first `count` of what is held."""

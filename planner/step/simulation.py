@@ -80,7 +80,7 @@ class StepSimulator:
         """
         self._options, self._empties_cache = options, empties_cache
         self._strategy = strategy
-        self._kept, self._rebuilt = ([], []) if strategy is None else _kept(spec, options, strategy)
+        self._kept, self._replaced = ([], []) if strategy is None else _kept(spec, options, strategy)
         self._workspaces: list[Allocation] = []
         self._biased = frozenset(f"{name.removesuffix('.bias')} output" for name in added_biases(spec))
         self._start = SimulatedDevice(settings)
@@ -97,15 +97,17 @@ class StepSimulator:
     def _load(self, spec: ModelSpec, master_bytes: Sequence[int]) -> None:
         load = TimelineBuilder()
         write_load(load, spec, self._options, self._strategy)
-        for num_bytes in master_bytes:
-            load.alloc(num_bytes, "master_weights", "master weight")
         for event in load.events:
             assert isinstance(event, Allocation)
             if event.category == "workspace":
                 self._workspaces.append(event)
             else:
                 self._start.keep(event.bytes, event.category, event.name)
-        self._start.hold(self._kept)
+        if self._strategy is not None:
+            self._start.pass_through(self._strategy.passing(model_view(spec, self._options)))
+        self._start.hold(self._replaced or self._kept)
+        for num_bytes in master_bytes:
+            self._start.keep(num_bytes, "master_weights", "master weight")
 
     def _very_first(self) -> list[SimulatedEvent]:
         """The first micro-step of all, in which each thread makes its libraries' workspaces."""
@@ -131,14 +133,28 @@ class StepSimulator:
             state_bytes: Bytes of its state tensors on the device, in the order in which the first step makes them.
             step: What its `step()` allocates and frees.
         """
-        return self._steady(state_bytes, step).result()
+        result = self._steady(state_bytes, step).result()
+        if not self._replaced:
+            return result
+        other = self._steady(state_bytes, step, keeps_replaced=True).result().reserved_bytes
+        ends = (min(result.reserved_bytes, other), max(result.reserved_bytes, other))
+        return msgspec.structs.replace(result, reserved_range_bytes=ends)
 
     def history(self, state_bytes: Sequence[int], step: Timeline, *, names: Sequence[str] = ()) -> StepHistory:
         """The same step event by event; `names` are those of the state tensors."""
         return self._steady(state_bytes, step, names).history()
 
-    def _steady(self, state_bytes: Sequence[int], step: Timeline, names: Sequence[str] = ()) -> SimulatedDevice:
-        """A device that has taken the first step and measured the second."""
+    def _steady(
+        self, state_bytes: Sequence[int], step: Timeline, names: Sequence[str] = (), *, keeps_replaced: bool = False
+    ) -> SimulatedDevice:
+        """A device that has taken the first step, perhaps the second, and measured the next.
+
+        Args:
+            state_bytes: Bytes of the optimizer's state tensors.
+            step: What its `step()` allocates and frees.
+            names: Of the state tensors.
+            keeps_replaced: Whether what the second step replaces lives until its backward is over.
+        """
         device, optimizer = self._start.copy(), _events(step)
         copies = list(takewhile(lambda event: event.name.startswith(COPIED), optimizer))
         device.run(copies)
@@ -146,8 +162,8 @@ class StepSimulator:
             device.keep(num_bytes, "optimizer_state", name)
         device.run(optimizer[len(copies) :])
         self._end_step(device)
-        if self._rebuilt or self.num_events <= _FEW_EVENTS:
-            self._run_second_step(device, optimizer)
+        if self._replaced or self.num_events <= _FEW_EVENTS:
+            self._run_second_step(device, optimizer, keeps_replaced=keeps_replaced)
         if self._options.grad_accum > 1:
             device.run(self._last if self._options.keep_grads else self._first)
             device.set_aside()
@@ -167,17 +183,21 @@ class StepSimulator:
         if self._empties_cache:
             device.empty_cache()
 
-    def _run_second_step(self, device: SimulatedDevice, optimizer: Sequence[SimulatedEvent]) -> None:
-        """A whole step; in it the strategy replaces what it keeps, if anything."""
+    def _run_second_step(
+        self, device: SimulatedDevice, optimizer: Sequence[SimulatedEvent], *, keeps_replaced: bool
+    ) -> None:
+        """A whole step; in it the strategy replaces what it has kept so far, if anything."""
         if self._options.grad_accum > 1:
             device.run(self._last if self._options.keep_grads else self._first)
             device.set_aside()
-        if self._rebuilt:
-            device.hold(self._rebuilt)
+        if self._replaced and not keeps_replaced:
+            device.free_held(len(self._replaced))
+        if self._replaced:
+            device.hold(self._kept)
         device.run(self._last or self._first)
         device.set_aside()
-        if self._rebuilt:
-            device.free_held(len(self._kept))
+        if keeps_replaced:
+            device.free_held(len(self._replaced))
         device.run([*self._clip, *optimizer])
         self._end_step(device)
 
@@ -239,9 +259,9 @@ def _freed(sizes: Sequence[int]) -> list[SimulatedEvent]:
 
 
 def _kept(spec: ModelSpec, options: StepOptions, strategy: Strategy) -> tuple[list[Resident], list[Resident]]:
-    """What the strategy keeps at first, and what it replaces that with in the second step."""
+    """What the strategy keeps, and what it has in its place until the second step, if anything."""
     view = model_view(spec, options)
-    return list(strategy.kept(view)), list(strategy.rebuilt(view))
+    return list(strategy.kept(view)), list(strategy.replaced(view))
 
 
 def _clip_events(spec: ModelSpec, options: StepOptions, *, foreach: bool) -> list[SimulatedEvent]:

@@ -75,7 +75,10 @@ def test_peaks_of_a_rank_are_within_one_percent_of_those_measured(row):
     for phase, measured in row["phases"].items():
         assert step.phases[phase] == pytest.approx(measured["peak"], rel=0.007), phase
     assert max(step.phases.values()) == pytest.approx(row["peak"], rel=0.007)
-    assert step.reserved_bytes == pytest.approx(row["reserved"], rel=0.02)
+    assert (step.reserved_range_bytes is not None) == (row["mode"] == "ddp")
+    # The first bucket still lived as DDP made the others, the second step's peaks show it.
+    _, most = step.reserved_range_bytes or (0, step.reserved_bytes)
+    assert most == pytest.approx(row["reserved"], rel=0.002 if row["mode"] == "ddp" else 0.02)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=name_of)
@@ -98,7 +101,8 @@ def test_device_memory_with_context_and_nccl_is_within_two_percent(row):
     workload = Workload(request)
     (candidate,), _ = workload.candidates(choices())
     peaks = workload.peaks(candidate)
-    assert peaks.reserved_bytes + request.gpu.outside_bytes == pytest.approx(row["device_used"], rel=0.02)
+    _, most = peaks.reserved_range_bytes or (0, peaks.reserved_bytes)
+    assert most + request.gpu.outside_bytes == pytest.approx(row["device_used"], rel=0.02)
     assert request.gpu.communication_basis == "measured"
 
 
@@ -116,7 +120,8 @@ def test_the_second_step_of_ddp_needs_its_buckets_twice():
     assert request.gpu.usable_bytes - Workload(request).usable_bytes == measured
     assert rank_notes(request) == [
         "rank 0 is shown; no rank needs more",
-        "the second step needs 2.05 GiB more: DDP makes its buckets anew while the old ones live",
+        "the second step may need 2.05 GiB more, which then stay reserved: DDP makes its buckets anew while the "
+        "communication library may still hold the first one",
     ]
 
 
