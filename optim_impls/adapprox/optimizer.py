@@ -42,10 +42,10 @@ class Adapprox(KernelOptimizer):
     vector, or a matrix with one row or column, keeps its second moment whole. Factors and second moments are fp32 (fp64
     for fp64 parameters): in bf16 a second moment cannot decay at beta2 = 0.999. There is no bias correction.
 
-    With FSDP2 the fast mode factors the whole matrix: each rank keeps its rows of Q and of the moments, and all of U,
-    which is the same on every rank. The factors' rank is that of the whole matrix. Sums over rows are added up over the
-    ranks, in at most four collectives for all matrices of one rank (eight in the first eight steps). A step is that of one process up to the order of
-    fp32 sums, and a checkpoint loads on any number of ranks.
+    With FSDP2 the fast mode factors the whole matrix: each rank keeps its rows of Q and of the moments, and all of
+    U, which is the same on every rank. The factors' rank is that of the whole matrix. Sums over rows are added up
+    over the ranks, in at most four collectives for all matrices of one rank (eight in the first eight steps). A
+    step is that of one process up to the order of fp32 sums, and a checkpoint loads on any number of ranks.
 
     Args:
         params: Parameters or param groups.

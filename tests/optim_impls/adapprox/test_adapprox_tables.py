@@ -134,3 +134,33 @@ def test_kernels_are_given_the_same_by_address_as_by_tensor(monkeypatch: pytest.
     # Three rounds of seven launches and six of a second iteration, and two for vectors.
     assert len(by_tensor) == 3 * 13 + 2
     assert Launches.seen[len(by_tensor) :] == by_tensor
+
+
+class Rated(Launches):
+    """Keeps how each launch of pass B takes its learning rate."""
+
+    def __init__(self, kernel: Any, num_programs: int, **constants: Any) -> None:
+        super().__init__(kernel, num_programs, **constants)
+        self._rated = constants.get("LR")
+
+    def __call__(self, table: Any, owners: Any, scratch: Any, *rest: Any) -> None:
+        if self._rated is not None:
+            self.seen.append((self._rated, rest[1]))
+
+
+def test_a_rate_on_the_device_of_another_dtype_is_not_read_by_a_kernel_bound_to_the_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """0 and 1 are no rate and a number, 2 and 3 a scalar in fp32 and in fp64."""
+    launcher = pytest.importorskip("optplan.optim_impls.adapprox.launcher")
+    monkeypatch.setattr(launcher, "BoundKernel", Rated)
+    monkeypatch.setattr(Rated, "seen", [])
+    parameter = torch.nn.Parameter(torch.zeros(9, device=DEVICE))
+    parameter.grad = torch.ones_like(parameter)
+    single, double = (torch.tensor(0.1, dtype=dtype, device=DEVICE) for dtype in (torch.float32, torch.float64))
+    optimizer = Adapprox([parameter], backend="triton", capturable=True)
+    for rate in (0.1, single, double, single):
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+    assert [kind for kind, _ in Rated.seen] == [1, 2, 3, 2]
+    assert [rate for _, rate in Rated.seen] == [0.1, single, double, single]
