@@ -20,7 +20,7 @@ from optplan.planner.candidates import Candidate
 from optplan.planner.gpus import Gpu, load_gpu
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.request import StepRequest
-from optplan.planner.step_time_links import is_reduced_once, link_seconds, num_reduced_tensors
+from optplan.planner.step_time_links import is_reduced_once, link_seconds, reduction_of
 from optplan.planner.step_time_rates import CALIBRATED_GPU, OptimizerRates, TimeModel
 from optplan.planner.step_time_work import PhaseWork, StepWork
 
@@ -72,7 +72,7 @@ class MicroSteps(msgspec.Struct, frozen=True):
     def device_seconds(self, exponent: float) -> float:
         """How long they take on the GPU and its links, which work at the same time."""
         one = _without_host(self.forward.plus(self.backward))
-        if not self.reduction.link:
+        if not self.reduction.link and not self.reduction.gpu:
             return self.count * longer(one, exponent)
         last = one.plus(_without_host(self.reduction))
         return (self.count - 1) * longer(one, exponent) + longer(last, exponent)
@@ -138,13 +138,20 @@ def micro_steps(work: StepWork, request: StepRequest, gpu: Gpu, *, model: TimeMo
     precision, links = request.config.precision, link_seconds(request, model=model)
     forward = phase_busy(work.forward, gpu, precision, model=model)
     backward = phase_busy(work.backward, gpu, precision, model=model)
-    launching, once = model.host.seconds_per_reduced_tensor * num_reduced_tensors(request), is_reduced_once(request)
+    reduced, once = _reducing(request, gpu, model=model), is_reduced_once(request)
     return MicroSteps(
         forward.plus(Busy(0.0, 0.0, links.forward)),
-        backward.plus(Busy(0.0, 0.0 if once else launching, links.backward)),
+        backward.plus(Busy(0.0, 0.0, links.backward)).plus(Busy(0.0, 0.0) if once else reduced),
         request.config.grad_accum,
-        Busy(0.0, launching if once else 0.0, links.reduction),
+        Busy(0.0, 0.0, links.reduction).plus(reduced if once else Busy(0.0, 0.0)),
     )
+
+
+def _reducing(request: StepRequest, gpu: Gpu, *, model: TimeModel) -> Busy:
+    """What gradients that are reduced one by one take besides the links."""
+    reduction, bandwidth = reduction_of(request), gpu.achievable_bandwidth_bytes_per_s or 0.0
+    copying = _MOVES_PER_COPIED_BYTE * reduction.copied_bytes / bandwidth
+    return Busy(copying, model.host.seconds_per_reduced_tensor * reduction.num_tensors)
 
 
 def phase_busy(work: PhaseWork, gpu: Gpu, precision: str, *, model: TimeModel) -> Busy:

@@ -6,10 +6,12 @@ beside the last micro-step's backward, and what the optimizer updated is gathere
 collective across machines use all network ports of a machine, up to the rate of a rank's own link.
 
 Source: `data/clusters.toml` and the links of `data/step_time.toml`; torch `_fsdp_param_group.py`,
-`nn/parallel/distributed.py`; DeepSpeed `stage_1_and_2.py`.
+`nn/parallel/distributed.py` and `reducer.cpp` (`mark_variable_ready_dense`); DeepSpeed `stage_1_and_2.py`.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import msgspec
 
@@ -114,11 +116,23 @@ def _network_rate(cluster: Cluster, gpus_per_node: int, model: TimeModel) -> flo
     return share * cluster.network_bytes_per_s * gpus_per_node
 
 
-def num_reduced_tensors(request: StepRequest) -> int:
-    """Gradients that reach the other ranks one by one, as DDP's hooks send them on."""
+class Reduction(NamedTuple):
+    """Gradients that reach the other ranks one by one, as DDP's and DeepSpeed's hooks send them on.
+
+    Attributes:
+        num_tensors: How many they are.
+        copied_bytes: What is copied into the buckets that are reduced.
+    """
+
+    num_tensors: int = 0
+    copied_bytes: float = 0.0
+
+
+def reduction_of(request: StepRequest) -> Reduction:
+    """What is reduced one by one: nothing on one GPU or where groups are sharded in full."""
     if request.config.gpus == 1 or request.config.sharding in FULL_SHARDINGS:
-        return 0
-    return len(request.model.trained_parameters)
+        return Reduction()
+    return Reduction(len(request.model.trained_parameters), _bytes_of(request)[1])
 
 
 def is_reduced_once(request: StepRequest) -> bool:

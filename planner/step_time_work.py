@@ -24,7 +24,14 @@ from optplan.planner.step.program import Program
 from optplan.planner.timeline import Phase
 
 _NO_PRODUCT = {"token_embedding", "position_embedding", "norm", "bias"}
-_WRITTEN_BY_OTHERS = {"weight gradient", "gradient of the input", "all-gather output", "sharded gradients"}
+_GATHERING = "all-gather output"
+_WRITTEN_BY_OTHERS = (
+    "weight gradient",
+    "gradient of the input",
+    _GATHERING,
+    f"{_GATHERING} of the layer before",
+    "sharded gradients",
+)
 """Written by products or collectives, whose time is counted otherwise."""
 _LAUNCHES = {
     "attention log-sums": 0,
@@ -36,7 +43,7 @@ _LAUNCHES = {
 }
 """Launches that a tensor stands for: none if another's launch writes it, of a layer norm neither this nor the mean."""
 _GATHERED = "gathered "
-_COLLECTIVES = ("all-gather output", "reduce-scatter input")
+_COLLECTIVES = (_GATHERING, "reduce-scatter input")
 _OUTPUT = "output"
 _BIDIRECTIONAL = {"bert", "roberta", "vit", "t5"}
 RECOMPUTED_SHARE = {"none": 0.0, "selective": 0.5, "full": 1.0, "full-reentrant": 1.0}

@@ -197,6 +197,10 @@ def test_gradients_reduced_one_by_one_take_the_host(sharding: str, reduced_once:
     steps, each = micro_steps(nothing, request, gpu, model=model), model.host.seconds_per_reduced_tensor
     assert steps.reduction.host == pytest.approx(reduced_once * each)
     assert steps.backward.host == pytest.approx(in_every_backward * each)
+    # Each gradient is read and written once on its way into a bucket: 2 x 2 bytes of 124,439,808 at 4.28 TB/s.
+    copying = 4 * 124_439_808 / 4.28e12
+    assert steps.reduction.gpu == pytest.approx(copying * (reduced_once > 0))
+    assert steps.backward.gpu - steps.forward.gpu == pytest.approx(copying * (in_every_backward > 0), abs=1e-12)
 
 
 def test_launches_of_gpt2() -> None:
@@ -278,6 +282,10 @@ def test_what_is_copied_for_collectives_is_counted_on_its_own() -> None:
     sharded = step_work(request.model, options, record_step(request.model, options, strategy=request.strategy))
     alone = step_work(request.model, options, record_step(request.model, options))
     assert sharded.forward.copied_bytes == pytest.approx(2 * 1_100_048_384, rel=0.01)
+    # In backward the layers once more, but not the root, which stays whole (two matrices of 32000 x 2048 and a norm);
+    # and all gradients into what is reduced. Gathering itself is the links'.
+    layers = 1_100_048_384 - 2 * 32000 * 2048 - 2048
+    assert sharded.backward.copied_bytes == pytest.approx(2 * layers + 2 * 1_100_048_384, rel=0.01)
     assert alone.forward.copied_bytes == 0
     assert sharded.forward.written_bytes == pytest.approx(alone.forward.written_bytes, rel=0.01)
 
