@@ -108,10 +108,9 @@ def test_a_rate_on_the_device_is_a_rate_on_the_host_to_the_bit(dtype: torch.dtyp
         assert torch.equal(found, exact)
 
 
-@pytest.mark.parametrize("steps_before", [6, 7, 8])
-def test_the_device_tells_as_the_host_does_which_steps_iterate_twice(steps_before: int) -> None:
-    """The eighth is the last; two steps each, to the bit."""
-    grads = [[_random(*shape, seed=10 * step + i) for i, shape in enumerate(SHAPES[:2])] for step in range(3)]
+def test_the_device_tells_as_the_host_does_which_steps_iterate_twice() -> None:
+    """The first, the eighth and the ninth, to the bit."""
+    grads = [[_random(20, 24, seed=step)] for step in range(3)]
     found = []
     for capturable in (False, True):
         parameters = [torch.nn.Parameter(torch.ones_like(gradient)) for gradient in grads[0]]
@@ -122,7 +121,7 @@ def test_the_device_tells_as_the_host_does_which_steps_iterate_twice(steps_befor
             optimizer.step()
             if not number:
                 for parameter in parameters:
-                    optimizer.state[parameter]["step"].fill_(steps_before)
+                    optimizer.state[parameter]["step"].fill_(7)
         found.append([value for p in parameters for value in optimizer.state[p].values()] + parameters)
     for host, device in zip(*found, strict=True):
         assert torch.equal(host.cpu(), device.cpu())
