@@ -19,7 +19,7 @@ from optplan.planner.step.operations import cast
 from optplan.planner.step.options import StepOptions
 from optplan.planner.step.projections import clone, expanded, transposed_keys
 from optplan.planner.step.tape import Tape
-from optplan.planner.step.unfused_attention import eager, math_attention, repeat_kv
+from optplan.planner.step.unfused_attention import eager, join_heads, math_attention, repeat_kv
 from optplan.planner.units import round_up
 
 Backend = Literal["cudnn", "flash", "efficient", "math"]
@@ -101,12 +101,16 @@ def attend(
     del qkv
     if options.attention == "flash":
         return sdpa(t, (q, k, v), shape, "flash", drops=drop > 0, by_head=False), None
-    if shape.copies > 1 and (mask is not None or shape.width > WIDEST_FUSED_HEAD):
+    is_repeated = shape.copies > 1 and (mask is not None or shape.width > WIDEST_FUSED_HEAD)
+    lies_by_head = is_repeated and (shape.kv_heads > 1 or (t.autocast or q.dtype) != "float32")
+    if is_repeated:
         k, v = repeat_kv(t, k, shape, "keys"), repeat_kv(t, v, shape, "values")
         shape = msgspec.structs.replace(shape, kv_heads=shape.heads)
     dtype = t.autocast or q.dtype
     capability, drops = options.compute_capability, drop > 0
     backend = choose_backend(dtype, shape, masked=mask is not None, capability=capability, drops=drops)
+    if backend == "math" and lies_by_head:
+        k, v = (Tensor(x.storage, x.numel, x.dtype, x.node, x.output, True) for x in (k, v))
     return sdpa(t, (q, k, v), shape, backend, mask=mask, drops=drops), None
 
 
@@ -152,10 +156,12 @@ def sdpa(
     if backend == "math":
         if mask is not None:
             added = _bias(t, shape, q.dtype, padded=False)
-        return math_attention(t, (q, k, v), shape, added, drops=drops)
+        out = math_attention(t, (q, k, v), shape, added, drops=drops)
+        del q, k, v, added  # what autocast has cast, and the mask as numbers, end with the attention
+        return join_heads(t, out, shape)
     if backend == "flash" and shape.width % HEAD_ALIGNMENT:
         out = _filled_flash(t, (q, k, v), shape, by_head=by_head)
-        del q, k, v  # what autocast has cast ends with the attention, before its heads are joined
+        del q, k, v
         return clone(t, out, "attention output with its heads joined", permuted=True)
     return _fused(t, q, k, v, shape, backend, mask, added)
 

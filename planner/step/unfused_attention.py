@@ -26,7 +26,7 @@ from optplan.planner.step.tape import Tape
 def math_attention(
     t: Tape, qkv: tuple[Tensor, Tensor, Tensor], shape: AttentionShape, added: Tensor | None, *, drops: bool
 ) -> Tensor:
-    """Torch's own attention without a fused kernel, in fp32; it keeps what it needs to its end.
+    """Torch's own attention without a fused kernel, in fp32, head by head; it keeps what it needs to its end.
 
     Args:
         t: The tape.
@@ -61,7 +61,7 @@ def math_attention(
     del right
     result = cast(t, out, dtype)
     del out, weights, all_v, all_k, q, mask, v, k, wide_q, returned, added
-    return join_heads(t, result, shape)
+    return result
 
 
 def _biased(t: Tape, scores: Tensor, bias: Tensor | None) -> Tensor:
