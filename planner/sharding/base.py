@@ -105,7 +105,12 @@ class Strategy:
         return iter(())
 
     def passing(self, view: ModelView) -> Iterator[int]:
-        """Bytes of what is allocated as the model is divided, one after another, at most two at once."""
+        """Bytes of what is allocated once the parameters are there, one after another, at most two at once."""
+        del view
+        return iter(())
+
+    def divided(self, view: ModelView) -> Iterator[tuple[int, list[int]]]:
+        """How many of `parameters` in turn are made at once of whole ones, whose bytes these are and which then go."""
         del view
         return iter(())
 

@@ -8,8 +8,12 @@ root's group (embedding, last norm, output head) stays gathered from forward to 
 After a layer's backward its parameters are dropped and its gradients copied into the reduce-scatter's input, which
 lives until the next layer has run backward; the output, of which all the group's sharded gradients are views, stays.
 
+A model made on the host is moved to the GPU layer by layer as `fully_shard` is applied: whole parameters, of which the
+shards are copied. What they leave in the cache the first step's tensors are cut from.
+
 Source: torch 2.13 `distributed/fsdp/_fully_shard/_fsdp_param_group.py` (`unshard`, `wait_for_unshard`,
-`post_backward`), `_fsdp_collectives.py` (`foreach_all_gather`, `foreach_reduce`), `_fsdp_state.py` (`_lazy_init`).
+`post_backward`), `_fsdp_collectives.py` (`foreach_all_gather`, `foreach_reduce`), `_fsdp_state.py` (`_lazy_init`),
+`_fsdp_init.py` (`_move_states_to_device`), `_fsdp_param.py` (`_init_sharded_param`).
 """
 
 from __future__ import annotations
@@ -255,10 +259,18 @@ class Fsdp2(Strategy):
 
     def parameters(self, view: ModelView) -> Iterator[Sized]:
         """Padded shards."""
-        shard, itemsize = self.shard(), view.stored_itemsize
         if self.offloads:
-            return iter(())
-        return ((p.name, shard.padded_numel(p) * itemsize) for p in view.parameters)
+            return
+        shard, itemsize = self.shard(), view.stored_itemsize
+        for group in all_groups(view.parameters, view.num_layers, view.layer_name):
+            yield from ((p.name, shard.padded_numel(p) * itemsize) for p in group.values())
+
+    def divided(self, view: ModelView) -> Iterator[tuple[int, list[int]]]:
+        """A layer's parameters are moved to the GPU whole and dropped when it has been divided; the root's at last."""
+        if self.offloads:
+            return
+        for group in all_groups(view.parameters, view.num_layers, view.layer_name):
+            yield len(group), [p.numel * view.stored_itemsize for p in group.values()]
 
     def gradients(self, view: ModelView) -> Iterator[Sized]:
         """One buffer a group."""

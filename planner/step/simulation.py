@@ -7,8 +7,8 @@ short: which blocks are cut has settled by then. What all optimizers share is si
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import repeat, takewhile
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice, repeat, takewhile
 from typing import NamedTuple
 
 import msgspec
@@ -24,7 +24,7 @@ from optplan.planner.step.rules import write_forward_backward
 from optplan.planner.step.simulated_device import KEPT, SimulatedDevice, SimulatedEvent, SimulatedStep
 from optplan.planner.step.view import model_view
 from optplan.planner.step_history import StepHistory
-from optplan.planner.timeline import Allocation, Category, Timeline, TimelineBuilder
+from optplan.planner.timeline import Allocation, Category, Event, Timeline, TimelineBuilder
 
 _PRODUCTS = (
     "rotary_emb angles", "project_in output", "proj output", "c_attn output", "query_key_value output", "query output",
@@ -97,17 +97,24 @@ class StepSimulator:
     def _load(self, spec: ModelSpec, master_bytes: Sequence[int]) -> None:
         load = TimelineBuilder()
         write_load(load, spec, self._options, self._strategy)
-        for event in load.events:
+        events, view = iter(load.events), model_view(spec, self._options)
+        for count, whole in () if self._strategy is None else self._strategy.divided(view):
+            self._start.hold(("whole parameter", num_bytes, "parameters") for num_bytes in whole)
+            self._place(islice(events, count))
+            self._start.free_held(len(whole))
+        self._place(events)
+        self._start.pass_through(() if self._strategy is None else self._strategy.passing(view))
+        self._start.hold(self._replaced or self._kept)
+        for num_bytes in master_bytes:
+            self._start.keep(num_bytes, "master_weights", "master weight")
+
+    def _place(self, events: Iterable[Event]) -> None:
+        for event in events:
             assert isinstance(event, Allocation)
             if event.category == "workspace":
                 self._workspaces.append(event)
             else:
                 self._start.keep(event.bytes, event.category, event.name)
-        if self._strategy is not None:
-            self._start.pass_through(self._strategy.passing(model_view(spec, self._options)))
-        self._start.hold(self._replaced or self._kept)
-        for num_bytes in master_bytes:
-            self._start.keep(num_bytes, "master_weights", "master weight")
 
     def _very_first(self) -> list[SimulatedEvent]:
         """The first micro-step of all, in which each thread makes its libraries' workspaces."""
