@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from optplan.planner.allocator.caching import CachingAllocator
 from optplan.planner.catalog import load_model
 from optplan.planner.dtypes import ITEMSIZE_BYTES
 from optplan.planner.models.fields import Fields
@@ -31,12 +32,19 @@ ALLOCATED = 0.003  # nearly all agree to 0.0002; where free blocks tie, the orde
 ALLOCATED_APART = {
     "tiny-opt-amp-sdpa-adamw-5x701": 0.0057,
     "tiny-llama-gqa-fp32-sdpa-adamw-3x173-padding_mask=True": 0.0034,
-}
+    "heads-of-256-bf16-sdpa-adamw-2x512": 0.0038,
+    "tiny-llama-tied-amp-sdpa-adamw-3x173-fused_loss=chunked-checkpointing=True": 0.0085,
+}  # where segments lie decides among blocks of one size: with ascending addresses each agrees to the byte
 RESERVED = 0.02  # segments' addresses are the driver's choice
 RESERVED_APART = {
     "gemma-2-2b-bf16-eager-adamw-1x1024": 0.0344,
 }
 QUICK = 0.031  # rests of blocks, which the sums leave out, reach 3.0 % in one small model with Liger's loss
+QUICK_APART = {
+    # Matrices of 11 MiB in fp32 and 5.5 MiB in bf16, hundreds of them: of their segments 1 MiB and less is never cut.
+    "llama-126-layers-bf16-sdpa-adamw-1x513": 0.0315,
+    "llama-126-layers-amp-sdpa-adamw-1x1024-checkpointing=selective": 0.0593,
+}
 PRODUCTS = (
     "proj output",
     "c_attn output",
@@ -159,7 +167,7 @@ class Run:
             self.workspaces.remove(workspace)
 
 
-def simulated(row):
+def simulated(row, segment_addresses="descending"):
     """The third step through the allocator."""
     run, gradients = Run(row), None
     for number in range(3):
@@ -170,13 +178,22 @@ def simulated(row):
         end = len(run.timeline.events)
         if not row.get("keep_grads"):
             run.timeline.free(*gradients.values())
-    return replay_blocks(run.timeline.events[first:end], before=run.timeline.events[:first])
+    events, allocator = run.timeline.events, CachingAllocator(segment_addresses=segment_addresses)
+    return replay_blocks(events[first:end], before=events[:first], allocator=allocator)
 
 
 @pytest.mark.parametrize("row", [row for row in OURS if not row.get("step_in_backward")], ids=name_of)
 def test_allocated_and_reserved_bytes_are_close_to_those_measured(row):
     result, measured = simulated(row), row["steps"][-1]
     assert_close(row, result, measured)
+
+
+@pytest.mark.parametrize("row", [row for row in OURS if name_of(row) in ALLOCATED_APART], ids=name_of)
+def test_segments_at_ascending_addresses_explain_the_gaps(row):
+    result = simulated(row, "ascending")
+    for name in ("forward", "backward"):
+        assert result.phases[name] == row["steps"][-1][name]["peak"]
+    assert result.reserved_bytes == row["reserved"]
 
 
 def assert_close(row, result, measured):
@@ -197,7 +214,8 @@ def test_rounded_sums_are_near_the_measured_peaks(row, tolerance):
     state = list(state_of(row)) if row["optimizer"] in MOMENTS else [("state", row["state"])]
     peaks = replay(steady_step(row, state)).phases
     for name in ("forward", "backward"):
-        assert peaks[name] == pytest.approx(phases[name]["peak"], rel=tolerance)
+        apart = QUICK_APART.get(name_of(row), tolerance)
+        assert peaks[name] == pytest.approx(phases[name]["peak"], rel=apart)
 
 
 @pytest.mark.parametrize("row", OURS[::3], ids=name_of)
