@@ -1,4 +1,4 @@
-"""`docs/kernels.md`: what Nsight Compute read of every kernel, and what compute-sanitizer found."""
+"""`docs/kernels.md`: what compute-sanitizer found, and what Nsight Compute read of every kernel once it was asked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,28 @@ def kernels_page() -> str:
     lines = [
         "# The kernels",
         "",
-        "Written by `make docs` from `benchmarks/records/`, which `benchmarks/check_kernels.py` appends to on a GPU.",
+        "Written by `make docs` from `benchmarks/records/`, which `benchmarks/check_kernels.py` appends to on a GPU. How"
+        " they work: [MicroAdam's](kernels-micro-adam.md), [Adapprox's](kernels-adapprox.md); how fast they are:"
+        " [speed.md](speed.md).",
+        "",
+        "## Checks",
+        "",
+        "Two steps of each optimizer over small tensors of odd shapes in bf16 and fp32, each tensor in an allocation of"
+        " its own, under compute-sanitizer on an H200.",
+        "",
+        "| tool | version | optimizers | errors | commit |",
+        "|---|---|---|---|---|",
+        *_check_lines(),
+        *_profile_section(),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _profile_section() -> list[str]:
+    lines = _profile_lines()
+    if not lines:
+        return []
+    return [
         "",
         "## One step, kernel by kernel",
         "",
@@ -26,18 +47,8 @@ def kernels_page() -> str:
         "",
         "| optimizer | kernel | launches | µs | MB | roofline | DRAM % | issue slots % | registers | occupancy % |",
         "|---|---|---|---|---|---|---|---|---|---|",
-        *_profile_lines(),
-        "",
-        "## Checks",
-        "",
-        "Two steps of each optimizer over small tensors of odd shapes in bf16 and fp32, each tensor in an allocation of"
-        " its own.",
-        "",
-        "| tool | version | optimizers | errors | commit |",
-        "|---|---|---|---|---|",
-        *_check_lines(),
+        *lines,
     ]
-    return "\n".join(lines) + "\n"
 
 
 def _rows(name: str) -> list[dict[str, Any]]:

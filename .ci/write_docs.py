@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from accuracy_page import accuracy_page
+from kernels_page import kernels_page
 from readme_page import readme_page
 from speed_page import speed_page
 from training_page import training_page
@@ -155,6 +156,7 @@ DOCUMENTS: dict[str, Callable[[], str]] = {
     "docs/estimate.svg": picture,
     "docs/accuracy.md": accuracy_page,
     "docs/cli.md": command_reference,
+    "docs/kernels.md": kernels_page,
     "docs/speed.md": speed_page,
     "docs/training.md": training_page,
     "docs/optimizers.md": optimizer_table,
