@@ -105,6 +105,7 @@ OWN_BYTES = {"forward": 512, "backward": 512, "step": 1024}
     ("name", "seed", "share_above"),
     [
         ("llama-3.1-8b_adamw_batch_size=1_seq_len=2048_checkpointing=none", 1, 0.7),
+        ("mistral-7b_adam-mini_batch_size=1_seq_len=2048_checkpointing=none", 1, 0.3),
         ("gpt2_micro-adam_precision=amp_batch_size=2_seq_len=1024", 90, 0.1),
         ("qwen3-0.6b_micro-adam_batch_size=2_seq_len=1024", 28, 0.02),
         ("qwen3-0.6b_adamw-8bit_batch_size=2_seq_len=1024", 16, 0.02),
