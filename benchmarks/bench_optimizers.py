@@ -48,7 +48,8 @@ ODD_SHAPES: tuple[tuple[int, ...], ...] = (
 )
 MAX_BYTES = 115 * 10**9
 """What parameters, gradients and the state of both optimizers may take; layers are left out of larger models."""
-NUM_WARM_UP_STEPS = 3
+NUM_WARM_UP_STEPS = 10
+"""Adapprox iterates twice in the first eight."""
 MIN_ROUNDS = 3
 SEED = 0
 

@@ -137,6 +137,7 @@ class Run:
 def set_deterministic() -> None:
     """Kernels that add in a fixed order, so that runs can be held against each other to the bit."""
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass adds in any order
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
