@@ -13,9 +13,9 @@ RECORDS = Path(__file__).resolve().parent.parent / "tests" / "records"
 Figures = dict[str, Any]
 
 GAPS = (
-    "`tiny-opt` amp 5 x 701, `tiny-llama-gqa` fp32 with a padding mask and `tiny-gpt2` fp32 with clipping: the driver put"
-    " segments at ascending addresses, where the engines assume descending ones. Of equally large free blocks the lowest"
-    " is taken, so the addresses decide which block is cut and how much of it stays unsplit; with ascending addresses"
+    "`tiny-opt` amp 5 x 701, `tiny-llama-gqa` fp32 with a padding mask, `tiny-gpt2` fp32 with clipping, `heads-of-256` bf16"
+    " 2 x 512 and `odd-heads` amp: the driver put segments at ascending addresses, where the engines assume descending"
+    " ones. Of equally large free blocks the lowest is taken, so the addresses decide which block is cut and how much of it stays unsplit; with ascending addresses"
     " the trace equals the measured peaks of all phases to the byte.",
     "`tiny-mixtral` bf16 5 x 701, `t5-base` amp and `flan-t5-large`: the same bytes"
     " are requested, but of several tensors that end at once another is freed first, so that other blocks are cut.",

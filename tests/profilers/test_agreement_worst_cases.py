@@ -21,6 +21,8 @@ SAME_SUMS = {
     "tiny-llama-gqa fp32 sdpa 3x173",
     "tiny-gpt2 fp32 sdpa 3x173",
     "tiny-mixtral bf16 sdpa 5x701",
+    "heads-of-256 bf16 sdpa 2x512",
+    "odd-heads amp sdpa 3x333",
 }
 """Steps in which both engines are equally far from the measured bytes."""
 
@@ -118,8 +120,8 @@ def test_ruled_steps_are_near_the_measured():
     assert max(errors.values()) <= 0.006
 
 
-@pytest.mark.parametrize("line", [53, 92, 109])
-def test_segments_at_ascending_addresses_explain_three_gaps(line):
+@pytest.mark.parametrize("line", [53, 92, 109, 157, 162])
+def test_segments_at_ascending_addresses_explain_five_gaps(line):
     case = cases_of({"record": "h200_steps.jsonl", "line": line})
     assert any(case["model"] in name for name in SAME_SUMS)
     request = SCRIPT["check_request"](SCRIPT["measured_spec"](case), gpu="h200-141g", **SCRIPT["measured_flags"](case))
