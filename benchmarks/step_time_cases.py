@@ -87,6 +87,7 @@ def _case_of_row(row: dict[str, Any], records: int) -> Case:
     optimizer, implementation = OPTIMIZERS[row["optimizer"]]
     choices = choose_optimizers(optimizer, {"implementation": implementation})
     name = f"{row['model']} {row['precision']} {row['optimizer']} {row['batch']} x {row['seq']}"
+    name += (" checkpointing" if row["checkpointing"] else "") + (" eager" if row["attention"] == "eager" else "")
     return _case(name, (fmean(row["step_seconds"][1:]), None), request, choices, records)
 
 

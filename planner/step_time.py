@@ -17,9 +17,11 @@ from typing import Literal
 import msgspec
 
 from optplan.planner.candidates import Candidate
+from optplan.planner.dtypes import ITEMSIZE_BYTES
 from optplan.planner.gpus import Gpu, load_gpu
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.request import StepRequest
+from optplan.planner.sharding.registry import FULL_SHARDINGS
 from optplan.planner.step_time_links import is_reduced_once, link_seconds, reduction_of
 from optplan.planner.step_time_rates import CALIBRATED_GPU, OptimizerRates, TimeModel
 from optplan.planner.step_time_work import PhaseWork, StepWork
@@ -28,6 +30,8 @@ Basis = Literal["calibrated", "scaled"]
 Bound = Literal["gpu", "host", "link"]
 _MOVES_PER_COPIED_BYTE = 2.0
 """A copy is read once and written once."""
+_MOVES_PER_ADDED_BYTE = 3.0
+"""Two gradients are read and their sum is written."""
 _FOLLOWED = 8
 """Micro-steps that are followed one by one to tell forward from backward; further ones are like them."""
 _EXTRA_MASTER_BYTES = 12
@@ -57,30 +61,34 @@ class MicroSteps(msgspec.Struct, frozen=True):
         forward: Of one of them; likewise `backward`.
         count: How many there are.
         reduction: Of gradients that are reduced once a step, beside the last backward.
+        accumulation: Of gradients that are added to those of the micro-steps before, in each but the first.
     """
 
     forward: Busy
     backward: Busy
     count: int = 1
     reduction: Busy = Busy(0.0, 0.0)
+    accumulation: Busy = Busy(0.0, 0.0)
 
     @property
     def busy(self) -> Busy:
         """All of them."""
-        return self.forward.plus(self.backward).times(self.count).plus(self.reduction)
+        once = self.reduction.plus(self.accumulation.times(self.count - 1))
+        return self.forward.plus(self.backward).times(self.count).plus(once)
 
     def device_seconds(self, exponent: float) -> float:
         """How long they take on the GPU and its links, which work at the same time."""
         one = _without_host(self.forward.plus(self.backward))
+        added = (self.count - 1) * self.accumulation.gpu
         if not self.reduction.link and not self.reduction.gpu:
-            return self.count * longer(one, exponent)
+            return self.count * longer(one, exponent) + added
         last = one.plus(_without_host(self.reduction))
-        return (self.count - 1) * longer(one, exponent) + longer(last, exponent)
+        return (self.count - 1) * longer(one, exponent) + longer(last, exponent) + added
 
     @property
     def host_seconds(self) -> float:
         """How long the host takes to launch them."""
-        return self.count * (self.forward.host + self.backward.host) + self.reduction.host
+        return self.busy.host
 
 
 class Update(msgspec.Struct, frozen=True):
@@ -144,7 +152,17 @@ def micro_steps(work: StepWork, request: StepRequest, gpu: Gpu, *, model: TimeMo
         backward.plus(Busy(0.0, 0.0, links.backward)).plus(Busy(0.0, 0.0) if once else reduced),
         request.config.grad_accum,
         Busy(0.0, 0.0, links.reduction).plus(reduced if once else Busy(0.0, 0.0)),
+        _accumulating(request, gpu, model=model),
     )
+
+
+def _accumulating(request: StepRequest, gpu: Gpu, *, model: TimeModel) -> Busy:
+    """What adding the gradients of one micro-step to those before takes."""
+    spec, itemsize = request.model, ITEMSIZE_BYTES[request.policy.gradient_dtype]
+    held = _updated_share(request) if request.config.sharding in FULL_SHARDINGS else 1.0
+    moved = _MOVES_PER_ADDED_BYTE * held * itemsize * spec.num_parameters
+    launching = model.host.seconds_per_launch * len(spec.trained_parameters)
+    return Busy(moved / (gpu.achievable_bandwidth_bytes_per_s or 1.0), launching)
 
 
 def _reducing(request: StepRequest, gpu: Gpu, *, model: TimeModel) -> Busy:
@@ -255,10 +273,12 @@ def phase_ends(micro: MicroSteps, update: Update, *, num_steps: int, exponent: f
 
     GPU and host begin the first of them together, and the host goes on to the next without waiting.
     """
-    forward, backward = ((longer(_without_host(one), exponent), one.host) for one in (micro.forward, micro.backward))
-    last = longer(_without_host(micro.backward.plus(micro.reduction)), exponent)
-    parts = [forward, backward] * (micro.count - 1)
-    parts += [forward, (last, micro.backward.host + micro.reduction.host), (update.device_seconds, update.busy.host)]
+    parts = []
+    for index in range(micro.count):
+        backward = micro.backward.plus(micro.accumulation) if index else micro.backward
+        backward = backward.plus(micro.reduction) if index == micro.count - 1 else backward
+        parts += [(longer(_without_host(one), exponent), one.host) for one in (micro.forward, backward)]
+    parts.append((update.device_seconds, update.busy.host))
     ends, launched = [0.0], 0.0
     for seconds, host in parts * num_steps:
         launched += host

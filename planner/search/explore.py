@@ -163,7 +163,7 @@ class Exploration:
 
     def _micro(self, frame: Frame, manner: Manner, size: int, accumulated: int, point: StepPoint) -> Micro:
         one = micro_steps(point.work, frame.request, self.gpu, model=self.model)
-        steps = MicroSteps(one.forward, one.backward, accumulated, one.reduction)
+        steps = MicroSteps(one.forward, one.backward, accumulated, one.reduction, one.accumulation)
         device = steps.device_seconds(self.model.overlap.exponent)
         share = size * accumulated * frame.layout.gpus / self.space.sequences
         return Micro(manner, size, accumulated, share, point, device, steps.host_seconds)
