@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import msgspec
 
@@ -24,6 +25,7 @@ from optplan.planner.request import StepRequest, at_stage
 from optplan.planner.requested_step import largest_stage, num_in_flight, resident_bytes, sharded_view, step_options
 from optplan.planner.sharding.rank import rank_footprint, updated_parameters, write_rank_step
 from optplan.planner.sharding.report import rank_notes, resident_sizes
+from optplan.planner.shortage import LimitedSteps, Shortage
 from optplan.planner.step.optimizer_step import temporary_bytes
 from optplan.planner.step.rules import StepMemory, has_rules, step_memory
 from optplan.planner.step.simulated_device import SimulatedStep
@@ -38,6 +40,10 @@ _LARGEST_BATCH = 2**20
 _TRUSTED_ROOM = 0.05
 """Share of the usable bytes that a peak of rounded sums must leave for the simulation not to be asked: measured steps
 allocate up to 3.6 % more than the sums of their rounded requests."""
+
+
+_TRUSTED_ROOM_OF_STREAMS = 0.1
+"""The same where several streams each have a cache of their own, so that much of it is given back and made anew."""
 
 
 class StepPeaks(msgspec.Struct, frozen=True):
@@ -56,7 +62,13 @@ class StepPeaks(msgspec.Struct, frozen=True):
 
 
 class Workload:
-    """Answers for one request; what the optimizers share is computed once a batch size."""
+    """Answers for one request; what the optimizers share is computed once a batch size.
+
+    Attributes:
+        simulates_limit: Whether steps that fit by bytes are simulated on a device of that size.
+    """
+
+    simulates_limit = True
 
     def __init__(self, request: StepRequest) -> None:
         if request.config.pipeline_parallel > 1 and has_rules(request.model):
@@ -65,6 +77,8 @@ class Workload:
         self.has_rules = has_rules(request.model)
         self._simulators: dict[int, StepSimulator] = {}
         self._peaks: dict[tuple[OptimizerModel, int], StepPeaks] = {}
+        self._limited: dict[int, LimitedSteps] = {}
+        self._shortages: dict[tuple[OptimizerModel, int], Shortage | None] = {}
         self._memories: dict[int, StepMemory] = {}
         self._steps: dict[OptimizerModel, Timeline] = {}
         self._temporary_bytes: dict[OptimizerModel, int] = {}
@@ -83,8 +97,8 @@ class Workload:
 
     def notes(self, candidate: Candidate) -> list[str]:
         """What is to be known about the candidate's row besides the figures."""
-        del candidate
-        return []
+        shortage = self.shortage(candidate)
+        return [str(shortage)] if shortage else []
 
     def findings(self) -> list[str]:
         """What is to be known about the step besides the figures."""
@@ -184,14 +198,37 @@ class Workload:
 
     def fits(self, candidate: Candidate) -> bool | None:
         """Whether the peak is within the GPU's usable bytes; None if only the resident bytes are known and they are."""
-        usable = self.usable_bytes
-        peaks = self.peaks(candidate)
-        if peaks is not None:
-            return peaks.peak_bytes <= usable
-        return None if self.resident(candidate).total <= usable else False
+        if self.peaks(candidate) is not None:
+            return self._runs(candidate, self.request.config.batch_size)
+        return None if self.resident(candidate).total <= self.usable_bytes else False
+
+    def _runs(self, candidate: Candidate, batch_size: int) -> bool:
+        peaks = self.peaks(candidate, batch_size=batch_size)
+        fits = peaks is not None and peaks.peak_bytes <= self.usable_bytes
+        return fits and self.shortage(candidate, batch_size=batch_size) is None
+
+    def shortage(self, candidate: Candidate, *, batch_size: int | None = None) -> Shortage | None:
+        """The request that fails in steps whose peak is within the usable bytes; None if they come through."""
+        key = (candidate.optimizer, batch_size or self.request.config.batch_size)
+        if key not in self._shortages:
+            self._shortages[key] = self._find_shortage(candidate, key[1])
+        return self._shortages[key]
+
+    def _find_shortage(self, candidate: Candidate, batch_size: int) -> Shortage | None:
+        peaks, most = self.peaks(candidate, batch_size=batch_size), self.request.gpu.usable_bytes
+        # An optimizer that steps within backward leaves nothing of the gradients to give back.
+        if peaks is None or not self.simulates_limit or self.request.config.step_in_backward:
+            return None
+        if peaks.peak_bytes > self.usable_bytes or max(peaks.reserved_range_bytes or (peaks.reserved_bytes,)) <= most:
+            return None
+        if batch_size not in self._limited:
+            make = partial(self._make_simulator, batch_size)
+            self._limited[batch_size] = LimitedSteps(make, allowed_bytes=most)
+        sizes = candidate.footprint.device_sizes(self._parameters)
+        return self._limited[batch_size].shortage(sizes, self.step_timeline(candidate))
 
     def max_batch_size(self, candidate: Candidate) -> int | None:
-        """Largest micro-batch whose peak is within the usable bytes, 0 if not even one sequence fits.
+        """Largest micro-batch that runs in the usable bytes, 0 if not even one sequence does.
 
         Found by bisection over the quick peaks; the simulation has the last word where they leave little room.
         """
@@ -218,8 +255,7 @@ class Workload:
         """Largest micro-batch up to `most` whose simulated peak is within the usable bytes, found by bisection."""
 
         def fits(batch_size: int) -> bool:
-            peaks = self.peaks(candidate, batch_size=batch_size)
-            return peaks is not None and peaks.peak_bytes <= self.usable_bytes
+            return self._runs(candidate, batch_size)
 
         if most == 0 or fits(most):
             return most
@@ -230,15 +266,12 @@ class Workload:
         return low
 
     def surely_fits(self, candidate: Candidate, batch_size: int) -> bool:
-        """Whether the peak is within the usable bytes: by the quick peak where that leaves room, else simulated."""
+        """Whether the step runs in the usable bytes: by the quick peak where that leaves room, else simulated."""
         usable = self.usable_bytes
         quick = self.rounded_peak_bytes(candidate, batch_size=batch_size)
-        if quick <= usable * (1 - _TRUSTED_ROOM):
+        if quick <= usable * (1 - (_TRUSTED_ROOM if self._strategy is None else _TRUSTED_ROOM_OF_STREAMS)):
             return True
-        if quick > usable:
-            return False
-        peaks = self.peaks(candidate, batch_size=batch_size)
-        return peaks is not None and peaks.peak_bytes <= usable
+        return quick <= usable and self._runs(candidate, batch_size)
 
     def state_variants(self, candidate: Candidate) -> dict[str, int]:
         """Bytes of device state under each of the optimizer's variants, such as the ends of Adapprox's rank."""
@@ -273,20 +306,22 @@ class Workload:
 
     def _simulator(self, batch_size: int) -> StepSimulator:
         if batch_size not in self._simulators:
-            dtype = self.request.policy.master_dtype
-            masters = [p.numel * ITEMSIZE_BYTES[dtype] for p in self._parameters] if dtype else []
-            options = step_options(self.request, batch_size=batch_size)
-            self._simulators[batch_size] = StepSimulator(
-                self.request.rank_model,
-                options,
-                master_bytes=masters,
-                clips=self.request.config.clip_grad_norm is not None,
-                empties_cache=self.request.config.empty_cache,
-                settings=self.request.allocator_settings,
-                strategy=self._strategy,
-                num_in_flight=num_in_flight(self.request),
-            )
+            self._simulators[batch_size] = self._make_simulator(batch_size)
         return self._simulators[batch_size]
+
+    def _make_simulator(self, batch_size: int, *, allowed_bytes: int | None = None) -> StepSimulator:
+        dtype = self.request.policy.master_dtype
+        return StepSimulator(
+            self.request.rank_model,
+            step_options(self.request, batch_size=batch_size),
+            master_bytes=[p.numel * ITEMSIZE_BYTES[dtype] for p in self._parameters] if dtype else [],
+            clips=self.request.config.clip_grad_norm is not None,
+            empties_cache=self.request.config.empty_cache,
+            settings=self.request.allocator_settings,
+            strategy=self._strategy,
+            num_in_flight=num_in_flight(self.request),
+            allowed_bytes=allowed_bytes,
+        )
 
     def moved_bytes(self, candidate: Candidate) -> int:
         """Bytes that the optimizer's `step()` must at least read and write: each tensor once, each result once."""

@@ -102,6 +102,8 @@ def traced_timeline(
 class TracedWorkload(Workload):
     """Answers for one request by tracing; what the optimizers share is traced once a batch size."""
 
+    simulates_limit = False
+
     def __init__(
         self,
         request: StepRequest,

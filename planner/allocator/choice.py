@@ -15,17 +15,21 @@ Allocator = CachingAllocator | DeviceAllocator
 
 
 def make_allocator(
-    settings: AllocatorSettings, *, segment_addresses: Literal["ascending", "descending"] = "descending"
+    settings: AllocatorSettings,
+    *,
+    segment_addresses: Literal["ascending", "descending"] = "descending",
+    allowed_bytes: int | None = None,
 ) -> Allocator:
     """An empty allocator on one stream of a device without end.
 
     Args:
         settings: How it deals out memory.
         segment_addresses: Where the driver puts each new segment relative to the last.
+        allowed_bytes: Most bytes of segments that may exist, None for no limit.
     """
-    if settings.is_plain:
+    if settings.is_plain and allowed_bytes is None:
         return CachingAllocator(segment_addresses=segment_addresses)
-    return DeviceAllocator(settings, driver=Driver(segment_addresses=segment_addresses))
+    return DeviceAllocator(settings, allowed_bytes=allowed_bytes, driver=Driver(segment_addresses=segment_addresses))
 
 
 def copy_of(allocator: Allocator, live: Iterable[Any]) -> tuple[Allocator, dict[Any, Any]]:

@@ -30,11 +30,15 @@ class OutOfMemory(Exception):  # noqa: N818
 
     Attributes:
         requested_bytes: What was asked for.
+        allocated_bytes: What tensors held.
+        reserved_bytes: What the segments that could not be given back held.
     """
 
-    def __init__(self, requested_bytes: int) -> None:
+    def __init__(self, requested_bytes: int, *, allocated_bytes: int, reserved_bytes: int) -> None:
         super().__init__(f"out of memory on a request of {requested_bytes} bytes")
         self.requested_bytes = requested_bytes
+        self.allocated_bytes = allocated_bytes
+        self.reserved_bytes = reserved_bytes
 
 
 class DeviceAllocator:
@@ -259,7 +263,7 @@ class DeviceAllocator:
             block = self._grow(pool, size)
         if block is None:
             self.num_ooms += 1
-            raise OutOfMemory(size)
+            raise OutOfMemory(size, allocated_bytes=self.allocated_bytes, reserved_bytes=self.reserved_bytes)
         return block
 
     def _grow(self, pool: DevicePool, size: int) -> DeviceBlock | None:

@@ -57,9 +57,9 @@ class SimulatedStep(msgspec.Struct, frozen=True):
 class SimulatedDevice:
     """An allocator and the memory of one run: what is kept for good, and what the current step has allocated."""
 
-    def __init__(self, settings: AllocatorSettings) -> None:
+    def __init__(self, settings: AllocatorSettings, *, allowed_bytes: int | None = None) -> None:
         self._settings = settings
-        self._allocator = make_allocator(settings)
+        self._allocator = make_allocator(settings, allowed_bytes=allowed_bytes)
         self._kept: list[tuple[str, Category, int]] = []
         self._held: list[tuple[str, Category, Any]] = []
         self._segments: list[tuple[Sequence[SimulatedEvent], list[int]]] = []

@@ -63,6 +63,7 @@ class StepSimulator:
         strategy: Strategy | None = None,
         cached: Sequence[int] = (),
         num_in_flight: int = 1,
+        allowed_bytes: int | None = None,
     ) -> None:
         """Prepare what the optimizers share.
 
@@ -77,13 +78,17 @@ class StepSimulator:
             strategy: How the work is divided among GPUs, if it is.
             num_in_flight: Micro-batches whose forward has been run when the one described runs backward, it included.
             cached: Bytes of what the process had allocated, in this order, and freed before the model is loaded.
+            allowed_bytes: Most bytes that the allocator may hold from the driver, None for a device without end.
+
+        Raises:
+            OutOfMemory: The first step needs more than the allocator may hold.
         """
         self._options, self._empties_cache = options, empties_cache
         self._strategy = strategy
         self._kept, self._replaced = ([], []) if strategy is None else _kept(spec, options, strategy)
         self._workspaces: list[Allocation] = []
         self._biased = frozenset(f"{name.removesuffix('.bias')} output" for name in added_biases(spec))
-        self._start = SimulatedDevice(settings)
+        self._start = SimulatedDevice(settings, allowed_bytes=allowed_bytes)
         self._start.run(_freed(cached))
         self._load(spec, master_bytes)
         self._first, self._gradients = _micro_step(spec, options, strategy, has_gradients=False)
@@ -162,15 +167,10 @@ class StepSimulator:
             names: Of the state tensors.
             keeps_replaced: Whether what the second step replaces lives until its backward is over.
         """
-        device, optimizer = self._start.copy(), _events(step)
-        copies = list(takewhile(lambda event: event.name.startswith(COPIED), optimizer))
-        device.run(copies)
-        for num_bytes, name in zip(state_bytes, names or repeat("state"), strict=False):
-            device.keep(num_bytes, "optimizer_state", name)
-        device.run(optimizer[len(copies) :])
-        self._end_step(device)
+        optimizer = _events(step)
+        device = self._after_first_step(state_bytes, optimizer, names)
         if self._replaced or self.num_events <= _FEW_EVENTS:
-            self._run_second_step(device, optimizer, keeps_replaced=keeps_replaced)
+            self._run_step(device, optimizer, replaces=bool(self._replaced), keeps_replaced=keeps_replaced)
         if self._options.grad_accum > 1:
             device.run(self._last if self._options.keep_grads else self._first)
             device.set_aside()
@@ -184,26 +184,52 @@ class StepSimulator:
         device.measure(optimizer, "step")
         return device
 
+    def _after_first_step(
+        self, state_bytes: Sequence[int], optimizer: Sequence[SimulatedEvent], names: Sequence[str] = ()
+    ) -> SimulatedDevice:
+        device = self._start.copy()
+        copies = list(takewhile(lambda event: event.name.startswith(COPIED), optimizer))
+        device.run(copies)
+        for num_bytes, name in zip(state_bytes, names or repeat("state"), strict=False):
+            device.keep(num_bytes, "optimizer_state", name)
+        device.run(optimizer[len(copies) :])
+        self._end_step(device)
+        return device
+
+    def take_steps(self, state_bytes: Sequence[int], step: Timeline, *, num_steps: int) -> None:
+        """Take whole steps from the empty device on; the arguments are those of `simulate`.
+
+        Raises:
+            OutOfMemory: One of them needs more than the allocator may hold.
+        """
+        optimizer = _events(step)
+        device = self._after_first_step(state_bytes, optimizer)
+        for number in range(1, num_steps):
+            replaces = bool(self._replaced) and number == 1
+            self._run_step(device, optimizer, replaces=replaces, keeps_replaced=replaces)
+
     def _end_step(self, device: SimulatedDevice) -> None:
         if not self._options.keep_grads:
             device.clear()
         if self._empties_cache:
             device.empty_cache()
 
-    def _run_second_step(
-        self, device: SimulatedDevice, optimizer: Sequence[SimulatedEvent], *, keeps_replaced: bool
+    def _run_step(
+        self, device: SimulatedDevice, optimizer: Sequence[SimulatedEvent], *, replaces: bool, keeps_replaced: bool
     ) -> None:
-        """A whole step; in it the strategy replaces what it has kept so far, if anything."""
+        """A whole step after the first; in the second the strategy replaces what it has kept so far, if anything."""
         if self._options.grad_accum > 1:
             device.run(self._last if self._options.keep_grads else self._first)
             device.set_aside()
-        if self._replaced and not keeps_replaced:
+        if replaces and not keeps_replaced:
             device.free_held(len(self._replaced))
-        if self._replaced:
+        if replaces:
             device.hold(self._kept)
+        device.hold(self._waiting)
         device.run(self._last or self._first)
         device.set_aside()
-        if keeps_replaced:
+        device.free_last(len(self._waiting))
+        if replaces and keeps_replaced:
             device.free_held(len(self._replaced))
         device.run([*self._clip, *optimizer])
         self._end_step(device)

@@ -172,17 +172,19 @@ def test_a_trial_is_what_its_slowest_rank_says(
     assert (trial["fits"], trial["verdict"]) == (fits, verdict)
 
 
-def test_llama_2_7b_in_4096_tokens_is_predicted_to_fit_once_with_adamw_and_twice_with_adam_mini(search: Any) -> None:
+def test_llama_2_7b_in_4096_tokens_is_predicted_to_run_with_the_micro_batches_that_were_measured(search: Any) -> None:
     options = argparse.Namespace(
         model="llama-2-7b", sharding="fsdp2", checkpointing="none", seq_len=4096, pretend_largest=None
     )
     rows = {name: search.prediction(options, name) for name in search.OPTIMIZERS}
     assert {name: found["predicted_largest"] for name, found in rows.items()} == {
-        "adamw": 1, "adam-mini": 2, "micro-adam": 2, "adapprox": 2,
+        "adamw": 1, "adam-mini": 1, "micro-adam": 2, "adapprox": 2,
     }  # fmt: skip
-    for found in rows.values():
+    for name, found in rows.items():
         below, above = (peaks["peak_allocated_bytes"] for peaks in found["predicted"].values())
-        assert below <= found["cap_bytes"] < above
+        assert below <= found["cap_bytes"]
+        # Adam-mini's second sequence would fit by bytes: what is cut up keeps it from running.
+        assert (above <= found["cap_bytes"]) == (name == "adam-mini")
     # Adam-mini's second moments are a few megabytes: half of AdamW's 8 bytes for each of the rank's parameters.
     numel = 6_738_415_616 // 2
     assert rows["adamw"]["state_bytes"] == pytest.approx(8 * numel, rel=1e-4)
