@@ -39,7 +39,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
-@pytest.mark.parametrize(("seconds", "num_steps", "num_rounds"), [(1000.0, 3 + 8, 8), (0.0, 1 + 3, 3)])
+@pytest.mark.parametrize(("seconds", "num_steps", "num_rounds"), [(1000.0, 10 + 8, 8), (0.0, 1 + 3, 3)])
 def test_slow_steps_get_one_warm_up_and_three_rounds(
     bench: Any, seconds: float, num_steps: int, num_rounds: int
 ) -> None:
