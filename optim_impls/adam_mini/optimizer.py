@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self, get_args
 
 import msgspec
@@ -111,19 +111,29 @@ class AdamMini(KernelOptimizer):
         super().__init__(params, defaults, backend=backend, capturable=capturable)
 
     @classmethod
-    def from_module(cls, model: nn.Module, *, params: Any = None, **options: Any) -> Self:
+    def from_module(
+        cls, model: nn.Module, *, params: Any = None, masters: Sequence[torch.Tensor] | None = None, **options: Any
+    ) -> Self:
         """The optimizer of a model, with the roles that its structure gives.
 
         Args:
             model: Any module; `partition_table()` shows what was recognised.
-            params: Parameters or param groups, all of this model; every trained parameter by default.
+            params: Parameters or param groups, all of this model (or its masters); every trained one by default.
+            masters: Tensors stepped instead of the model's, such as fp32 master weights of a bf16 model: one for each
+                trained parameter, of its shape, in the order of `model.parameters()`.
             options: As the class takes them.
+
+        Raises:
+            ValueError: As for the class, or `masters` are not as many as the trained parameters or of other shapes.
         """
         described = describe_module(model)
-        named = [(row.parameter.name, row.tensor) for row in described]
-        roles = {row.tensor: row.parameter for row in described}
+        tensors = [row.tensor for row in described]
+        stepped = tensors if masters is None else _checked_masters(masters, tensors)
+        rows = list(zip(stepped, described, strict=True))
+        named = [(row.parameter.name, tensor) for tensor, row in rows]
+        roles = {tensor: row.parameter for tensor, row in rows}
         optimizer = cls(named if params is None else params, roles=roles, **options)
-        reasons = {row.tensor: row.why for row in described}
+        reasons = {tensor: row.why for tensor, row in rows}
         for tensor, row in optimizer._rows.items():
             optimizer._rows[tensor] = msgspec.structs.replace(row, why=reasons[tensor])
         return optimizer
@@ -256,6 +266,15 @@ class AdamMini(KernelOptimizer):
 
     def _kernels_take(self, member: Member) -> bool:
         return super()._kernels_take(member) and local_tensor(member.state["exp_avg"]).is_contiguous()
+
+
+def _checked_masters(masters: Sequence[torch.Tensor], trained: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The masters, each of the shape of its parameter."""
+    if len(masters) != len(trained):
+        raise ValueError(
+            f"masters must be one for each of the model's {len(trained)} trained parameters, got {len(masters)}"
+        )
+    return list(masters)
 
 
 def _without_heads(role: Role, name: str, shape: tuple[int, ...]) -> Parameter:

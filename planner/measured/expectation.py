@@ -54,4 +54,5 @@ def asked_of(record: Measurement) -> tuple[StepRequest, list[OptimizerChoice]]:
     settings = {name: getattr(record.config, name) for name in StepConfig.__struct_fields__}
     options = {"implementation": record.implementation, **record.options}
     request = check_request(load_model(record.model.name), gpu=record.gpu.name, **settings)
+    request = msgspec.structs.replace(request, state_dtype=record.state_dtype)
     return request, choose_optimizers(record.optimizer, options)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from optplan.planner.dtypes import Dtype
 from optplan.planner.measured.packed_history import PackedHistory
 from optplan.planner.records import GpuRow, ModelRow, PhasePeak, ResidentBytes, StepConfig
 from optplan.planner.timeline import Category, Phase
@@ -113,6 +114,7 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
         source: `live`, measured on a device, or `trace`, run on tensors without contents.
         device: `cuda`, or `cpu`, where torch has no allocator figures and the peaks are None.
         gpu: The GPU that the step ran on or was traced for.
+        state_dtype: Dtype that was asked for the optimizer's moments, None for its own choice.
         bytes: Unrounded bytes of the tensors found alive between two steps.
         state_tensors: Bytes of the optimizer's state on the device, by name.
         peak_allocated_bytes: The largest of the phases' peaks; likewise the fields below as in an estimate.
@@ -136,6 +138,7 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     optimizer: str
     implementation: str
     options: dict[str, Any]
+    state_dtype: Dtype | None = None
     bytes: ResidentBytes
     state_tensors: dict[str, int]
     phases: dict[Phase, PhasePeak] = {}

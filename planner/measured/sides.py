@@ -124,6 +124,7 @@ def side_of_measurement(record: Measurement, *, label: str) -> Side:
             record.implementation,
             record.options,
         )
+        | ({"state dtype": record.state_dtype} if record.state_dtype else {})
         | _environment(record.environment),
         bytes=record.bytes,
         state_tensors=record.state_tensors,

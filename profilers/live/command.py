@@ -93,10 +93,6 @@ def _prepare(
     step: dict[str, Any],
 ) -> _Work:
     check_launch(launch, step.get("sharding", "none"))
-    if step.get("state_dtype") is not None:
-        raise ConfigError(
-            f"--state-dtype {shorten(step['state_dtype'])} cannot be profiled in this version; leave it out"
-        )
     target = check_device(device if launch is None or device != "cuda" else f"cuda:{launch.local_rank}")
     if gpu is None:
         gpu = this_gpu(target).id if target.type == "cuda" else CPU_GPU

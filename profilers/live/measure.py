@@ -68,7 +68,11 @@ def measure(
     before = reader.read() if reader else None
     bandwidth = copy_bandwidth(device) if on_gpu else None
     run = _Run(device, progress, num_steps)
-    run.train(lambda: build_real_step(request.model, request.config, candidate.optimizer, device))
+    run.train(
+        lambda: build_real_step(
+            request.model, request.config, candidate.optimizer, device, state_dtype=request.state_dtype
+        )
+    )
     after = reader.read() if reader else None
     gpu = request.gpu
     return Measurement(
@@ -81,6 +85,7 @@ def measure(
         optimizer=candidate.id,
         implementation=candidate.implementation,
         options=candidate.options,
+        state_dtype=request.state_dtype,
         time=step_time(run.profile, request.config, moved_bytes=workload.moved_bytes(candidate), bandwidth=bandwidth),
         losses=run.losses(),
         out_of_memory=run.failure,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from optplan.planner.dtypes import Dtype
 from optplan.planner.errors import ConfigError
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.optimizers import registry
@@ -16,13 +17,19 @@ from optplan.planner.optimizers.base import OptimizerModel
 
 Parameters = Sequence[nn.Parameter]
 _Builder = Callable[[nn.Module, Parameters, Mapping[str, Any], ModelSpec], torch.optim.Optimizer]
+"""Takes the module, what is stepped, the options and `state_dtype` with their values, and the module's description."""
 
 LEARNING_RATE = 1e-4
 _FLAGS = {"fused": {"fused": True}, "foreach": {"foreach": True}, "for-loop": {"foreach": False}}
 
 
 def build_optimizer(
-    description: OptimizerModel, model: nn.Module, parameters: Parameters, spec: ModelSpec
+    description: OptimizerModel,
+    model: nn.Module,
+    parameters: Parameters,
+    spec: ModelSpec,
+    *,
+    state_dtype: Dtype | None = None,
 ) -> torch.optim.Optimizer:
     """Build what `description` describes.
 
@@ -31,6 +38,7 @@ def build_optimizer(
         model: The module whose parameters are trained; some optimizers read their partition from it.
         parameters: What is updated: the module's trained parameters, or master weights in the same order.
         spec: The planner's description of the module.
+        state_dtype: Dtype asked for the moments; the optimizer's own choice if None.
 
     Raises:
         ConfigError: This version cannot build it, or not with these options, or its package is not installed.
@@ -41,8 +49,11 @@ def build_optimizer(
         known = ", ".join(f"{name} ({implementation})" for name, implementation in _BUILDERS)
         raise ConfigError(f"{key[0]} ({key[1]}) cannot be run by the profiler; allowed: {known}")
     _check_options(description)
+    # What the planner would not count is not asked for: of most the only dtype is the parameters' own.
+    wish = state_dtype if state_dtype in type(description).STATE_DTYPES else None
+    given = {**description.options, "state_dtype": None if wish is None else getattr(torch, wish)}
     try:
-        return build(model, parameters, description.options, spec)
+        return build(model, parameters, given, spec)
     except ImportError as error:
         raise ConfigError(f"{key[0]} ({key[1]}) needs a package that is not installed: {error}") from None
 
@@ -80,17 +91,17 @@ def _ours(name: str, *options: str) -> _Builder:
 def _adapprox(_: nn.Module, parameters: Parameters, given: Mapping[str, Any], __: ModelSpec) -> torch.optim.Optimizer:
     cls = import_module("optplan.optim_impls").Adapprox
     rank = {"min": 1}.get(given["rank"], given["rank"])
-    return cls(  # type: ignore[no-any-return]
-        parameters, lr=LEARNING_RATE, rank=rank, mode=given["mode"], betas=(given["beta1"], 0.999)
-    )
+    chosen = {"rank": rank, "mode": given["mode"], "betas": (given["beta1"], 0.999)}
+    return cls(parameters, lr=LEARNING_RATE, state_dtype=given["state_dtype"], **chosen)  # type: ignore[no-any-return]
 
 
-def _adam_mini(model: nn.Module, parameters: Parameters, _: Mapping[str, Any], __: ModelSpec) -> torch.optim.Optimizer:
+def _adam_mini(
+    model: nn.Module, parameters: Parameters, given: Mapping[str, Any], __: ModelSpec
+) -> torch.optim.Optimizer:
     cls = import_module("optplan.optim_impls").AdamMini
-    own = {id(parameter) for parameter in model.parameters()}
-    if any(id(parameter) not in own for parameter in parameters):
-        raise ConfigError("adam-mini reads its partition from the model and cannot update separate master weights")
-    return cls.from_module(model, lr=LEARNING_RATE)  # type: ignore[no-any-return]
+    return cls.from_module(  # type: ignore[no-any-return]
+        model, masters=parameters, lr=LEARNING_RATE, state_dtype=given["state_dtype"]
+    )
 
 
 def _adam_mini_official(
@@ -137,7 +148,7 @@ def _eight_bit(
 
 _BUILDERS: dict[tuple[str, str], _Builder] = {
     **{("adamw", name): _torch("AdamW", name, "amsgrad") for name in _FLAGS},
-    ("adamw", "optplan"): _ours("AdamW", "rounding", "capturable"),
+    ("adamw", "optplan"): _ours("AdamW", "rounding", "capturable", "state_dtype"),
     ("adam-mini", "optplan"): _adam_mini,
     ("adam-mini", "official"): _adam_mini_official,
     ("micro-adam", "optplan"): _ours("MicroAdam", "window", "density", "block", "bucket", "alpha", "capturable"),

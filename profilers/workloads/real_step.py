@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from optplan.planner.dtypes import Dtype
 from optplan.planner.errors import ConfigError
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.optimizers.base import OptimizerModel
@@ -47,9 +48,23 @@ class RealStep(NamedTuple):
 
 
 def build_real_step(
-    spec: ModelSpec, config: StepConfig, description: OptimizerModel, device: torch.device, *, seed: int = 0
+    spec: ModelSpec,
+    config: StepConfig,
+    description: OptimizerModel,
+    device: torch.device,
+    *,
+    seed: int = 0,
+    state_dtype: Dtype | None = None,
 ) -> RealStep:
     """Build model, inputs and optimizer.
+
+    Args:
+        spec: The model.
+        config: How the step is run.
+        description: The optimizer.
+        device: Where it is trained.
+        seed: Of weights and inputs.
+        state_dtype: Dtype asked for the optimizer's moments; its own choice if None.
 
     Raises:
         ConfigError: A setting, the model or the optimizer cannot be run here.
@@ -70,12 +85,12 @@ def build_real_step(
     if config.sharding != "none":
         from optplan.profilers.workloads.sharded_real_step import build_sharded_step
 
-        return build_sharded_step(spec, config, description, device)
+        return build_sharded_step(spec, config, description, device, state_dtype=state_dtype)
     model = build_real_model(spec, config, device)
     inputs = make_inputs(model, config, device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     masters = master_weights(trained, config)
-    optimizer = build_optimizer(description, model, masters or trained, spec)
+    optimizer = build_optimizer(description, model, masters or trained, spec, state_dtype=state_dtype)
     step = Step(model, optimizer, trained, masters, inputs, config)
     return RealStep(model, optimizer, step.take)
 

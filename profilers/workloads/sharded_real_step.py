@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from optplan.planner.dtypes import Dtype
 from optplan.planner.errors import ConfigError
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.optimizers.base import OptimizerModel
@@ -25,20 +27,32 @@ from optplan.profilers.workloads.real_step import (
 )
 from optplan.profilers.workloads.sharded_modules import FULLY_SHARDED, fully_shard_module
 
+_Optimize = Callable[[nn.Module, Any], torch.optim.Optimizer]
+
 
 def build_sharded_step(
-    spec: ModelSpec, config: StepConfig, description: OptimizerModel, device: torch.device
+    spec: ModelSpec,
+    config: StepConfig,
+    description: OptimizerModel,
+    device: torch.device,
+    *,
+    state_dtype: Dtype | None = None,
 ) -> RealStep:
     """Build this rank's part of the model, its own inputs, and its optimizer; the process group is there.
 
     Raises:
         ConfigError: The model or the optimizer cannot be run here, or not on a part.
     """
+    if config.sharding == "zero1" and description.id == "adam-mini":
+        raise ConfigError(
+            "adam-mini reads its partition from the whole model and cannot be one rank's part of "
+            "ZeroRedundancyOptimizer; use --sharding ddp or fsdp2"
+        )
     build = _fully_sharded if config.sharding in FULLY_SHARDED else _replicated
-    return build(spec, config, description, device)
+    return build(spec, config, partial(build_optimizer, description, spec=spec, state_dtype=state_dtype), device)
 
 
-def _fully_sharded(spec: ModelSpec, config: StepConfig, description: OptimizerModel, device: torch.device) -> RealStep:
+def _fully_sharded(spec: ModelSpec, config: StepConfig, optimize: _Optimize, device: torch.device) -> RealStep:
     mixed = config.precision == "mixed"
     divide = partial(
         fully_shard_module,
@@ -52,7 +66,7 @@ def _fully_sharded(spec: ModelSpec, config: StepConfig, description: OptimizerMo
     model = build_real_model(spec, config, device, dtype=torch.float32 if mixed else None, place=divide)
     # The list is made before the first forward: later the root's parameters are the gathered ones.
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = build_optimizer(description, model, trained, spec)
+    optimizer = optimize(model, trained)
     step = Step(model, optimizer, trained, [], _own_inputs(model, config, device), config)
     return RealStep(model, optimizer, step.take)
 
@@ -64,7 +78,7 @@ def _place_parameters(module: nn.Module, *, device: torch.device) -> None:
             parameter.data = torch.empty_like(parameter, device=device)
 
 
-def _replicated(spec: ModelSpec, config: StepConfig, description: OptimizerModel, device: torch.device) -> RealStep:
+def _replicated(spec: ModelSpec, config: StepConfig, optimize: _Optimize, device: torch.device) -> RealStep:
     model = build_real_model(spec, config, device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     wrapped = nn.parallel.DistributedDataParallel(
@@ -75,23 +89,18 @@ def _replicated(spec: ModelSpec, config: StepConfig, description: OptimizerModel
     masters = master_weights(trained, config)
     inputs = _own_inputs(model, config, device)
     if config.sharding == "zero1":
-        whole = _zero1(spec, description, model, trained)
+        whole = _zero1(partial(optimize, model), trained)
         # The rank's own optimizer has the state; its step is within the whole one's.
         return RealStep(wrapped, whole.optim, Step(wrapped, whole, trained, [], inputs, config).take)
-    optimizer = build_optimizer(description, model, masters or trained, spec)
+    optimizer = optimize(model, masters or trained)
     return RealStep(wrapped, optimizer, Step(wrapped, optimizer, trained, masters, inputs, config).take)
 
 
-def _zero1(spec: ModelSpec, description: OptimizerModel, model: Any, trained: list[nn.Parameter]) -> Any:
+def _zero1(optimize: Callable[[Any], torch.optim.Optimizer], trained: list[nn.Parameter]) -> Any:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    if description.id == "adam-mini":
-        raise ConfigError(
-            "adam-mini reads its partition from the whole model and cannot be one rank's part of "
-            "ZeroRedundancyOptimizer; use --sharding ddp or fsdp2"
-        )
     # It calls the class with this rank's groups; anything that makes an optimizer of them will do.
-    make: Any = lambda groups, **_: build_optimizer(description, model, groups, spec)  # noqa: E731
+    make: Any = lambda groups, **_: optimize(groups)  # noqa: E731
     return ZeroRedundancyOptimizer(trained, optimizer_class=make)
 
 

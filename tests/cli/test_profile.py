@@ -95,7 +95,7 @@ def test_the_terminal_says_what_the_cpu_cannot_tell(config: str, capsys: pytest.
         (["-o", "lion"], "lion (pytorch_optimizer) cannot be run by the profiler; allowed: "),
         (["-o", "adamv"], "unknown optimizer 'adamv'; nearest: adamw"),
         (["--step-in-backward"], "--step-in-backward True cannot be profiled in this version; allowed: False"),
-        (["--state-dtype", "fp32"], "--state-dtype 'fp32' cannot be profiled in this version; leave it out"),
+        (["--state-dtype", "fp32"], "adamw with implementation=fused keeps its state in bfloat16, got float32; "),
         (
             ["-o", "adamw-8bit", "--set", "hf_embeddings_32bit=true"],
             "adamw-8bit (bitsandbytes) with hf_embeddings_32bit=True cannot be run by the profiler; "

@@ -20,6 +20,8 @@ CASES = (
     ("fsdp2-noreshard", "bf16", "adamw"),
     ("fsdp2", "mixed", "adamw"),
     ("fsdp2", "bf16", "adam-mini"),
+    ("fsdp2", "mixed", "adam-mini"),
+    ("ddp", "mixed", "adam-mini"),
     ("ddp", "bf16", "adamw"),
     ("ddp-copies", "mixed", "adamw"),
     ("zero1", "bf16", "adamw"),

@@ -112,6 +112,13 @@ def test_adam_mini_keeps_its_first_moment_on_shards(records):
     )
 
 
+def test_adam_mini_steps_fp32_shards_and_fp32_masters(records):
+    sharded, replicated = (records[f"{name}-mixed-adam-mini"].ranks for name in ("fsdp2", "ddp"))
+    assert [row.state_tensors["exp_avg"] for row in sharded] == [4 * owned for owned in OWNED]
+    assert [row.state_tensors["exp_avg"] for row in replicated] == [4 * WHOLE] * 2
+    assert [row.bytes.master_weights for row in replicated] == [4 * WHOLE] * 2
+
+
 def test_whether_layers_reshard_changes_no_loss(records):
     resharded, kept = (records[f"{name}-bf16-adamw"].losses for name in ("fsdp2", "fsdp2-noreshard"))
     assert resharded == kept
