@@ -37,7 +37,7 @@ class DeviceReader:
     """Asks the driver about the GPU that torch calls `index`.
 
     Attributes:
-        remark: Why the driver does not answer, empty if it does.
+        remark: Why the driver did not answer when it was asked last, empty if it did.
         driver: Version of the driver, None if unknown.
     """
 
@@ -61,6 +61,8 @@ class DeviceReader:
         """The device's memory now, None where the driver does not say."""
         if self._handle is None:
             return None
+        # Before this process has anything on the GPU the driver cannot list it; the last answer is what counts.
+        self.remark = ""
         used = self._ask(self._used, "device memory is not read")
         if used is None:
             return None

@@ -14,7 +14,8 @@ from optplan.planner.errors import ConfigError
 from optplan.planner.gpus import load_gpu
 from optplan.profilers.live.command import check_device, this_gpu
 from optplan.profilers.live.devices import DeviceMemory, DeviceReader
-from optplan.profilers.live.measure import _size_notes, device_bytes, held_by_others
+from optplan.profilers.live.environment import given_notes
+from optplan.profilers.live.measure import _size_notes, device_bytes, held_by_others, profile_notes
 
 GIB = 2**30
 ME = os.getpid()
@@ -137,6 +138,28 @@ def test_why_it_does_not_say(
     reader = _reader(monkeypatch, nvml)
     assert reader.read() == memory
     assert reader.remark == remark
+
+
+def test_a_process_that_is_not_on_the_gpu_yet_is_told_apart_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch calls itself initialized as soon as it has asked for a GPU's name; the driver lists no process then.
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    processes: dict[int, int | None] = {1: GIB}
+    reader = _reader(monkeypatch, Nvml(processes))
+    before = reader.read()
+    processes[ME] = 2 * GIB
+    after = reader.read()
+    assert device_bytes(before, after) == {"device_bytes": 2 * GIB, "device_basis": "process"}
+    assert profile_notes(None, reader) == given_notes()
+    assert reader.remark == ""
+
+
+def test_a_driver_that_falls_silent_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes: dict[int, int | None] = {ME: GIB}
+    reader = _reader(monkeypatch, Nvml(processes))
+    reader.read()
+    processes[1] = None
+    reader.read()
+    assert reader.remark == "the driver does not tell processes apart: it lists them without their memory"
 
 
 def test_an_old_driver_counts_its_own_memory_too(monkeypatch: pytest.MonkeyPatch) -> None:
