@@ -159,7 +159,8 @@ def micro_steps(work: StepWork, request: StepRequest, gpu: Gpu, *, model: TimeMo
 def _accumulating(request: StepRequest, gpu: Gpu, *, model: TimeModel) -> Busy:
     """What adding the gradients of one micro-step to those before takes."""
     spec, itemsize = request.model, ITEMSIZE_BYTES[request.policy.gradient_dtype]
-    held = _updated_share(request) if request.config.sharding in FULL_SHARDINGS else 1.0
+    is_divided = request.config.sharding in (*FULL_SHARDINGS, "zero2")
+    held = _updated_share(request) if is_divided else 1.0
     moved = _MOVES_PER_ADDED_BYTE * held * itemsize * spec.num_parameters
     launching = model.host.seconds_per_launch * len(spec.trained_parameters)
     return Busy(moved / (gpu.achievable_bandwidth_bytes_per_s or 1.0), launching)
