@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -147,6 +148,9 @@ class Run:
         del self._free[: job.gpus]
         self._store.prepare(job)
         variables = {**os.environ, "PYTHONPATH": self._pythonpath, "PYTHONUNBUFFERED": "1"}
+        # Where Python keeps no bytecode, every process compiles torch and transformers anew, for eight seconds.
+        if variables.pop("PYTHONDONTWRITEBYTECODE", None):
+            variables.setdefault("PYTHONPYCACHEPREFIX", str(Path(tempfile.gettempdir(), "optplan-bytecode")))
         if self._store.commit:
             variables[COMMIT_VARIABLE] = self._store.commit
         if job.gpus:
