@@ -199,10 +199,10 @@ class Workload:
     def fits(self, candidate: Candidate) -> bool | None:
         """Whether the peak is within the GPU's usable bytes; None if only the resident bytes are known and they are."""
         if self.peaks(candidate) is not None:
-            return self._runs(candidate, self.request.config.batch_size)
+            return self._comes_through(candidate, self.request.config.batch_size)
         return None if self.resident(candidate).total <= self.usable_bytes else False
 
-    def _runs(self, candidate: Candidate, batch_size: int) -> bool:
+    def _comes_through(self, candidate: Candidate, batch_size: int) -> bool:
         peaks = self.peaks(candidate, batch_size=batch_size)
         fits = peaks is not None and peaks.peak_bytes <= self.usable_bytes
         return fits and self.shortage(candidate, batch_size=batch_size) is None
@@ -255,7 +255,7 @@ class Workload:
         """Largest micro-batch up to `most` whose simulated peak is within the usable bytes, found by bisection."""
 
         def fits(batch_size: int) -> bool:
-            return self._runs(candidate, batch_size)
+            return self._comes_through(candidate, batch_size)
 
         if most == 0 or fits(most):
             return most
@@ -271,7 +271,7 @@ class Workload:
         quick = self.rounded_peak_bytes(candidate, batch_size=batch_size)
         if quick <= usable * (1 - (_TRUSTED_ROOM if self._strategy is None else _TRUSTED_ROOM_OF_STREAMS)):
             return True
-        return quick <= usable and self._runs(candidate, batch_size)
+        return quick <= usable and self._comes_through(candidate, batch_size)
 
     def state_variants(self, candidate: Candidate) -> dict[str, int]:
         """Bytes of device state under each of the optimizer's variants, such as the ends of Adapprox's rank."""
