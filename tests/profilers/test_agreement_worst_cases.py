@@ -31,6 +31,8 @@ SAME_SUMS = {
     "model",
     [
         "one-layer-256k-words-tied", "one-layer-256k-words-untied", "layers-126", "heads-of-256", "odd-heads",
+        "odd-heads-qwen3", "odd-heads-gemma-3", "odd-heads-phi-3", "odd-heads-window", "odd-heads-gpt2",
+        "odd-heads-neox", "odd-heads-opt", "odd-heads-bert", "odd-heads-vit", "odd-heads-t5",
         "biases", "dropout", "phi-3-dropout", "gpt2-dry", "bert-dry",
     ],
 )  # fmt: skip
