@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+import json
 import runpy
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from optplan.planner.measured.measurement import Environment, Measurement, StepTime
+from optplan.planner.measured.measurement import Environment, Measurement, OutOfMemory, StepTime
+from optplan.planner.measured.record_files import load_record
 from optplan.planner.records import ModelRow, ResidentBytes
 from optplan.planner.search.recommend import recommend
-from optplan.planner.search.records import Configuration
+from optplan.planner.search.records import Configuration, SearchReport
 
 ROOT = Path(__file__).parents[2]
 SCRIPT: dict[str, Any] = runpy.run_path(str(ROOT / "benchmarks" / "record_situations.py"))
+ROWS = [
+    json.loads(line)
+    for line in (ROOT / "benchmarks" / "records" / "h200_situations" / "situations.jsonl").read_text().splitlines()
+]
 
 
 @pytest.fixture(scope="module")
-def found() -> Configuration:
-    """A configuration with its peak and time."""
+def report() -> SearchReport:
+    """An answer with one configuration."""
     asked = {"optimizer": "adamw", "precision": "bf16", "checkpointing": "full", "batch_size": 1, "fused_loss": "none"}
-    best = recommend("gpt2", gpu="h200", tokens_per_step=1024, step_in_backward=False, **asked).recommendation
-    assert best is not None
-    return best
+    return recommend("gpt2", gpu="h200", tokens_per_step=1024, step_in_backward=False, **asked)
+
+
+@pytest.fixture(scope="module")
+def found(report: SearchReport) -> Configuration:
+    """A configuration with its peak and time."""
+    assert report.recommendation is not None
+    return report.recommendation
 
 
 def run_of(found: Configuration, *, peak_bytes: int | None, seconds: float, device: str = "cuda") -> Any:
@@ -93,3 +105,100 @@ def test_a_row_has_both_sides_and_the_command(found: Configuration) -> None:
 
 def test_nothing_is_claimed_of_the_cpu(found: Configuration) -> None:
     assert SCRIPT["judge"]("a", [run_of(found, peak_bytes=None, seconds=1.0, device="cpu")]) == []
+
+
+def known_of(report: SearchReport, **changes: Any) -> Any:
+    """A record of the answer's configuration on the GPU that was asked about, with changes."""
+    found = report.recommendation
+    assert found is not None
+    fields = {
+        "version": "0", "source": "live", "model": report.model, "gpu": None, "config": found.config,
+        "optimizer": found.optimizer, "implementation": found.implementation, "options": found.options,
+        "bytes": ResidentBytes(1, 1, 0, 1), "state_tensors": {}, "peak_allocated_bytes": 1000,
+        "time": StepTime(step_seconds=1.0, phases={}, num_steps=3), "environment": ON_H200,
+    }  # fmt: skip
+    return SCRIPT["Known"](Path("a.json.gz"), Measurement(**(fields | changes)))
+
+
+ON_H200 = Environment(
+    python="3.12", optplan="0", date="2026-11-22T10:00:00Z", gpu="NVIDIA H200", gpu_total_bytes=150_110_011_392,
+    command="__main__.py profile --model gpt2 --device cuda --steps 6 --out /tmp/a.json.gz --json",
+)  # fmt: skip
+
+
+def other_config(report: SearchReport, **changes: Any) -> Any:
+    assert report.recommendation is not None
+    return msgspec.structs.replace(report.recommendation.config, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        lambda _: {"model": ModelRow("gpt2-medium", 354823168, "")},
+        lambda _: {"optimizer": "sgd"},
+        lambda _: {"implementation": "foreach"},
+        lambda _: {"options": {"amsgrad": True}},
+        lambda _: {"state_dtype": "float32"},
+        lambda report: {"config": other_config(report, precision="amp")},
+        lambda report: {"config": other_config(report, batch_size=2)},
+        lambda report: {"config": other_config(report, seq_len=512)},
+        lambda report: {"config": other_config(report, grad_accum=2)},
+        lambda report: {"config": other_config(report, checkpointing="none")},
+        lambda report: {"config": other_config(report, gpus=2, sharding="ddp")},
+    ],
+)
+def test_only_a_record_of_exactly_the_configuration_is_taken(report: SearchReport, changes: Any) -> None:
+    same, other = known_of(report), known_of(report, **changes(report))
+    assert SCRIPT["find_known"]([other, same], report, report.recommendation) is same
+    assert SCRIPT["find_known"]([other], report, report.recommendation) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_whole"),
+    [
+        ({}, True),
+        ({"source": "trace"}, False),
+        ({"peak_allocated_bytes": None}, False),
+        ({"time": None}, False),
+        ({"out_of_memory": OutOfMemory("forward", 1, 1, "")}, False),
+        ({"environment": msgspec.structs.replace(ON_H200, world_size=2)}, False),
+        ({"environment": msgspec.structs.replace(ON_H200, gpu=None)}, False),
+        ({"environment": msgspec.structs.replace(ON_H200, gpu="NVIDIA H100 80GB HBM3")}, False),
+    ],
+)
+def test_only_whole_steps_on_the_asked_gpu_are_known(
+    report: SearchReport, changes: dict[str, Any], is_whole: bool
+) -> None:
+    assert SCRIPT["is_whole"](known_of(report, **changes).record) is is_whole
+
+
+def test_a_row_says_which_record_was_taken(report: SearchReport) -> None:
+    path, record = known_of(report)
+    row = SCRIPT["row_of"]("a", {"model": "gpt2"}, SCRIPT["Run"]("recommended", report.recommendation, record, path))
+    assert (row["record"], row["date"]) == ("a.json.gz", "2026-11-22T10:00:00Z")
+    assert row["record_command"] == "optplan profile --model gpt2 --device cuda --steps 6"
+
+
+def test_what_was_recorded_holds() -> None:
+    assert len(ROWS) >= 4
+    assert all(abs(row["predicted_peak_bytes"] / row["measured_peak_bytes"] - 1) < 0.01 for row in ROWS)
+    for _, rows in groupby(ROWS, key=lambda row: row["situation"]):
+        first, *others = rows
+        for other in others:
+            # Beyond 5 % of each other the predicted times must be in the measured order.
+            predicted = first["predicted_step_seconds"] / other["predicted_step_seconds"]
+            measured = first["measured_step_seconds"] / other["measured_step_seconds"]
+            assert 1 / 1.05 <= predicted <= 1.05 or (predicted < 1) == (measured < 1), first["situation"]
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.get("record")], ids=lambda row: row["situation"])
+def test_a_row_has_the_figures_of_the_record_it_names(row: dict[str, Any]) -> None:
+    record = load_record(ROOT / row["record"])
+    assert isinstance(record, Measurement)
+    assert record.time is not None
+    assert record.model.name == row["question"]["model"]
+    assert (row["measured_peak_bytes"], row["measured_step_seconds"]) == (
+        record.peak_allocated_bytes,
+        record.time.step_seconds,
+    )
+    assert (row["date"], row["commit"]) == (record.environment.date, record.environment.commit)
