@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 
 from optplan.planner.history.events import DeviceHistory, HistoryEvent
-from optplan.planner.history.limits import find_limits
+from optplan.planner.history.limits import Limits, find_limits
 from optplan.planner.history.reader import parse_history
 from optplan.planner.history.recorded import RecordedReplay
-from optplan.planner.history.start import start_state
+from optplan.planner.history.start import StartState, start_state
 from optplan.profilers.live.live_history import StartingBlock
 
 MAX_ENTRIES = 2_000_000
@@ -29,6 +29,7 @@ class ReplayedRecord(NamedTuple):
         allocated: Allocated bytes before the first and after each.
         start: Blocks in use before the first.
         reserved_bytes: Most bytes held from the driver.
+        peak_requested_bytes: Most bytes asked for at once; like `allocated` without blocks that only streams still use.
         first_difference: Where the replay of the record leaves the record, None if nowhere.
         failed_request_bytes: What the last request asked for that could not be served, None if all were.
     """
@@ -37,6 +38,7 @@ class ReplayedRecord(NamedTuple):
     allocated: list[int]
     start: list[StartingBlock]
     reserved_bytes: int
+    peak_requested_bytes: int
     first_difference: str | None
     failed_request_bytes: int | None
 
@@ -84,6 +86,7 @@ def replay_record(history: DeviceHistory) -> ReplayedRecord:
         replay.allocated,
         blocks,
         replay.most_reserved,
+        replay.peak_requested,
         replay.first_difference,
         failed[-1] if failed else None,
     )
@@ -92,8 +95,11 @@ def replay_record(history: DeviceHistory) -> ReplayedRecord:
 class _CountingReplay(RecordedReplay):
     """A replay that notes what is allocated after each request and each free."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, history: DeviceHistory, start: StartState, limits: Limits) -> None:
+        super().__init__(history, start, limits)
+        self._sizes = {block.address: block.requested for block in start.blocks.values() if not block.waiting}
+        self._requested = sum(self._sizes.values())
+        self.peak_requested = self._requested
         self.allocated = [self.allocator.allocated_bytes]
         held = [*self._live.items(), *self._waiting.items()]
         self.most_reserved = self.allocator.reserved_bytes
@@ -101,10 +107,14 @@ class _CountingReplay(RecordedReplay):
 
     def _request_free(self, address: int) -> None:
         super()._request_free(address)
+        self._requested -= self._sizes.pop(address, 0)
         self.allocated.append(self.allocator.allocated_bytes)
 
     def _serve(self, index: int, event: HistoryEvent, pending: list[HistoryEvent]) -> None:
         super()._serve(index, event, pending)
         self.most_reserved = max(self.most_reserved, self.allocator.reserved_bytes)
         if event.action == "alloc":
+            self._sizes[event.address] = event.size
+            self._requested += event.size
+            self.peak_requested = max(self.peak_requested, self._requested)
             self.allocated.append(self.allocator.allocated_bytes)

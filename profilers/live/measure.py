@@ -145,8 +145,7 @@ class _Run:
         self._device = device
         self._progress = progress
         self._num_steps = num_steps
-        self._losses: torch.Tensor | None = None
-        self._num_taken = 0
+        self._losses = Losses(num_steps)
 
     def train(self, build: Callable[[], RealStep]) -> None:
         """Build and take the steps; running out of memory ends them quietly."""
@@ -170,17 +169,41 @@ class _Run:
 
     def losses(self) -> list[float]:
         """The loss of every step."""
-        return [] if self._losses is None else self._losses[: self._num_taken].tolist()
+        return self._losses.read()
 
     def _take_steps(self, step: RealStep, profile: LiveProfile) -> None:
-        self._losses = losses = torch.zeros(self._num_steps, device=self._device)
         for index in range(self._num_steps):
             self._progress(f"step {index + 1} of {self._num_steps}")
             # Copied, so that no loss outlives its step.
-            losses[index].copy_(step.take())
-            self._num_taken = index + 1
+            self._losses.note(step.take())
             if index == profile.recorded_step:
                 profile.finish_step()
+
+
+class Losses:
+    """The loss of every step, kept on the host: on the GPU it would be memory that the loop itself has not."""
+
+    def __init__(self, num_steps: int) -> None:
+        """Prepare for as many steps."""
+        self._num_steps = num_steps
+        self._kept: torch.Tensor | None = None
+        self._num_taken = 0
+        self._device = torch.device("cpu")
+
+    def note(self, loss: torch.Tensor) -> None:
+        """Keep a step's loss; nobody waits for it."""
+        if self._kept is None:
+            self._device = loss.device
+            # In the loss's own dtype: another one would be converted to on the GPU, in memory of its own.
+            self._kept = torch.empty(self._num_steps, dtype=loss.dtype, pin_memory=loss.device.type == "cuda")
+        self._kept[self._num_taken].copy_(loss, non_blocking=True)
+        self._num_taken += 1
+
+    def read(self) -> list[float]:
+        """The losses so far."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return [] if self._kept is None else self._kept[: self._num_taken].tolist()
 
 
 def profile_fields(profile: LiveProfile | None) -> dict[str, Any]:
@@ -192,6 +215,7 @@ def profile_fields(profile: LiveProfile | None) -> dict[str, Any]:
     }
     if profile is not None and profile.history is not None:
         fields |= _peak_fields(profile.history, profile.phase_peaks)
+        fields["peak_requested_bytes"] = profile.peak_requested_bytes
     return fields
 
 

@@ -37,7 +37,7 @@ class Mark(NamedTuple):
         event: Allocations and frees that had happened when the mark was made.
         phase: Phase that begins or goes on.
         path: Dotted path of the module whose code runs, empty outside the model.
-        in_loss: Whether that code belongs to the logits and the loss: the model's output head and what follows it.
+        in_loss: Whether that code belongs to the loss: what follows the model's output head.
     """
 
     event: int
@@ -77,7 +77,8 @@ class StepWatcher:
         """
         self._on_phase = on_phase
         handles = [
-            self._model.register_forward_pre_hook(self._forward_begins, with_kwargs=True),
+            # Before FSDP2's own hook, which gathers the root's parameters: they belong to the step that begins.
+            self._model.register_forward_pre_hook(self._forward_begins, prepend=True, with_kwargs=True),
             self._optimizer.register_step_pre_hook(lambda *_: self._enter("step")),
             self._optimizer.register_step_post_hook(lambda *_: self.end_step()),
         ]
@@ -141,11 +142,13 @@ class ModuleFollower:
         """Prepare to follow.
 
         Args:
+            model: Whose modules are followed.
             count_events: Allocations and frees so far.
         """
         self.marks: list[Mark] = []
         self._model = model
         self._count_events = count_events
+        self._on_logits: Callable[[str, torch.Tensor], None] = _tell_nobody
         self._paths = {module: path for path, module in model.named_modules()}
         find_head: Any = getattr(model, "get_output_embeddings", None)
         self._head: nn.Module | None = find_head() if find_head else None
@@ -155,9 +158,13 @@ class ModuleFollower:
         self._handles: list[Any] = []
         self._on = False
 
-    def start(self) -> None:
-        """Follow from now on; called from a hook of the model's own forward, its children follow."""
-        self._on = True
+    def start(self, *, on_logits: Callable[[str, torch.Tensor], None]) -> None:
+        """Follow from now on; called from a hook of the model's own forward, its children follow.
+
+        Args:
+            on_logits: Told the output head's path and what it returns.
+        """
+        self._on, self._on_logits = True, on_logits
         for module in self._paths:
             if module is not self._model:
                 self._handles.append(module.register_forward_pre_hook(self._module_begins))
@@ -165,7 +172,7 @@ class ModuleFollower:
 
     def stop(self) -> None:
         """Follow no longer; every hook on a module is gone, and those left on a graph do nothing."""
-        self._on = False
+        self._on, self._on_logits = False, _tell_nobody
         while self._handles:
             self._handles.pop().remove()
 
@@ -179,13 +186,16 @@ class ModuleFollower:
 
     def _module_begins(self, module: nn.Module, _: Any) -> None:
         self._stack.append(self._paths[module])
-        self._in_loss |= module is self._head
         self._mark(self._stack[-1])
 
     def _module_ends(self, module: nn.Module, _: Any, output: Any) -> None:
         path = self._stack.pop() if self._stack and module is not self._model else self._paths[module]
+        is_head = module is self._head
+        self._in_loss |= is_head
         self._mark(self._stack[-1] if self._stack else "")
         for tensor in _tensors_of(output):
+            if is_head:
+                self._on_logits(path, tensor)
             node: Any = tensor.grad_fn
             # What an inner module returned may be returned again by those around it, and is the inner one's.
             if node is not None and _MARKED not in node.metadata:
@@ -208,8 +218,8 @@ class ModuleFollower:
         self.marks.append(Mark(self._count_events(), self._phase, path, self._in_loss))
 
 
-def _tell_nobody(before: Phase, phase: Phase) -> None:
-    """What a watcher calls when it does not watch."""
+def _tell_nobody(*_: Any) -> None:
+    """What is called when nobody watches."""
 
 
 def _tensors_of(output: Any) -> Iterator[torch.Tensor]:

@@ -29,7 +29,7 @@ from optplan.profilers.live.communication import (
     strategy_of,
 )
 from optplan.profilers.live.live_history import Communication, Ownership, phase_peaks, step_history
-from optplan.profilers.live.owners import Owner, Owners, storage_bytes
+from optplan.profilers.live.owners import Owner, Owners, parts_of, storage_bytes
 from optplan.profilers.live.phases import ModuleFollower, StepWatcher
 from optplan.profilers.live.step_clock import StepClock
 
@@ -71,6 +71,7 @@ class LiveProfile:
         residents: What lives across the step, None before the first step.
         history: The recorded step, None without allocator figures or before its end.
         phase_peaks: Most bytes allocated in each of its phases.
+        peak_requested_bytes: Most bytes asked for at once in it, before the allocator rounds.
         call: How the model was called, None before the first step.
         hook_seconds: Time that observing took on the host in the steps that are timed.
         out_of_memory: How the loop ended, if the memory did not suffice.
@@ -92,6 +93,7 @@ class LiveProfile:
         self.residents: Residents | None = None
         self.history: StepHistory | None = None
         self.phase_peaks: dict[Phase, int] = {}
+        self.peak_requested_bytes: int | None = None
         self.out_of_memory: OutOfMemory | None = None
         self.first_difference: str | None = None
         self.call: Call | None = None
@@ -199,7 +201,7 @@ class LiveProfile:
             self._record.start()
         self._recording = True
         self._note_owners()
-        self._follower.start()
+        self._follower.start(on_logits=self._note_logits)
         if self._record is not None:
             self._communication.start(on_reduction=self._note_reduction)
 
@@ -220,6 +222,7 @@ class LiveProfile:
             self.out_of_memory = msgspec.structs.replace(self.out_of_memory, requested_bytes=failed)
         self.history = self._named(replayed)
         self.phase_peaks = phase_peaks(self._follower.marks, replayed.allocated)
+        self.peak_requested_bytes = replayed.peak_requested_bytes
 
     def _named(self, record: ReplayedRecord) -> StepHistory:
         return step_history(
@@ -249,6 +252,13 @@ class LiveProfile:
                 if whole is not None and whole.grad is not None:
                     address = whole.grad.untyped_storage().data_ptr()
                     owners[address] = Owner("gradients", f"{parameter._param_fqn} gradient")
+            self._ownerships.append(Ownership(self._record.count(), owners))
+
+    def _note_logits(self, place: str, logits: torch.Tensor) -> None:
+        """What the output head returns; what it allocates besides, weights cast by autocast above all, is none."""
+        if self._record is not None:
+            owner = Owner("logits_and_loss", f"{place} {self._watcher.phase}")
+            owners = {part.untyped_storage().data_ptr(): owner for part in parts_of(logits)}
             self._ownerships.append(Ownership(self._record.count(), owners))
 
     def _note_owners(self) -> None:
