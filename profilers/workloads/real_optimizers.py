@@ -14,6 +14,7 @@ from optplan.planner.errors import ConfigError
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.optimizers import registry
 from optplan.planner.optimizers.base import OptimizerModel
+from optplan.profilers.workloads.muon import build_muon
 
 Parameters = Sequence[nn.Parameter]
 _Builder = Callable[[nn.Module, Parameters, Mapping[str, Any], ModelSpec], torch.optim.Optimizer]
@@ -119,6 +120,10 @@ def _adam_mini_official(
     )
 
 
+def _muon(_: nn.Module, parameters: Parameters, given: Mapping[str, Any], spec: ModelSpec) -> torch.optim.Optimizer:
+    return build_muon(parameters, spec, lr=LEARNING_RATE, nesterov=given["nesterov"])
+
+
 def _adafactor_torch(
     _: nn.Module, parameters: Parameters, options: Mapping[str, Any], __: ModelSpec
 ) -> torch.optim.Optimizer:
@@ -154,6 +159,7 @@ _BUILDERS: dict[tuple[str, str], _Builder] = {
     ("micro-adam", "optplan"): _ours("MicroAdam", "window", "density", "block", "bucket", "alpha", "capturable"),
     ("adapprox", "optplan"): _adapprox,
     **{("sgd", name): _torch("SGD", name, "momentum", "weight_decay", "nesterov") for name in _FLAGS},
+    ("muon", "torch"): _muon,
     ("adafactor", "torch"): _adafactor_torch,
     ("adafactor", "transformers"): _adafactor_transformers,
     ("adamw-8bit", "bitsandbytes"): _eight_bit,
@@ -166,6 +172,7 @@ _OPTIONS: dict[tuple[str, str], tuple[str, ...]] = {
     ("micro-adam", "optplan"): ("window", "density", "block", "bucket", "alpha", "capturable"),
     ("adapprox", "optplan"): ("rank", "mode", "beta1"),
     **{("sgd", name): ("momentum", "weight_decay", "nesterov") for name in _FLAGS},
+    ("muon", "torch"): ("nesterov",),
     ("adafactor", "torch"): ("foreach",),
     ("adafactor", "transformers"): ("beta1",),
     ("adamw-8bit", "bitsandbytes"): ("min_8bit_size",),

@@ -11,6 +11,7 @@ import torch
 
 from optplan.planner.estimate import estimate
 from optplan.planner.measured.expectation import expect
+from optplan.planner.optimizers.registry import OPTIMIZERS
 from optplan.planner.precision import PRECISIONS
 from optplan.planner.records import GpuRow
 from optplan.planner.search.recommend import recommend
@@ -22,10 +23,9 @@ TINY = {
     "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64,
     "max_position_embeddings": 16, "tie_word_embeddings": False,
 }  # fmt: skip
-OWN = ("adamw", "micro-adam", "adam-mini", "adapprox", "sgd", "adafactor")
-"""Those with an implementation of torch's or ours that the profiler builds."""
-PACKAGES = {("adam-mini", "official"), ("micro-adam", "official"), ("adafactor", "transformers")}
-"""Others' packages."""
+BUILT = ("optplan", "torch", "fused", "foreach", "for-loop")
+"""Implementations of torch's and ours; the others are packages."""
+OWN = {(name, kind) for name, entry in OPTIMIZERS.items() for kind in entry.implementations if kind in BUILT}
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 
 
@@ -42,8 +42,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> str:
 def named(config: str) -> dict[tuple[str, ...], Alternative]:
     """The best configuration of every optimizer, implementation, settings, state dtype and precision that fits."""
     report = recommend(
-        config, gpu="h200", seq_len=8, tokens_per_step=16, optimizer=OWN, fused_loss="none", step_in_backward=False,
-        explain=True,
+        config, gpu="h200", seq_len=8, tokens_per_step=16, optimizer=sorted({name for name, _ in OWN}),
+        fused_loss="none", step_in_backward=False, explain=True,
     )  # fmt: skip
     return {_key(row): row for row in report.alternatives if row.best is not None}
 
@@ -67,7 +67,7 @@ def chosen(named: dict[tuple[str, ...], Alternative]) -> list[Alternative]:
     for (*who, precision, dtype, settings), row in sorted(named.items()):
         every = (settings,) if (precision, dtype) == ("bf16", "") else ()
         rows.setdefault((*who, precision, dtype, *every), row)
-    return [row for row in rows.values() if (row.optimizer, row.implementation) not in PACKAGES]
+    return [row for row in rows.values() if row.implementation in BUILT]
 
 
 def without_step(state_tensors: dict[str, int]) -> dict[str, int]:
@@ -88,8 +88,8 @@ def test_all_that_can_be_named_runs_and_keeps_what_is_predicted(
         if pair[0] != pair[1] or record.bytes.master_weights != expected.bytes.master_weights:
             wrong.append((_key(row), *pair))
     assert wrong == []
-    asked = {(row.optimizer, row.precision) for row in rows}
-    assert asked == {(name, precision) for name in OWN for precision in PRECISIONS}
+    asked = {(row.optimizer, row.implementation, row.precision) for row in rows}
+    assert asked == {(*who, precision) for who in OWN for precision in PRECISIONS}
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
