@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from accuracy_page import accuracy_page
 from kernels_page import kernels_page
 from readme_page import readme_page
+from situations_section import recommend_page
 from speed_page import speed_page
 from training_page import training_page
 
@@ -160,6 +161,7 @@ DOCUMENTS: dict[str, Callable[[], str]] = {
     "docs/speed.md": speed_page,
     "docs/training.md": training_page,
     "docs/optimizers.md": optimizer_table,
+    "docs/recommend.md": recommend_page,
     **{f"docs/schemas/{name}.json": partial(json_schema, path) for name, path in SCHEMAS.items()},
 }
 
