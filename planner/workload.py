@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import msgspec
@@ -37,13 +37,9 @@ from optplan.planner.timeline import Category, Phase, Timeline, TimelineBuilder
 _LARGEST_BATCH = 2**20
 
 
-_TRUSTED_ROOM = 0.05
+_TRUSTED_ROOM = 0.1
 """Share of the usable bytes that a peak of rounded sums must leave for the simulation not to be asked: measured steps
-allocate up to 3.6 % more than the sums of their rounded requests."""
-
-
-_TRUSTED_ROOM_OF_STREAMS = 0.1
-"""The same where several streams each have a cache of their own, so that much of it is given back and made anew."""
+allocate up to 3.6 % more than the sums of their rounded requests, and a tenth can be cached where nothing fits in."""
 
 
 class StepPeaks(msgspec.Struct, frozen=True):
@@ -221,6 +217,8 @@ class Workload:
             return None
         if peaks.peak_bytes > self.usable_bytes or max(peaks.reserved_range_bytes or (peaks.reserved_bytes,)) <= most:
             return None
+        if self.rounded_peak_bytes(candidate, batch_size=batch_size) <= self.usable_bytes * (1 - _TRUSTED_ROOM):
+            return None
         if batch_size not in self._limited:
             make = partial(self._make_simulator, batch_size)
             self._limited[batch_size] = LimitedSteps(make, allowed_bytes=most)
@@ -246,30 +244,22 @@ class Workload:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle) else (low, middle)
         if self.request.allocator_settings.follows_sums:
-            while low and not self.surely_fits(candidate, low):
-                low -= 1
-            return low
-        return self._largest_simulated(candidate, low)
+            return _largest(low, partial(self.surely_fits, candidate))
+        return _largest(low, partial(self._comes_through, candidate))
 
-    def _largest_simulated(self, candidate: Candidate, most: int) -> int:
-        """Largest micro-batch up to `most` whose simulated peak is within the usable bytes, found by bisection."""
-
-        def fits(batch_size: int) -> bool:
-            return self._comes_through(candidate, batch_size)
-
-        if most == 0 or fits(most):
-            return most
-        low, high = 0, most
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        return low
+    def has_room(self, candidate: Candidate, batch_size: int) -> bool:
+        """Whether the peak is within the usable bytes, whatever fragmentation does to the rest."""
+        quick = self.rounded_peak_bytes(candidate, batch_size=batch_size)
+        if quick <= self.usable_bytes * (1 - _TRUSTED_ROOM):
+            return True
+        peaks = self.peaks(candidate, batch_size=batch_size) if quick <= self.usable_bytes else None
+        return peaks is not None and peaks.peak_bytes <= self.usable_bytes
 
     def surely_fits(self, candidate: Candidate, batch_size: int) -> bool:
         """Whether the step runs in the usable bytes: by the quick peak where that leaves room, else simulated."""
         usable = self.usable_bytes
         quick = self.rounded_peak_bytes(candidate, batch_size=batch_size)
-        if quick <= usable * (1 - (_TRUSTED_ROOM if self._strategy is None else _TRUSTED_ROOM_OF_STREAMS)):
+        if quick <= usable * (1 - _TRUSTED_ROOM):
             return True
         return quick <= usable and self._comes_through(candidate, batch_size)
 
@@ -355,6 +345,17 @@ class Workload:
     def _local(self, parameter: Parameter) -> Parameter:
         shard = None if self._strategy is None else self._strategy.shard()
         return parameter if shard is None else shard.local(parameter)
+
+
+def _largest(most: int, fits: Callable[[int], bool]) -> int:
+    """Largest number up to `most` that fits while the next does not, found by bisection; 0 if none does."""
+    if most == 0 or fits(most):
+        return most
+    low, high = 0, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def _takes_same_optimizer_step(request: StepRequest, other: StepRequest) -> bool:
