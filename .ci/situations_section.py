@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +39,23 @@ def situations_table(rows: list[Row]) -> list[str]:
         "| question | | configuration | GiB: predicted, measured | seconds: predicted, measured | order of speed |",
         "|---|---|---|---|---|---|",
     ]
-    for _, group in groupby(rows, key=lambda row: row["situation"]):
-        both = list(group)
+    for both in _newest(rows):
         lines += [_line(row, _question(row["question"]) if row is both[0] else "", _verdict(both)) for row in both]
     return lines
+
+
+def _newest(rows: list[Row]) -> list[list[Row]]:
+    """Of each situation the rows of the newest asking, one that has both configurations if there is any."""
+    newest: dict[str, list[Row]] = {}
+    asking: list[Row] = []
+    for row in rows:
+        if row["place"] == "recommended":
+            asking = [row]
+        else:
+            asking.append(row)
+        if len(asking) >= len(newest.get(row["situation"], [])):
+            newest[row["situation"]] = asking
+    return list(newest.values())
 
 
 def _line(row: Row, question: str, verdict: str) -> str:

@@ -61,5 +61,12 @@ def test_a_line_has_question_figures_and_where_it_is_from(section: Any) -> None:
     ]
 
 
+def test_the_newest_asking_with_both_configurations_counts(section: Any) -> None:
+    both = [row("recommended", 1.0, 1.0), row("runner-up", 1.2, 1.5)]
+    again = [row("recommended", 2.0, 2.0), row("runner-up", 2.4, 2.0)]
+    alone = [row("recommended", 3.0, 3.0)]
+    assert section.situations_table([*both, *again, *alone]) == section.situations_table(again)
+
+
 def test_the_page_has_todays_table(section: Any) -> None:
     assert section.recommend_page() == section.PAGE.read_text(encoding="utf-8")
