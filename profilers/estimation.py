@@ -12,7 +12,7 @@ from optplan.planner.estimate import estimate_request
 from optplan.planner.optimizers.base import OptimizerModel
 from optplan.planner.records import EstimateReport, PhasePeak
 from optplan.planner.request import StepFlags, StepRequest, check_request
-from optplan.planner.requested_step import step_options
+from optplan.planner.requested_step import sharded_view, step_options
 from optplan.planner.sharding.registry import FULL_SHARDINGS
 from optplan.planner.step.options import StepOptions
 from optplan.planner.step_history import StepHistory
@@ -170,7 +170,9 @@ class TracedWorkload(Workload):
         least, most = self.peaks(candidate).reserved_range_bytes or (0, 0)
         if least < most:
             between = f"between {format_gib(least)} and {format_gib(most)}"
-            notes.append(f"reserved {between}, depending on where the driver puts segments")
+            held = self._strategy is not None and any(True for _ in self._strategy.replaced(sharded_view(self.request)))
+            when = " and on when the communication library lets go of DDP's first bucket" if held else ""
+            notes.append(f"reserved {between}, depending on where the driver puts segments{when}")
         return notes
 
     def findings(self) -> list[str]:

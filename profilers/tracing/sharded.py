@@ -14,8 +14,8 @@ from optplan.planner.sharding.rank import updated_parameters
 from optplan.planner.step.options import StepOptions
 from optplan.planner.tensors import Parameter
 from optplan.profilers.tracing.optimizers import modelled_part
-from optplan.profilers.tracing.runs import OptimizerPart, Pieces
-from optplan.profilers.tracing.sharded_steps import ShardedStepTracer, Sharding, StepEnd
+from optplan.profilers.tracing.runs import ORDERS, OptimizerPart, Order, Pieces, SimulatedRun
+from optplan.profilers.tracing.sharded_steps import ShardedStepTracer, Sharding, StepEnd, with_lasting_bucket
 from optplan.profilers.tracing.trace import RunSettings, TracedStep, clip_gradients
 
 if TYPE_CHECKING:
@@ -81,6 +81,12 @@ class ShardedTracedStep(TracedStep):
         tracer = self._tracer
         assert isinstance(tracer, ShardedStepTracer)
         return tracer.run_steps(num_micro_steps=self._options.grad_accum, end=end)
+
+    def simulate(self, part: OptimizerPart, orders: Sequence[Order] = ORDERS) -> list[SimulatedRun]:
+        """As for one GPU; of several orders also with DDP's first bucket held beside the later ones."""
+        runs = super().simulate(part, orders)
+        other = with_lasting_bucket(self.pieces) if len(orders) > 1 else None
+        return runs if other is None else [*runs, *(self._simulator(other, order).simulate(part) for order in orders)]
 
     def _modelled_part(self, optimizer: OptimizerModel, parameters: Sequence[Parameter]) -> OptimizerPart:
         del parameters  # a rank's state follows from all of them

@@ -1,7 +1,7 @@
 """Training steps of one rank under DDP or FSDP2, run on tensors without contents and kept in pieces.
 
 Three steps are run, because each of the first two is unlike any later one: FSDP2 makes what it resizes later, DDP makes
-its buckets anew in the second.
+its buckets anew in the second, and lets the first one go before it does.
 
 Source: torch `nn/parallel/distributed.py`, `csrc/distributed/c10d/reducer.cpp`,
 `distributed/fsdp/_fully_shard/_fully_shard.py`.
@@ -17,7 +17,7 @@ import msgspec
 import torch
 from torch import nn
 
-from optplan.planner.timeline import Category, Timeline
+from optplan.planner.timeline import Allocation, Category, Free, Timeline
 from optplan.profilers.group_names import reduced_gradient_names
 from optplan.profilers.tracing.runs import NUM_STEPS, Pieces
 from optplan.profilers.tracing.sharded_tracer import ShardedTracer
@@ -26,6 +26,8 @@ from optplan.profilers.tracing.steps import StepTracer
 from optplan.profilers.tracing.tracer import Tracer
 from optplan.profilers.workloads.sharded_modules import FULLY_SHARDED, fully_shard_module
 from optplan.profilers.workloads.subject import Subject, placed_tensors
+
+_BUCKET = "gradient bucket"
 
 _TRACED_MICRO_STEPS = 3
 """Micro-steps of a step that are run; all further ones are like the third."""
@@ -72,6 +74,30 @@ def own_copy(subject: Subject) -> Subject:
     return subject._replace(module=module, head=head)
 
 
+def with_lasting_bucket(pieces: Pieces) -> Pieces | None:
+    """The same run where DDP's first bucket lives to the end of the micro-step that replaces it, None without one.
+
+    The communication library holds on to it until a thread of its own has seen that the first reduction is over; of two
+    ranks of one run, measured on H200s, one replaced it in its place, the other beside it.
+
+    Source: torch `csrc/distributed/c10d/ProcessGroupNCCL.cpp` (`shelvesToUnstash_`).
+    """
+    buckets = {event.id for event in pieces.load if isinstance(event, Allocation) and event.name == _BUCKET}
+    if not buckets:
+        return None
+    return pieces._replace(
+        first=tuple(_ending_last(micro_step, buckets) for micro_step in pieces.first),
+        second=tuple(_ending_last(micro_step, buckets) for micro_step in pieces.second),
+    )
+
+
+def _ending_last(timeline: Timeline, ids: set[int]) -> Timeline:
+    """The events with the ends of these allocations put last."""
+    ends = [event for event in timeline if isinstance(event, Free) and event.id in ids]
+    others = [event for event in timeline if not (isinstance(event, Free) and event.id in ids)]
+    return others + [msgspec.structs.replace(event, phase="backward") for event in ends]
+
+
 class ShardedStepTracer(StepTracer):
     """One rank's subject at work on a simulated device."""
 
@@ -95,8 +121,6 @@ class ShardedStepTracer(StepTracer):
         self._wrapped: nn.Module = self.subject.module
         self._parameters: dict[str, nn.Parameter] = {}
         self._groups: list[Any] = []
-        self._first_buckets: list[torch.Tensor] = []
-        self._num_backwards = 0
 
     def run_steps(self, *, num_micro_steps: int, end: StepEnd) -> Pieces:
         """Place the module, take three steps but for the optimizer, and keep what was recorded."""
@@ -149,7 +173,7 @@ class ShardedStepTracer(StepTracer):
 
     def _replicate(self) -> nn.Module:
         views = self.sharding.views
-        bucket: tuple[Category, str] = ("gradients" if views else "communication", "gradient bucket")
+        bucket: tuple[Category, str] = ("gradients" if views else "communication", _BUCKET)
         with self._world.labelled(*bucket):
             wrapped = nn.parallel.DistributedDataParallel(self.subject.module, gradient_as_bucket_view=views)
         wrapped.register_comm_hook(None, self._reduce)
@@ -165,8 +189,6 @@ class ShardedStepTracer(StepTracer):
 
     def _reduce(self, _, bucket):  # type: ignore[no-untyped-def]  # DDP reads annotations
         """DDP's communication hook: the bucket holds the sum already."""
-        if self._num_backwards == 0:
-            self._first_buckets.append(bucket.buffer())
         answer: Any = torch.futures.Future()
         answer.set_result(bucket.buffer())
         return answer
@@ -183,12 +205,6 @@ class ShardedStepTracer(StepTracer):
             group._all_gather_comm = self._world.communicator("all-gather output")
             group._reduce_scatter_comm = self._world.communicator("reduce-scatter buffer")
         self.updated = {name: nn.Parameter(_local(parameter)) for name, parameter in self._parameters.items()}
-
-    def _end_backward(self) -> None:
-        self._num_backwards += 1
-        if self._num_backwards > 1:
-            # The buckets that the second forward replaces are seen to live until its backward is over.
-            self._first_buckets.clear()
 
     def _name_gradients(self) -> None:
         if not self.sharding.is_full and self.sharding.views:

@@ -161,12 +161,8 @@ class StepTracer:
             self._scopes.begin_backward()
             loss.backward()  # type: ignore[no-untyped-call]
             del loss
-            self._end_backward()
         self._name_gradients()
         return piece()
-
-    def _end_backward(self) -> None:
-        """What else happens in the piece of a micro-step, once its backward is over."""
 
     def _name_gradients(self) -> None:
         for name, parameter in self.subject.trainable().items():

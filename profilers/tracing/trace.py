@@ -66,7 +66,8 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         timeline: Placement and three steps, every allocation with its name.
         run: The run on a device with descending segment addresses, as drivers mostly give them.
-        reserved_range_bytes: Least and most bytes reserved, as the segments' unknown addresses leave open.
+        reserved_range_bytes: Least and most bytes reserved, as the segments' unknown addresses leave open, and how long
+            a communication library holds what was reduced first.
         attention: The attention kernels that were chosen.
     """
 
@@ -163,7 +164,10 @@ class TracedStep:
     def trace(self, optimizer: OptimizerModel | Factory, parameters: Sequence[Parameter] = ()) -> Trace:
         """The whole run with one optimizer; arguments as for `part`."""
         pieces, part = self._run_of(optimizer, parameters)
-        runs = [self._simulator(pieces, order).simulate(part) for order in ORDERS]
+        if pieces is self.pieces:
+            runs = self.simulate(part)
+        else:
+            runs = [self._simulator(pieces, order).simulate(part) for order in ORDERS]
         reserved = [run.reserved_bytes for run in runs]
         return Trace(
             timeline=run_timeline(pieces, part),
@@ -173,7 +177,7 @@ class TracedStep:
         )
 
     def simulate(self, part: OptimizerPart, orders: Sequence[Order] = ORDERS) -> list[SimulatedRun]:
-        """The run with one optimizer for each order of segment addresses."""
+        """The run with one optimizer for each order of segment addresses; the first is the one that is expected."""
         return [self._simulator(self.pieces, order).simulate(part) for order in orders]
 
     def simulate_in_backward(

@@ -20,7 +20,7 @@ from optplan.planner.workload import Workload
 from optplan.profilers.estimation import TracedWorkload
 from optplan.profilers.tracing.recorder import Recorder
 from optplan.profilers.tracing.runs import RunSimulator
-from optplan.profilers.tracing.sharded_steps import ShardedStepTracer, Sharding, StepEnd
+from optplan.profilers.tracing.sharded_steps import ShardedStepTracer, Sharding, StepEnd, with_lasting_bucket
 from optplan.profilers.tracing.steps import Device
 from optplan.profilers.workloads.source import CatalogueSource
 from optplan.profilers.workloads.subject import Subject
@@ -41,9 +41,9 @@ def name_of(row):
     return f"{row['model']}-{row['mode']}-{row['precision']}"
 
 
-def traced(spec, *, optimizer="adamw", **step):
+def traced(spec, *, optimizer="adamw", searches=False, **step):
     request = check_request(spec, gpu="h200", engine="trace", **step)
-    workload = TracedWorkload(request, CatalogueSource(spec), searches=False)
+    workload = TracedWorkload(request, CatalogueSource(spec), searches=searches)
     (candidate,), _ = workload.candidates(choose_optimizers(optimizer, None))
     return workload, candidate
 
@@ -77,11 +77,29 @@ def tiny(tmp_path_factory):
 @pytest.mark.parametrize("number", [0, 2, 3], ids=lambda number: name_of(ROWS[number]))
 def test_a_rank_allocates_and_reserves_what_was_measured_on_two_h200s(number):
     row, (workload, candidate) = ROWS[number], traced_row(number)
-    peaks = workload.peaks(candidate)
+    pieces, part = workload._step(row["batch"]).pieces, workload._part(candidate)
+    # Under DDP the rank's first bucket was still held when the later ones were made.
+    run = RunSimulator(with_lasting_bucket(pieces) or pieces).simulate(part)
     for phase, measured in row["phases"].items():
-        assert peaks.phases[phase].peak_allocated_bytes == pytest.approx(measured["peak"], rel=0.0002), phase
-    assert peaks.peak_bytes == pytest.approx(row["peak"], rel=0.0002)
-    assert peaks.reserved_bytes == pytest.approx(row["reserved"], rel=0.01)
+        assert run.phases[phase] == pytest.approx(measured["peak"], rel=0.0002), phase
+    assert run.peak_bytes == pytest.approx(row["peak"], rel=0.0002)
+    assert run.reserved_bytes == pytest.approx(row["reserved"], rel=0.01)
+    assert workload.peaks(candidate).peak_bytes == pytest.approx(row["peak"], rel=0.0003)
+
+
+@pytest.mark.parametrize(
+    ("sharding", "between"), [("ddp", "1.40 GiB and 1.64 GiB"), ("zero1", "1.16 GiB and 1.39 GiB")]
+)
+def test_how_long_the_first_bucket_lives_leaves_the_reserved_bytes_open_as_the_rules_say(sharding, between):
+    step = {"sharding": sharding, "gpus": 2, "batch_size": 1, "seq_len": 128}
+    workload, candidate = traced(load_model("gpt2"), searches=True, **step)
+    peaks, rules = workload.peaks(candidate), Workload(workload.request).peaks(candidate)
+    assert peaks.reserved_range_bytes == rules.reserved_range_bytes
+    assert peaks.reserved_bytes == rules.reserved_bytes < max(peaks.reserved_range_bytes)
+    assert (
+        f"reserved between {between}, depending on where the driver puts segments and on when the "
+        "communication library lets go of DDP's first bucket"
+    ) in workload.notes(candidate)
 
 
 def test_a_step_on_memory_that_another_left_lies_between_its_requests_and_a_fresh_process():
@@ -221,6 +239,13 @@ def test_ddp_makes_its_buckets_at_first_and_anew_in_the_second_step(views, categ
     assert {event.category for event in (*first, *second)} == {category}
     ended = [event.id for event in pieces.second[0] if isinstance(event, Free)]
     assert {event.id for event in first} <= set(ended)
+    # DDP lets the first go before it makes the others; the communication library may hold it until they are full.
+    made = pieces.second[0].index(second[0])
+    assert [event.id for event in pieces.second[0][:made] if isinstance(event, Free)][-1] == first[0].id
+    lasting = with_lasting_bucket(pieces)
+    assert lasting.second[0][-1] == Free(first[0].id, "backward")
+    assert len(lasting.second[0]) == len(pieces.second[0])
+    assert lasting.steady == pieces.steady
     assert not dist.is_initialized()
 
 
