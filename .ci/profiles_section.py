@@ -109,7 +109,7 @@ def _where(name: str, folder: Folder) -> list[str]:
         f" random weights and tokens the third was recorded. The records are in `tests/records/{name}/`: `optplan show`"
         f" opens one, `optplan validate --records tests/records/{name} --check` judges them anew, and the tests hold"
         " both engines to them within the bounds of `tests/records/profile_bounds.toml`. A single step is repeated by"
-        f" its command, as `{_command(places[0])}`.{_note(folder.records.values())} The trace was made without a"
+        f" its command, as `{_command(places[0])}`.{_note(folder.records.values())} {_bounds(name)['remark']} The trace was made without a"
         " GPU by `python benchmarks/check_profiles.py`.",
     ]
 
@@ -194,9 +194,14 @@ def _in_40_gb(folder: Folder) -> list[str]:
 
 def _reasons(name: str) -> list[str]:
     """What is known of the records that are further off than the others."""
-    bounds = tomllib.loads((RECORDS / "profile_bounds.toml").read_text(encoding="utf-8"))
-    found = [f"- `{row['record']}`: {row['why']}." for row in bounds[name].get("apart", [])]
+    found = [f"- `{row['record']}`: {row['why']}." for row in _bounds(name).get("apart", [])]
     return ["", "Further off than the others are:", "", *found] if found else []
+
+
+def _bounds(name: str) -> dict[str, Any]:
+    """How far a folder's records may be off, and what is to be known about them."""
+    found: dict[str, Any] = tomllib.loads((RECORDS / "profile_bounds.toml").read_text(encoding="utf-8"))[name]
+    return found
 
 
 def _groups(folder: Folder) -> list[str]:
