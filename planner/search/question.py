@@ -124,7 +124,11 @@ def check_question(
     Raises:
         ConfigError: A name is unknown, a number out of range, two flags contradict each other, or the model's family
             has no step rules.
+        TypeError: A flag is none of `SearchFlags`.
     """
+    strange = set(flags) - set(SearchFlags.__annotations__)
+    if strange:
+        raise TypeError(f"a search has no flag {min(strange)!r}")
     spec = model if isinstance(model, ModelSpec) else load_model(model)
     asked: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
     prefer = asked.get("prefer", "quality")

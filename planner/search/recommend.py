@@ -43,6 +43,7 @@ def recommend(
 
     Raises:
         ConfigError: Something is unknown, out of range or contradictory, or the model's family has no step rules.
+        TypeError: A flag is none of `SearchFlags`.
     """
     return answer_question(check_question(model, optimizer=optimizer, options=options, **flags), explain=explain)
 

@@ -147,4 +147,4 @@ def fewest_gpus_note(request: StepRequest, optimizer: OptimizerModel) -> str | N
     nodes = f" on {found.num_nodes} nodes" if found.num_nodes > 1 else ""
     before = max(count for count, fits in found.tried.items() if not fits)
     fewer = f"{before:,} have not" if before > 1 else "one has not"
-    return f"{found.num_gpus:,} GPUs{nodes} have room with --sharding {sharding}, {fewer}"
+    return f"{found.num_gpus:,} GPUs{nodes} have room by bytes with --sharding {sharding}, {fewer}"

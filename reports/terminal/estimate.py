@@ -55,6 +55,8 @@ def _verdict(report: EstimateReport) -> Text:
 def _margin(row: Estimate) -> str:
     if row.headroom_bytes is None:
         return ""
+    if row.fits is False and row.headroom_bytes >= 0:
+        return f": {format_gib(row.headroom_bytes)} to spare by bytes, lost to fragmentation"
     word = "to spare" if row.headroom_bytes >= 0 else "too much"
     return f", {format_gib(abs(row.headroom_bytes))} {word}"
 

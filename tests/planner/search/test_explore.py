@@ -120,3 +120,8 @@ def test_the_answer_is_the_same_every_time() -> None:
     question = check_question("tinyllama-1.1b", gpu="rtx-3080-12g", **SMALL)
     first, second = explore(question).front, explore(question).front
     assert [found[1:] for found in first] == [found[1:] for found in second]
+
+
+def test_a_flag_that_there_is_not_is_an_error() -> None:
+    with pytest.raises(TypeError, match="a search has no flag 'settings'"):
+        check_question("tinyllama-1.1b", gpu="rtx-3080-12g", settings=["window=20"])  # type: ignore[call-arg]

@@ -63,17 +63,17 @@ def test_a_family_without_rules_is_refused():
         (
             "llama-2-7b",
             {"gpus": 4, "sharding": "ddp", "precision": "mixed"},
-            "2 GPUs have room with --sharding fsdp2, one has not",
+            "2 GPUs have room by bytes with --sharding fsdp2, one has not",
         ),
         (
             "llama-3.1-405b",
             {"gpus": 8, "sharding": "fsdp2", "precision": "mixed", "checkpointing": "full"},
-            "176 GPUs on 22 nodes have room with --sharding fsdp2, 168 have not",
+            "176 GPUs on 22 nodes have room by bytes with --sharding fsdp2, 168 have not",
         ),
         (
             "palm-540b",
             {"gpus": 64, "sharding": "fsdp2", "precision": "mixed", "checkpointing": "full"},
-            "712 GPUs on 89 nodes have room with --sharding fsdp2, 616 have not",
+            "712 GPUs on 89 nodes have room by bytes with --sharding fsdp2, 616 have not",
         ),
         (
             "llama-3.1-405b",

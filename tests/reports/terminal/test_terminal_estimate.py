@@ -145,6 +145,12 @@ def test_nothing_fits() -> None:
     assert "Recommended: none of these has room" in text
 
 
+def test_what_fits_by_bytes_alone_says_so() -> None:
+    text = render(report(row("adamw", state_gib=8, peak_gib=19, fits=False)))
+    expected = "toy with adamw does not fit on gpu-20g: 1.00 GiB to spare by bytes, lost to fragmentation"
+    assert text.splitlines()[0] == expected
+
+
 def test_a_peak_that_is_not_known_is_not_drawn() -> None:
     names = "phases peak_allocated_bytes peak_phase peak_categories peak_reserved_bytes device_bytes fits"
     unknown = dict.fromkeys(f"{names} headroom_bytes max_batch_size".split())
