@@ -87,8 +87,10 @@ def test_the_recorded_step_adds_up_to_torch_s_own_counters() -> None:
         _train(model, optimizer, steps=1)
         live.finish_step()
         peak, now = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+        requested = torch.cuda.memory_stats()["requested_bytes.all.peak"]
     assert live.history is not None and live.first_difference is None
     assert max(live.history.allocated) == peak
+    assert live.peak_requested_bytes == requested < peak
     assert live.history.allocated[-1] == now
     unexplained = [tensor for tensor in live.history.resident if tensor.category == "unexplained"]
     assert sum(tensor.bytes for tensor in unexplained) < 2**20
