@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from optplan.planner.candidates import OptimizerChoice
+from optplan.planner.candidates import Candidate, OptimizerChoice
 from optplan.planner.errors import ConfigError
 from optplan.planner.gpus import Gpu
 from optplan.planner.measured.measurement import Measurement, OutOfMemory, StepTime
@@ -74,18 +74,8 @@ def measure(
         )
     )
     after = reader.read() if reader else None
-    gpu = request.gpu
     return Measurement(
-        version=VERSION,
-        source="live",
-        device="cuda" if on_gpu else "cpu",
-        model=ModelRow(request.model.name, request.model.num_parameters, request.model.source),
-        gpu=GpuRow(gpu.id, gpu.total_bytes, gpu.usable_bytes, gpu.context_bytes) if on_gpu else None,
-        config=request.config,
-        optimizer=candidate.id,
-        implementation=candidate.implementation,
-        options=candidate.options,
-        state_dtype=request.state_dtype,
+        **_asked(request, candidate, on_gpu=on_gpu),
         time=step_time(run.profile, request.config, moved_bytes=workload.moved_bytes(candidate), bandwidth=bandwidth),
         losses=run.losses(),
         out_of_memory=run.failure,
@@ -93,13 +83,30 @@ def measure(
             driver=reader.driver if reader else None, other_processes_bytes=held_by_others(before)
         ),
         notes=[
-            *_size_notes(gpu, device),
+            *_size_notes(request.gpu, device),
             *profile_notes(run.profile, reader),
             *([INTERRUPTED] if run.is_interrupted else []),
         ],
         **profile_fields(run.profile),
         **device_bytes(before, after),
     )
+
+
+def _asked(request: StepRequest, candidate: Candidate, *, on_gpu: bool) -> dict[str, Any]:
+    """The fields of a measurement that say of what it is."""
+    gpu = request.gpu
+    return {
+        "version": VERSION,
+        "source": "live",
+        "device": "cuda" if on_gpu else "cpu",
+        "model": ModelRow(request.model.name, request.model.num_parameters, request.model.source),
+        "gpu": GpuRow(gpu.id, gpu.total_bytes, gpu.usable_bytes, gpu.context_bytes) if on_gpu else None,
+        "config": request.config,
+        "optimizer": candidate.id,
+        "implementation": candidate.implementation,
+        "options": candidate.options,
+        "state_dtype": request.state_dtype,
+    }
 
 
 def _size_notes(gpu: Gpu, device: torch.device) -> list[str]:
