@@ -22,14 +22,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from optplan.planner.errors import ConfigError
-from optplan.planner.measured.expectation import asked_of
 from optplan.planner.measured.measurement import Measurement
 from optplan.planner.measured.record_files import load_record
-from optplan.planner.records import StepConfig
-from optplan.planner.request import StepRequest
 from optplan.planner.workload import StepPeaks
-from optplan.profilers.estimation import TracedWorkload
-from optplan.profilers.workloads.source import CatalogueSource
+from optplan.profilers.validation.record_tracing import RecordTracer, shared_runs_together
 
 RECORDS = Path(__file__).resolve().parent.parent / "tests" / "records"
 FOLDERS = ("h200_profiles", "h200x2_profiles")
@@ -44,47 +40,20 @@ class Profile(NamedTuple):
     record: Measurement
 
 
-class Tracer:
-    """Traces the steps of records; those that differ in the optimizer alone share one run of the model."""
-
-    def __init__(self) -> None:
-        """Nothing is traced yet."""
-        self._shared: tuple[str, StepConfig] | None = None
-        self._workload: TracedWorkload | None = None
-
-    def peaks(self, record: Measurement) -> StepPeaks:
-        """What the trace engine says of the step.
-
-        Raises:
-            ConfigError: The step cannot be traced.
-        """
-        request, choices = asked_of(record)
-        workload = self._workload_of(record, request)
-        (candidate,), _ = workload.candidates(choices)
-        return workload.peaks(candidate)
-
-    def _workload_of(self, record: Measurement, request: StepRequest) -> TracedWorkload:
-        shared = record.model.name, record.config
-        if self._workload is None or self._shared != shared:
-            self._shared = shared
-            self._workload = TracedWorkload(request, CatalogueSource(request.model), searches=False)
-        return self._workload
-
-
 def read_profiles(only: str | None = None) -> list[Profile]:
     """The committed records, of one model if asked for, steps that differ in the optimizer alone together."""
-    found = [
-        Profile(f"{folder}/{path.name.removesuffix('.json.gz')}", record)
+    found = {
+        f"{folder}/{path.name.removesuffix('.json.gz')}": record
         for folder in FOLDERS
         for path in sorted((RECORDS / folder).glob("*.json.gz"))
         if isinstance(record := load_record(path), Measurement) and only in (None, record.model.name)
-    ]
-    return sorted(found, key=lambda found: (found.record.model.name, str(found.record.config)))
+    }
+    return [Profile(name, found[name]) for name in shared_runs_together(found)]
 
 
 def trace_profiles(profiles: list[Profile]) -> Iterator[dict[str, Any]]:
     """A row for each record: the engine's figures, or why there are none."""
-    tracer = Tracer()
+    tracer = RecordTracer()
     for name, record in profiles:
         try:
             yield {"record": name, "trace": figures_of(tracer.peaks(record))}

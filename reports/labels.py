@@ -43,5 +43,7 @@ ERROR_NAMES = {
     "reserved_error": "peak reserved",
     "device_error": "device, context included",
     "step_seconds_error": "time of the whole step",
+    "trace_peak_error": "peak allocated, traced",
+    "trace_reserved_error": "peak reserved, traced",
 }
 """Errors of a validation, but for those of its phases."""

@@ -27,6 +27,9 @@ def validate(
     measure_only: Annotated[
         bool, typer.Option("--measure-only", help="Judge nothing: leave that to --check, later or elsewhere.")
     ] = False,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Hold the records against the trace engine too; needs torch.")
+    ] = False,
     keep_history: Annotated[
         bool, typer.Option("--keep-history", help="Keep each step event by event; larger records.")
     ] = False,
@@ -40,12 +43,15 @@ def validate(
     """Measure a matrix of steps and judge the estimates by them.
 
     Each step runs in a process of its own; a validation that was stopped goes on where it ended. Then every record is
-    held against today's rules: state bytes, peak, reserved and device memory, times. The exit status is 0 if all state
+    held against today's rules: state bytes, peak, reserved and device memory, times; with --trace also against the
+    trace engine, which runs each model again without a GPU. The exit status is 0 if all state
     bytes are predicted exactly, 1 if not, 2 for bad input.
     """
     output.check_targets(html, md)
     if check and measure_only:
         raise ConfigError("--check and --measure-only exclude each other: nothing would be done")
+    if trace and measure_only:
+        raise ConfigError("--trace and --measure-only exclude each other: nothing would be judged")
     if not check:
         _measure(
             records,
@@ -58,7 +64,7 @@ def validate(
         )
     if measure_only:
         return
-    report = _judge(records)
+    report = _judge(records, traces=trace)
     if json:
         output.print_json(report)
     else:
@@ -84,10 +90,17 @@ def _markdown(report: ValidationReport) -> str:
     return validation_markdown(report)
 
 
-def _judge(records: str) -> ValidationReport:
+def _judge(records: str, *, traces: bool) -> ValidationReport:
+    from functools import partial
+
     from optplan.planner.measured.validation import validate_records
 
-    return validate_records(_paths(records))
+    paths = _paths(records)
+    if not traces:
+        return validate_records(paths)
+    tracing = output.import_torch_part("optplan.profilers.validation.record_tracing")
+    with output.progress() as tell:
+        return validate_records(paths, trace=partial(tracing.trace_records, tell=tell))
 
 
 def _paths(records: str) -> list[Path]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -16,6 +16,7 @@ from optplan.planner.measured.record_files import load_record
 from optplan.planner.records import EstimateReport
 from optplan.planner.timeline import Phase
 from optplan.planner.version import VERSION
+from optplan.planner.workload import StepPeaks
 
 
 class Judgement(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,6 +32,8 @@ class Judgement(msgspec.Struct, frozen=True, kw_only=True):
         peak_error: Error of peak allocated; likewise `reserved_error`, `device_error`, `step_seconds_error`, None
             where one of the two sides does not say.
         phase_errors: Error of the peak of each phase that both sides know.
+        trace_peak_error: Error of peak allocated by the trace engine, None where it was not asked; likewise
+            `trace_reserved_error`.
         out_of_memory: Whether the step ran out of memory, which leaves no peaks to compare.
         verdict_right: For a step that ran out of memory, whether the estimate says that it does not fit.
     """
@@ -53,6 +56,8 @@ class Judgement(msgspec.Struct, frozen=True, kw_only=True):
     device_error: float | None
     step_seconds_error: float | None
     phase_errors: dict[Phase, float]
+    trace_peak_error: float | None = None
+    trace_reserved_error: float | None = None
     out_of_memory: bool = False
     verdict_right: bool | None = None
 
@@ -90,26 +95,57 @@ class ValidationReport(msgspec.Struct, frozen=True, kw_only=True):
         return self.state_exact == self.state_known
 
 
-def validate_records(paths: Iterable[str | Path]) -> ValidationReport:
-    """Hold saved measurements against today's rules; a file that cannot be is told of and keeps no other from it."""
-    judgements, skipped = [], {}
+Trace = Callable[[Mapping[str, Measurement]], Mapping[str, StepPeaks | str]]
+"""What the trace engine says of records by name: peaks, or why there are none."""
+
+
+def validate_records(paths: Iterable[str | Path], *, trace: Trace | None = None) -> ValidationReport:
+    """Hold saved measurements against today's rules; a file that cannot be is told of and keeps no other from it.
+
+    Args:
+        paths: The files.
+        trace: Asks the trace engine too.
+    """
+    records, judgements, skipped = dict[str, Measurement](), dict[str, Judgement](), dict[str, str]()
     for path in sorted(map(Path, paths)):
+        name = path.name.removesuffix(".gz").removesuffix(".json")
         try:
             record = load_record(path)
             if not isinstance(record, Measurement):
                 raise ConfigError(f"{shorten(str(path))} is no measurement but {record.schema}")
-            judgements.append(judge(record, name=path.name.removesuffix(".gz").removesuffix(".json")))
+            judgements[path.name] = judge(record, name=name)
+            records[path.name] = record
         except ConfigError as error:
             skipped[path.name] = str(error)
-    known = [row for row in judgements if row.state_difference_bytes is not None]
+    if trace is not None:
+        skipped |= _add_traces(judgements, records, trace)
+    rows = list(judgements.values())
+    known = [row for row in rows if row.state_difference_bytes is not None]
     return ValidationReport(
         version=VERSION,
         state_exact=sum(row.state_difference_bytes == 0 for row in known),
         state_known=len(known),
-        spreads=_spreads(judgements),
-        judgements=judgements,
+        spreads=_spreads(rows),
+        judgements=rows,
         skipped=skipped,
     )
+
+
+def _add_traces(judgements: dict[str, Judgement], records: Mapping[str, Measurement], trace: Trace) -> dict[str, str]:
+    """Add the trace engine's errors to the judgements of steps that came through; why some have none, by name."""
+    through = {name: record for name, record in records.items() if record.out_of_memory is None}
+    untraced = {}
+    for name, peaks in trace(through).items():
+        if isinstance(peaks, str):
+            untraced[f"{name}, traced"] = peaks
+            continue
+        record = through[name]
+        judgements[name] = msgspec.structs.replace(
+            judgements[name],
+            trace_peak_error=_error(peaks.peak_bytes, record.peak_allocated_bytes),
+            trace_reserved_error=_error(peaks.reserved_bytes, record.peak_reserved_bytes),
+        )
+    return untraced
 
 
 def judge(record: Measurement, *, name: str, report: EstimateReport | None = None) -> Judgement:
@@ -161,7 +197,8 @@ def _error(predicted: float | None, measured: float | None) -> float | None:
 
 
 def _spreads(rows: Sequence[Judgement]) -> list[Spread]:
-    metrics = ("peak_error", "reserved_error", "device_error", "step_seconds_error")
+    metrics = ["peak_error", "reserved_error", "device_error", "step_seconds_error"]
+    metrics += ["trace_peak_error", "trace_reserved_error"]
     values = {metric: [(row, getattr(row, metric)) for row in rows] for metric in metrics}
     for phase in dict.fromkeys(phase for row in rows for phase in row.phase_errors):
         values[f"{phase}_error"] = [(row, row.phase_errors.get(phase)) for row in rows]

@@ -17,7 +17,9 @@ def validation_markdown(report: ValidationReport) -> str:
         for spread in report.spreads
     ]  # fmt: skip
     lines = [f"### {_headline(report)}", "", *table(titles, spreads), ""]
-    lines += [*table(["Record", "State", "Peak", "Reserved", "Step time"], map(_row, report.judgements)), ""]
+    traced = any(row.trace_peak_error is not None for row in report.judgements)
+    columns = ["Record", "State", "Peak", "Reserved", "Step time", *(["Peak by trace"] if traced else [])]
+    lines += [*table(columns, [_row(row, traced=traced) for row in report.judgements]), ""]
     lines += [f"- {escaped(name)}: {escaped(reason)}" for name, reason in report.skipped.items()]
     return "\n".join([*lines, f"- optplan {report.version}"]) + "\n"
 
@@ -28,9 +30,11 @@ def _headline(report: ValidationReport) -> str:
     return f"Optimizer state predicted to the byte in {report.state_exact} of {report.state_known} records"
 
 
-def _row(row: Judgement) -> list[str]:
+def _row(row: Judgement, *, traced: bool) -> list[str]:
     state = row.state_difference_bytes
     told = "-" if state is None else "exact" if state == 0 else f"{'+' if state > 0 else '-'}{format_bytes(abs(state))}"
-    errors = [row.peak_error, row.reserved_error, row.step_seconds_error]
-    peak = ["out of memory", "-", "-"] if row.out_of_memory else ["-" if e is None else f"{e:+.3%}" for e in errors]
-    return [escaped(row.record), told, *peak]
+    errors = [row.peak_error, row.reserved_error, row.step_seconds_error, *([row.trace_peak_error] if traced else [])]
+    cells = ["-" if error is None else f"{error:+.3%}" for error in errors]
+    if row.out_of_memory:
+        cells = ["out of memory", *["-"] * (len(errors) - 1)]
+    return [escaped(row.record), told, *cells]

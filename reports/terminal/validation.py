@@ -54,6 +54,9 @@ def _records(rows: list[Judgement], width: int, glyphs: Glyphs) -> Table:
     table.add_column("State", justify="right", no_wrap=True)
     table.add_column("Peak\nmeasured", justify="right", no_wrap=True)
     table.add_column("Peak\nerror", justify="right", no_wrap=True)
+    traced = any(row.trace_peak_error is not None for row in rows)
+    if traced:
+        table.add_column("by\ntrace", justify="right", no_wrap=True)
     wide = width >= 100
     if wide:
         table.add_column("Reserved\nerror", justify="right", no_wrap=True)
@@ -61,6 +64,7 @@ def _records(rows: list[Judgement], width: int, glyphs: Glyphs) -> Table:
     for row in rows:
         peak = "-" if row.peak_allocated_bytes is None else format_gib(row.peak_allocated_bytes)
         cells = [printable(row.record), _state(row), peak, _verdict(row)]
+        cells += [_percent(row.trace_peak_error)] if traced else []
         if wide:
             cells += [_percent(row.reserved_error), _percent(row.step_seconds_error)]
         table.add_row(*cells)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from optplan.planner.measured.measurement import Environment, Measurement, OutOf
 from optplan.planner.measured.record_files import save_record
 from optplan.planner.measured.validation import judge, validate_records
 from optplan.planner.records import PhasePeak
+from optplan.planner.workload import StepPeaks
 
 
 def _measured(**changes: Any) -> Measurement:
@@ -108,4 +110,27 @@ def test_files_that_are_no_measurements_keep_none_from_being_judged(
         "half.json.gz": "'half.json.gz' was cut short: its compressed content has no end",
         "newer.json": "'newer.json' was made by a newer optplan: schema 'optplan.measurement/2'; "
         "this version reads optplan.estimate/1, optplan.measurement/1",
+    }
+
+
+def test_the_trace_engine_is_judged_beside_the_rules(tmp_path: Path) -> None:
+    base = _measured(peak_allocated_bytes=4 * 2**30, peak_reserved_bytes=8 * 2**30)
+    for name in ("traced", "untraced"):
+        save_record(base, tmp_path / f"{name}.json.gz")
+    save_record(
+        _measured(out_of_memory=OutOfMemory("forward", 512, 2**30, "out of memory")), tmp_path / "stopped.json.gz"
+    )
+
+    def trace(records: Mapping[str, Measurement]) -> dict[str, StepPeaks | str]:
+        assert set(records) == {"traced.json.gz", "untraced.json.gz"}
+        peaks = StepPeaks({"forward": PhasePeak(3 * 2**30)}, "forward", {}, 6 * 2**30)
+        return {"traced.json.gz": peaks, "untraced.json.gz": "it cannot be traced"}
+
+    report = validate_records(tmp_path.iterdir(), trace=trace)
+    errors = {row.record: (row.trace_peak_error, row.trace_reserved_error) for row in report.judgements}
+    assert errors == {"traced": (-0.25, -0.25), "untraced": (None, None), "stopped": (None, None)}
+    assert report.skipped == {"untraced.json.gz, traced": "it cannot be traced"}
+    assert {spread.metric: spread.count for spread in report.spreads if "trace" in spread.metric} == {
+        "trace_peak_error": 1,
+        "trace_reserved_error": 1,
     }

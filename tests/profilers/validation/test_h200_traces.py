@@ -18,6 +18,7 @@ from optplan.planner.allocator.settings import AllocatorSettings
 from optplan.planner.measured.measurement import Measurement
 from optplan.planner.units import MIB
 from optplan.profilers.tracing import runs
+from optplan.profilers.validation.record_tracing import RecordTracer
 
 ROOT = Path(__file__).parents[3]
 RECORDS = ROOT / "tests" / "records"
@@ -34,7 +35,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def tracer() -> Any:
-    return SCRIPT["Tracer"]()
+    return RecordTracer()
 
 
 def sizes(figures: dict[str, Any], record: Measurement) -> dict[str, float]:
@@ -145,7 +146,7 @@ def test_addresses_of_segments_explain_what_is_off(
     record = PROFILES[f"h200_profiles/{name}"]
     plain = SCRIPT["figures_of"](tracer.peaks(record))
     monkeypatch.setattr(runs, "_allocator", scattered)
-    found = SCRIPT["figures_of"](SCRIPT["Tracer"]().peaks(record))
+    found = SCRIPT["figures_of"](RecordTracer().peaks(record))
     measured = {phase: record.phases[phase].peak_allocated_bytes - own for phase, own in OWN_BYTES.items()}
     assert (found["phases"], found["reserved_bytes"]) == (measured, record.peak_reserved_bytes)
     assert (plain["phases"], plain["reserved_bytes"]) != (measured, record.peak_reserved_bytes)
