@@ -102,7 +102,8 @@ def progress() -> Iterator[Callable[[str], None]]:
     from rich.console import Console
 
     console = Console(stderr=True)
-    with console.status("starting", spinner="line") as status:
+    # Drawn seldom: what is measured meanwhile shares the interpreter with whatever draws.
+    with console.status("starting", spinner="line", refresh_per_second=2) as status:
         yield status.update
 
 

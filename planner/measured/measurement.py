@@ -79,6 +79,8 @@ class StepTime(msgspec.Struct, frozen=True, kw_only=True):
         optimizer_copy_fraction: Bytes that the optimizer's step must move, over its time, as a share of the copy
             bandwidth measured in the same process.
         copy_bandwidth_bytes_per_second: That bandwidth, bytes read plus bytes written.
+        host_launch_seconds: What the host took in the same process to launch one operation of a miniature training
+            step that waits for nothing else.
     """
 
     step_seconds: float | None
@@ -87,6 +89,7 @@ class StepTime(msgspec.Struct, frozen=True, kw_only=True):
     tokens_per_second: float | None = None
     optimizer_copy_fraction: float | None = None
     copy_bandwidth_bytes_per_second: float | None = None
+    host_launch_seconds: float | None = None
 
 
 class RankRow(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,7 +24,9 @@ from optplan.planner.workload import Workload
 from optplan.profilers.live.bandwidth import copy_bandwidth
 from optplan.profilers.live.devices import DeviceMemory, DeviceReader
 from optplan.profilers.live.environment import given_notes, read_environment
+from optplan.profilers.live.host_speed import launching_seconds
 from optplan.profilers.live.profile import RECORDED_STEP, LiveProfile, out_of_memory
+from optplan.profilers.live.step_clock import moments_of_step
 from optplan.profilers.workloads.real_step import RealStep, build_real_step
 
 MIN_STEPS = RECORDED_STEP + 1
@@ -53,7 +55,7 @@ def measure(
         request: Model, GPU and manner of the step.
         choice: The optimizer.
         device: Where to run.
-        num_steps: Steps in all; the third is recorded, those after it are timed.
+        num_steps: Steps in all; the third is recorded, those after it are timed, but for the first of four or more.
         progress: Told what is being done.
 
     Raises:
@@ -66,8 +68,8 @@ def measure(
     on_gpu = device.type == "cuda"
     reader = DeviceReader(device.index or 0) if on_gpu else None
     before = reader.read() if reader else None
-    bandwidth = copy_bandwidth(device) if on_gpu else None
-    run = _Run(device, progress, num_steps)
+    speed = Speed(copy_bandwidth(device), launching_seconds(device)) if on_gpu else Speed()
+    run = _Run(device, progress, num_steps, num_micro_steps=request.config.grad_accum)
     run.train(
         lambda: build_real_step(
             request.model, request.config, candidate.optimizer, device, state_dtype=request.state_dtype
@@ -76,7 +78,7 @@ def measure(
     after = reader.read() if reader else None
     return Measurement(
         **_asked(request, candidate, on_gpu=on_gpu),
-        time=step_time(run.profile, request.config, moved_bytes=workload.moved_bytes(candidate), bandwidth=bandwidth),
+        time=step_time(run.profile, request.config, moved_bytes=workload.moved_bytes(candidate), speed=speed),
         losses=run.losses(),
         out_of_memory=run.failure,
         environment=read_environment(
@@ -132,7 +134,7 @@ def profile_notes(profile: LiveProfile | None, reader: DeviceReader | None) -> l
     notes = [*given_notes(), *([reader.remark] if reader and reader.remark else [])]
     if profile is not None and profile.first_difference:
         notes.append(f"the allocator's record could not be followed exactly: {profile.first_difference}")
-    seconds = profile.step_seconds() if profile else []
+    seconds = profile.clocked_seconds() if profile else []
     if profile is not None and seconds:
         share = profile.hook_seconds / sum(seconds)
         notes.append(
@@ -145,13 +147,14 @@ def profile_notes(profile: LiveProfile | None, reader: DeviceReader | None) -> l
 class _Run:
     """One training run with its observations."""
 
-    def __init__(self, device: torch.device, progress: Progress, num_steps: int) -> None:
+    def __init__(self, device: torch.device, progress: Progress, num_steps: int, *, num_micro_steps: int) -> None:
         self.profile: LiveProfile | None = None
         self.failure: OutOfMemory | None = None
         self.is_interrupted = False
         self._device = device
         self._progress = progress
         self._num_steps = num_steps
+        self._num_moments = (num_steps - MIN_STEPS) * moments_of_step(num_micro_steps)
         self._losses = Losses(num_steps)
 
     def train(self, build: Callable[[], RealStep]) -> None:
@@ -164,7 +167,7 @@ class _Run:
             return
         self.profile = LiveProfile(step.model, step.optimizer)
         try:
-            with self.profile.observing():
+            with self.profile.observing(num_moments=self._num_moments):
                 self._take_steps(step, self.profile)
         except torch.cuda.OutOfMemoryError:
             self.failure = self.profile.out_of_memory
@@ -178,9 +181,15 @@ class _Run:
         """The loss of every step."""
         return self._losses.read()
 
+    def _tell(self, index: int) -> None:
+        """Say which step begins; of those that are timed once, as nothing is to be shown while the clock runs."""
+        last = f" to {self._num_steps}" if index == MIN_STEPS < self._num_steps - 1 else ""
+        if index <= MIN_STEPS:
+            self._progress(f"step {index + 1}{last} of {self._num_steps}")
+
     def _take_steps(self, step: RealStep, profile: LiveProfile) -> None:
         for index in range(self._num_steps):
-            self._progress(f"step {index + 1} of {self._num_steps}")
+            self._tell(index)
             # Copied, so that no loss outlives its step.
             self._losses.note(step.take())
             if index == profile.recorded_step:
@@ -238,20 +247,32 @@ def _peak_fields(history: StepHistory, phases: Mapping[Phase, int]) -> dict[str,
     }
 
 
-def step_time(
-    profile: LiveProfile | None, config: StepConfig, *, moved_bytes: int, bandwidth: float | None
-) -> StepTime | None:
-    """Times of the steps after the recorded one, None if there were none.
+class Speed(NamedTuple):
+    """How fast the machine was found to be just before, where that was measured.
+
+    Attributes:
+        copy_bandwidth: Bytes a second of a copy on the GPU.
+        launch_seconds: What the host takes to launch one operation.
+    """
+
+    copy_bandwidth: float | None = None
+    launch_seconds: float | None = None
+
+
+def step_time(profile: LiveProfile | None, config: StepConfig, *, moved_bytes: int, speed: Speed) -> StepTime | None:
+    """Times of the steps that are timed, None if there were none.
 
     Args:
+        profile: The observed loop.
+        config: How its steps were run.
         moved_bytes: What the optimizer's step must at least read and write.
-        bandwidth: Bytes a second of a copy on the same GPU, where it was measured.
+        speed: Of the same GPU and host.
     """
     seconds = profile.step_seconds() if profile else []
     if not seconds or profile is None:
         return None
     phases, step_seconds = profile.phase_seconds(), median(seconds)
-    in_step = phases.get("step")
+    in_step, bandwidth = phases.get("step"), speed.copy_bandwidth
     return StepTime(
         step_seconds=step_seconds,
         phases=phases,
@@ -259,6 +280,7 @@ def step_time(
         tokens_per_second=config.batch_size * config.seq_len * config.grad_accum / step_seconds,
         optimizer_copy_fraction=moved_bytes / in_step / bandwidth if bandwidth and in_step and moved_bytes else None,
         copy_bandwidth_bytes_per_second=bandwidth,
+        host_launch_seconds=speed.launch_seconds,
     )
 
 

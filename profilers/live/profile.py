@@ -1,7 +1,9 @@
 """Measuring a training loop as it runs: its phases, one steady step event by event, its times.
 
 Until the recorded step has ended the allocator's own record is kept and the modules are followed; the steps after it
-run as they would without being watched, but for the clock's note at each change of the phase, and are timed.
+run as they would without being watched, but for the clock's note at each change of the phase, and are timed. Where
+enough of them are left, the first does not count: it begins with nothing waiting on the GPU, whose work ended while the
+record was read, and the host may still clean up after it.
 """
 
 from __future__ import annotations
@@ -39,6 +41,9 @@ RECORDED_STEP = 2
 MAX_TIMED_STEPS = 1000
 """After so many a loop is no longer timed: nothing that grows is kept of one that goes on for days."""
 
+MIN_TIMED_STEPS = 3
+"""The first step after the recorded one counts unless at least so many are left without it."""
+
 _MESSAGE_LIMIT = 400
 _ROUNDING_BYTES = 512
 
@@ -73,7 +78,7 @@ class LiveProfile:
         phase_peaks: Most bytes allocated in each of its phases.
         peak_requested_bytes: Most bytes asked for at once in it, before the allocator rounds.
         call: How the model was called, None before the first step.
-        hook_seconds: Time that observing took on the host in the steps that are timed.
+        hook_seconds: Time that observing took on the host in the steps after the recorded one.
         out_of_memory: How the loop ended, if the memory did not suffice.
         first_difference: Where the record could not be followed exactly, None if nowhere.
     """
@@ -112,9 +117,13 @@ class LiveProfile:
         self._gradient_bytes = 0
 
     @contextlib.contextmanager
-    def observing(self) -> Iterator[None]:
-        """Observe within the context; an error of the loop goes on, running out of memory is noted before."""
-        self._clock.prepare()
+    def observing(self, *, num_moments: int = 0) -> Iterator[None]:
+        """Observe within the context; an error of the loop goes on, running out of memory is noted before.
+
+        Args:
+            num_moments: How often a phase will begin in the steps to be timed, where that is known.
+        """
+        self._clock.prepare(num_moments)
         try:
             with self._watcher.watching(self._phase_begins):
                 yield
@@ -137,14 +146,25 @@ class LiveProfile:
         return self._watcher.num_steps
 
     def phase_seconds(self) -> dict[Phase, float]:
-        """Median time by phase of the steps after the recorded one."""
+        """Median time by phase of the steps that are timed."""
         return self._clock.seconds(self._timed_steps())
 
     def step_seconds(self) -> list[float]:
-        """Time of each step after the recorded one, from forward to the end of the optimizer's step."""
+        """Time of each step that is timed, from forward to the end of the optimizer's step.
+
+        Of four steps or more after the recorded one the first is left out.
+        """
         return self._clock.step_seconds(self._timed_steps())
 
+    def clocked_seconds(self) -> list[float]:
+        """The same of every step after the recorded one."""
+        return self._clock.step_seconds(self._clocked_steps())
+
     def _timed_steps(self) -> range:
+        clocked = self._clocked_steps()
+        return clocked[1:] if len(clocked) > MIN_TIMED_STEPS else clocked
+
+    def _clocked_steps(self) -> range:
         first = self.recorded_step + 1
         return range(first, min(self.num_steps, first + MAX_TIMED_STEPS))
 

@@ -24,6 +24,7 @@ from optplan.profilers.live.devices import DeviceMemory, DeviceReader
 from optplan.profilers.live.environment import is_first_rank, read_environment
 from optplan.profilers.live.measure import (
     INTERRUPTED,
+    Speed,
     device_bytes,
     held_by_others,
     profile_fields,
@@ -117,7 +118,7 @@ class StepProfile:
             optimizer=row.optimizer,
             implementation=row.implementation,
             options=row.options,
-            time=step_time(self.live, config, moved_bytes=0, bandwidth=None),
+            time=step_time(self.live, config, moved_bytes=0, speed=Speed()),
             out_of_memory=self.live.out_of_memory,
             environment=read_environment(
                 driver=self._reader.driver if self._reader else None,

@@ -11,7 +11,9 @@ import torch
 from optplan.planner.timeline import Phase
 
 _NUM_PREPARED = 128
-"""CUDA events made beforehand: they last a score of steps, more than `optplan profile` is asked for as a rule."""
+"""CUDA events made beforehand at least: they last a score of steps, for loops of which nobody says how long they go."""
+_MOST_PREPARED = 8192
+"""And at most: a loop with more changes of the phase is so long that making an event does not show."""
 
 
 class _Moment(NamedTuple):
@@ -20,6 +22,11 @@ class _Moment(NamedTuple):
     step: int
     phase: Phase
     when: Any
+
+
+def moments_of_step(num_micro_steps: int) -> int:
+    """How often a phase begins in a step: forward, backward and clip of each micro-step, step and zero."""
+    return 3 * num_micro_steps + 2
 
 
 class StepClock:
@@ -31,11 +38,15 @@ class StepClock:
         self._moments: list[_Moment] = []
         self._prepared: list[Any] = []
 
-    def prepare(self) -> None:
-        """Make events, so that none is made while steps are timed."""
+    def prepare(self, num_moments: int = 0) -> None:
+        """Make events, so that none is made while steps are timed.
+
+        Args:
+            num_moments: How many will be needed, where that is known.
+        """
         if self._on_gpu:
             stream = torch.cuda.current_stream(self._device)
-            while len(self._prepared) < _NUM_PREPARED:
+            while len(self._prepared) < max(_NUM_PREPARED, min(num_moments, _MOST_PREPARED)):
                 event = _new_event()
                 event.record(stream)  # the driver makes it when it is recorded first
                 self._prepared.append(event)

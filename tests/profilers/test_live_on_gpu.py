@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 
 from optplan.planner.measured.measurement import Measurement
 from optplan.profilers.live.command import profile
+from optplan.profilers.live.host_speed import launching_seconds
 from optplan.profilers.live.profile import LiveProfile
 from optplan.profilers.workloads.real_step import place_module
 
@@ -102,6 +104,7 @@ def test_every_phase_and_category_of_a_catalogue_model() -> None:
     assert record.peak_categories.get("unexplained", 0) < 2**20
     assert record.time is not None and record.time.num_steps == 3
     assert record.time.optimizer_copy_fraction is not None and 0 < record.time.optimizer_copy_fraction < 1.2
+    assert record.time.host_launch_seconds is not None and 1e-6 < record.time.host_launch_seconds < 1e-3
     assert record.device_bytes is not None and record.peak_reserved_bytes is not None
     assert record.device_bytes > record.peak_reserved_bytes
     observing = next(note for note in record.notes if note.startswith("observing took "))
@@ -232,3 +235,21 @@ def test_memory_of_another_process_is_told_and_not_counted() -> None:
     assert beside.environment.other_processes_bytes - alone.environment.other_processes_bytes >= 2**30
     assert alone.device_bytes is not None and beside.device_bytes is not None
     assert abs(beside.device_bytes - alone.device_bytes) < 2**28
+
+
+def test_timing_the_host_leaves_nothing_behind() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+
+    def found() -> list[int]:
+        return [torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)]
+
+    held, random = found(), [torch.get_rng_state(), torch.cuda.get_rng_state(device)]
+    # The first time the driver loads two kernels and autograd starts its thread.
+    assert launching_seconds(device) is not None
+    begin = time.perf_counter()
+    seconds = launching_seconds(device)
+    assert time.perf_counter() - begin < 0.15
+    assert seconds is not None and 1e-6 < seconds < 1e-3
+    assert found() == held
+    for before, after in zip(random, [torch.get_rng_state(), torch.cuda.get_rng_state(device)], strict=True):
+        assert torch.equal(before, after)

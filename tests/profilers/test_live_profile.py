@@ -9,6 +9,7 @@ from torch import nn
 from optplan.planner.records import ResidentBytes
 from optplan.profilers.live import profile as profiles
 from optplan.profilers.live import step_clock
+from optplan.profilers.live.measure import _Run
 from optplan.profilers.live.phases import ModuleFollower, StepWatcher
 from optplan.profilers.live.profile import LiveProfile
 from optplan.profilers.live.step_clock import StepClock
@@ -109,19 +110,41 @@ def test_what_lives_across_the_step() -> None:
     assert profile.residents.state_tensors == {"step": 16, "exp_avg": numel * 4, "exp_avg_sq": numel * 4}
 
 
-def test_times_are_of_the_steps_after_the_recorded_one() -> None:
+@pytest.mark.parametrize(
+    ("after", "timed"),
+    # The first step after the recorded one counts only where it is needed for three.
+    [(0, 0), (1, 1), (3, 3), (4, 3), (5, 4)],
+)
+def test_times_are_of_the_steps_after_the_recorded_one(after: int, timed: int) -> None:
     model = _model()
     optimizer = torch.optim.AdamW(model.parameters())
     profile = LiveProfile(model, optimizer)
     with profile.observing():
         _train(model, optimizer, steps=3)
-        assert profile.step_seconds() == []
-        _train(model, optimizer, steps=4)
-    assert len(profile.step_seconds()) == 4
-    assert all(seconds > 0 for seconds in profile.step_seconds())
+        assert profile.step_seconds() == profile.clocked_seconds() == []
+        _train(model, optimizer, steps=after)
+    clocked = profile.clocked_seconds()
+    assert len(clocked) == after
+    assert profile.step_seconds() == clocked[after - timed :]
+    assert all(seconds > 0 for seconds in clocked)
     phases = profile.phase_seconds()
-    assert set(phases) == {"forward", "backward", "clip", "step", "zero"}
-    assert min(phases.values()) >= 0
+    # The last step's `zero` has not ended.
+    assert list(phases) == ["forward", "backward", "clip", "step", "zero"][: 5 if after > 1 else 4 * after]
+    assert min(phases.values(), default=0) >= 0
+
+
+def test_the_step_after_the_recorded_one_is_in_no_median() -> None:
+    model = _model()
+    profile = LiveProfile(model, torch.optim.SGD(model.parameters()))
+    with profile.observing():
+        _train(model, profile.watcher._optimizer, steps=7)
+    # Of steps 3 to 6 the first took an hour, which the host spent on the record.
+    for index, (step, phase, when) in enumerate(profile._clock._moments):
+        late = 3600.0 if (step, phase) != (3, "forward") else 0.0
+        profile._clock._moments[index] = step_clock._Moment(step, phase, when + late)
+    assert profile.clocked_seconds()[0] > 3600
+    assert max(profile.step_seconds()) < 3600
+    assert max(profile.phase_seconds().values()) < 3600
 
 
 def test_a_timed_step_has_the_clock_s_note_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,3 +212,28 @@ def test_cuda_events_are_made_before_the_steps_are_timed(monkeypatch: pytest.Mon
     # An event a second, the fourth of a step ends it.
     assert clock.step_seconds(range(1, 9)) == [3.0, 3.0]
     assert clock.seconds(range(2)) == {"forward": 1.0, "backward": 1.0, "step": 1.0, "zero": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("steps", "micro_steps", "made"),
+    # 128 at least; forward, backward and clip of every micro-step, and two more, of 29 steps after the recorded one.
+    [(8, 1, 128), (32, 1, 145), (32, 16, 29 * 50), (1000, 64, 8192)],
+)
+def test_as_many_events_are_made_as_the_steps_will_need(
+    monkeypatch: pytest.MonkeyPatch, steps: int, micro_steps: int, made: int
+) -> None:
+    monkeypatch.setattr(step_clock, "_new_event", _Event)
+    monkeypatch.setattr(_Event, "made", 0)
+    monkeypatch.setattr(torch, "cuda", SimpleNamespace(current_stream=lambda _: None, synchronize=lambda _: None))
+    clock = StepClock(torch.device("cuda", 0))
+    clock.prepare(_Run(torch.device("cpu"), print, steps, num_micro_steps=micro_steps)._num_moments)
+    assert _Event.made == made
+
+
+@pytest.mark.parametrize("micro_steps", [1, 3])
+def test_a_step_has_as_many_moments_as_are_prepared(micro_steps: int) -> None:
+    model = _model()
+    profile = LiveProfile(model, torch.optim.SGD(model.parameters()))
+    with profile.observing():
+        _train(model, profile.watcher._optimizer, steps=8, micro_steps=micro_steps)
+    assert len(profile._clock._moments) == 5 * step_clock.moments_of_step(micro_steps)
