@@ -35,6 +35,7 @@ ROW_NAMES: dict[str, str] = {
     "device_bytes": "device, context included",
     "tokens_per_second": "tokens per second",
     "optimizer_copy_fraction": "optimizer, share of copy bandwidth",
+    "host_launches_per_second": "host, launches per second",
 }
 """Names of a comparison's rows for people, where they are not their own."""
 

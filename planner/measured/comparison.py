@@ -155,6 +155,10 @@ def _rows(sides: Sequence[Side], reference: int) -> Iterable[ComparedRow]:
         yield row("time", part, "seconds", [side.phase_seconds.get(part) for side in sides])
     yield row("time", "tokens_per_second", "per second", [side.tokens_per_second for side in sides])
     yield row("time", "optimizer_copy_fraction", "share", [side.optimizer_copy_fraction for side in sides])
+    launching = [side.host_launch_seconds for side in sides]
+    yield row(
+        "time", "host_launches_per_second", "per second", [1 / seconds if seconds else None for seconds in launching]
+    )
 
 
 def _keys(mappings: Iterable[Mapping[_Key, object]]) -> list[_Key]:

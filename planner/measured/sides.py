@@ -43,6 +43,7 @@ class Side(msgspec.Struct, frozen=True, kw_only=True):
     phase_seconds: Mapping[str, float] = {}
     tokens_per_second: float | None = None
     optimizer_copy_fraction: float | None = None
+    host_launch_seconds: float | None = None
     history: StepHistory | None = None
     notes: list[str] = []
 
@@ -137,6 +138,7 @@ def side_of_measurement(record: Measurement, *, label: str) -> Side:
         phase_seconds={str(phase): seconds for phase, seconds in time.phases.items()} if time else {},
         tokens_per_second=time.tokens_per_second if time else None,
         optimizer_copy_fraction=time.optimizer_copy_fraction if time else None,
+        host_launch_seconds=time.host_launch_seconds if time else None,
         history=unpack(record.history) if record.history else None,
         notes=record.notes,
     )

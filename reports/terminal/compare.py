@@ -27,6 +27,7 @@ _NAMES: dict[str, str] = {
     "device_bytes": "device, context included",
     "tokens_per_second": "tokens per second",
     "optimizer_copy_fraction": "optimizer, share of copy bandwidth",
+    "host_launches_per_second": "host, launches per second",
 }
 
 

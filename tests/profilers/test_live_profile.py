@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from optplan.planner.records import ResidentBytes
+from optplan.planner.records import ResidentBytes, StepConfig
 from optplan.profilers.live import profile as profiles
 from optplan.profilers.live import step_clock
-from optplan.profilers.live.measure import _Run
+from optplan.profilers.live.measure import Speed, _Run, step_time
 from optplan.profilers.live.phases import ModuleFollower, StepWatcher
 from optplan.profilers.live.profile import LiveProfile
 from optplan.profilers.live.step_clock import StepClock
@@ -237,3 +237,17 @@ def test_a_step_has_as_many_moments_as_are_prepared(micro_steps: int) -> None:
     with profile.observing():
         _train(model, profile.watcher._optimizer, steps=8, micro_steps=micro_steps)
     assert len(profile._clock._moments) == 5 * step_clock.moments_of_step(micro_steps)
+
+
+def test_how_fast_the_machine_is_is_kept_with_the_times() -> None:
+    model = _model()
+    profile = LiveProfile(model, torch.optim.SGD(model.parameters()))
+    with profile.observing():
+        _train(model, profile.watcher._optimizer, steps=7)
+    config = StepConfig("fp32", 1, 1, 1, "none", "sdpa", 1, "none")
+    time = step_time(profile, config, moved_bytes=600, speed=Speed(copy_bandwidth=4e12, launch_seconds=1.2e-5))
+    assert time is not None and time.num_steps == 3
+    assert (time.copy_bandwidth_bytes_per_second, time.host_launch_seconds) == (4e12, 1.2e-5)
+    assert time.optimizer_copy_fraction == pytest.approx(600 / time.phases["step"] / 4e12)
+    unknown = step_time(profile, config, moved_bytes=600, speed=Speed())
+    assert unknown is not None and (unknown.host_launch_seconds, unknown.optimizer_copy_fraction) == (None, None)

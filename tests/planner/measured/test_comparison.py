@@ -91,6 +91,13 @@ def test_rows_that_no_side_has_are_left_out(comparison: Comparison) -> None:
     assert not [row for row in comparison.rows if row.name == "device_bytes"]
 
 
+def test_how_fast_the_host_launched_is_shown_where_it_was_measured() -> None:
+    # 12.5 microseconds an operation are 80,000 a second.
+    found = compare([msgspec.structs.replace(MEASURED, host_launch_seconds=12.5e-6), PREDICTED])
+    assert _row(found, "time", "host_launches_per_second").values == [pytest.approx(80_000), None]
+    assert not [row for row in compare([MEASURED, PREDICTED]).rows if row.name == "host_launches_per_second"]
+
+
 def test_the_first_event_that_differs(comparison: Comparison) -> None:
     assert comparison.events == [
         EventDifference(0, 2, 1, "forward: allocates 1,000 B for gate", "forward: allocates 1,500 B for gate")

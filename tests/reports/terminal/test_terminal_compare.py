@@ -26,6 +26,7 @@ def comparison(label: str = "step.json.gz") -> Comparison:
             ComparedRow("totals", "device_bytes", "bytes", [5 * GIB, None], [0, None]),
             ComparedRow("time", "step", "seconds", [0.5, 0.55], [0, 0.05]),
             ComparedRow("time", "optimizer_copy_fraction", "share", [0.85, None], [0, None]),
+            ComparedRow("time", "host_launches_per_second", "per second", [81_300.8, None], [0, None]),
         ],
         events=[EventDifference(1, 7, 6, "forward: allocates 1,000 B for gate", None)],
         tensors=[TensorDifference("layers.0.gate", "activations", [1024, None])],
@@ -51,6 +52,7 @@ def test_each_number_with_its_difference() -> None:
     assert _line(text, "device, context included") == ["device,", "context", "included", "5.00", "GiB", "-"]
     assert _line(text, "step ") == ["step", "500.00", "ms", "550.00", "ms", "+10.00%"]
     assert _line(text, "optimizer, share of copy bandwidth")[-2:] == ["85.0%", "-"]
+    assert _line(text, "host, launches per second")[-2:] == ["81,301", "-"]
 
 
 def test_where_the_timelines_part() -> None:
