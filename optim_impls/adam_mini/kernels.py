@@ -105,7 +105,7 @@ def rows_kernel(
     beta1_rest, beta2, beta2_rest, eps,
     P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ON_DEVICE: tl.constexpr, STOCHASTIC: tl.constexpr,
     ALIGNED: tl.constexpr,
-    NUMEL: tl.constexpr, WIDTH: tl.constexpr, TILE_ROWS: tl.constexpr, TILES: tl.constexpr,
+    NUMEL: tl.constexpr, WIDTH: tl.constexpr, TILE_ROWS: tl.constexpr, TILES: tl.constexpr, CHUNK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Blocks of `NUMEL` elements that lie one after another: mean square, both moments and the update in one pass.
 
@@ -114,32 +114,33 @@ def rows_kernel(
         WIDTH: The next power of two.
         TILE_ROWS: Blocks of one program.
         TILES: Programs of one chunk.
+        CHUNK_ROWS: Blocks of one chunk. Its last program may have room for more, which are the next chunk's.
     """
     pieces, chunks = table + pieces_at, table + chunks_at
     program = tl.program_id(0)
     chunk, tile = program // TILES, program % TILES
     piece = tl.load(chunks + chunk * 2)
-    first = tl.load(chunks + chunk * 2 + 1) + tile * TILE_ROWS
-    num_rows = word(pieces, piece, SIZE_A)
-    if first < num_rows:
+    begin = tl.load(chunks + chunk * 2 + 1)
+    first, end = begin + tile * TILE_ROWS, tl.minimum(begin + CHUNK_ROWS, word(pieces, piece, SIZE_A))
+    if first < end:
         p_base, g_base, m_base = pointers(pieces, piece, P, G, M, ALIGNED)
         rows = first + tl.arange(0, TILE_ROWS)
         columns = tl.arange(0, WIDTH)
         offsets = rows[:, None] * NUMEL + columns[None, :]
         mask = columns[None, :] < NUMEL
         if TILE_ROWS > 1:
-            mask = mask & (rows < num_rows)[:, None]
+            mask = mask & (rows < end)[:, None]
         g = tl_fp32(tl.load(g_base + offsets, mask=mask, other=0.0))
         m = tl_fp32(tl.load(m_base + offsets, mask=mask, other=0.0))
         p = tl_fp32(tl.load(p_base + offsets, mask=mask, other=0.0))
         v_at = second_moment(pieces, piece) + rows
-        v = tl.load(v_at, mask=rows < num_rows, other=0.0)
+        v = tl.load(v_at, mask=rows < end, other=0.0)
         decay, step_size, inverse_root, scale = coefficients(
             pieces, piece, device_values, decay, step_size, inverse_root, scale, ON_DEVICE
         )
         g = g * scale
         v = decayed(v, tl.sum(g * g, axis=1) * (1.0 / NUMEL), beta2, beta2_rest)
-        tl.store(v_at, v, mask=rows < num_rows)
+        tl.store(v_at, v, mask=rows < end)
         m = m + (g - m) * beta1_rest
         tl.store(m_base + offsets, tl_cast(m, M), mask=mask)
         p = p * decay - m * step_over(v, step_size, inverse_root, eps)[:, None]

@@ -184,12 +184,13 @@ def _rows(call: _Call, launch: Launch) -> None:
 def _rows_constants(launch: Launch) -> dict[str, Any]:
     numel = launch.key.block_numel
     width = triton.next_power_of_2(numel)
-    tile_rows = max(1, _ROW_TILE_NUMEL // width)
+    tile_rows, chunk_rows = max(1, _ROW_TILE_NUMEL // width), max(1, ROW_CHUNK_NUMEL // numel)
     return {
         "NUMEL": numel,
         "WIDTH": width,
         "TILE_ROWS": tile_rows,
-        "TILES": -(-max(1, ROW_CHUNK_NUMEL // numel) // tile_rows),
+        "TILES": -(-chunk_rows // tile_rows),
+        "CHUNK_ROWS": chunk_rows,
         "num_warps": min(_MAX_WARPS, max(1, width * tile_rows // _ELEMENTS_PER_WARP)),
     }
 

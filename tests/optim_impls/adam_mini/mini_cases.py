@@ -28,6 +28,8 @@ CASES: dict[str, tuple[Parameter, int]] = {
     "many short rows": (_parameter("token_embedding", (4097, 3)), 4097),
     "wide rows": (_parameter("mlp", (3, 4097)), 3),
     "rows of several programs": (_parameter("output_head", (3, 20_001)), 3),
+    "rows of two chunks": (_parameter("mlp", (71, 1000)), 71),
+    "short rows of two chunks": (_parameter("value", (175, 384)), 175),
     "patches": (_parameter("patch_embedding", (6, 3, 4, 5), module="conv2d"), 6),
     "positions": (_parameter("position_embedding", (1, 11, 12), output_axes=(0, 1)), 11),
     "query": (_parameter("query", (24, 16), HeadLayout(6, num_query_heads=4)), 4),

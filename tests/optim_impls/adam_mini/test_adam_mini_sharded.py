@@ -31,7 +31,7 @@ OPTIONS: dict[str, Any] = {"lr": 0.02, "betas": (0.9, 0.95), "eps": 1e-6, "weigh
 NUM_RANKS, NUM_STEPS = 2, 2
 SHARDED = {
     "bias", "long bias", "many short rows", "one row", "patches", "query", "rows", "rows of one",
-    "rows of several programs", "wide rows", "key of many elements",
+    "rows of several programs", "wide rows", "key of many elements", "rows of two chunks", "short rows of two chunks",
 }  # fmt: skip
 """Cases whose second moments two ranks divide among them; of the others, each keeps all."""
 
