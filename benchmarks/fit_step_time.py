@@ -7,6 +7,9 @@
 The honest error is that of models left out: the steps of each model are predicted by a fit to those of all others.
 Printed beside it: the same by optimizer, and how far steps are from their like that differ in the optimizer alone,
 which is as near as any model of the work can come. No record is left out.
+
+Hosts differ. Where a record says how fast its own launched, that is held against the median of all that do; of the
+others each set of records has a factor that is fitted.
 """
 
 from __future__ import annotations
@@ -28,7 +31,6 @@ from optplan.planner.step_time_rates import (
     CALIBRATED_GPU,
     FitError,
     FitErrors,
-    HostRates,
     LinkRates,
     TimeModel,
     load_time_model,
@@ -58,16 +60,18 @@ FITTED = (
     Fitted("host", "seconds_per_collective", 1.5e-3, 0.01, 1e-4, 5e-3),
     Fitted("host", "seconds_per_reduced_tensor", 2e-4, 0.01, 1e-5, 1e-3),
 )
+BACKWARD_LAUNCH = Fitted("host", "seconds_per_backward_launch", 2e-5, 0.01, 2e-6, 5e-5)
+"""Told from the launches of forward only once records say how fast their hosts launched; both are the same before."""
 HOST_FACTOR = Fitted("records", "host_factor", 1.0, 0.01, 0.5, 2.0)
-"""Of every host but the first, which is the table's."""
+"""Of every host but the table's: that of the first records, or of none once records say how fast theirs launched."""
 
 
 def predicted_seconds(case: Case, model: TimeModel, update: Update | None = None) -> float:
     """Time of the step by the model, on the host that it was measured on."""
-    records, exponent = model.records[case.records], model.overlap.exponent
-    micro = micro_steps(case.work, case.request, GPU, model=_on_host(model, records.host_factor))
+    records, exponent, factor = model.records[case.records], model.overlap.exponent, host_factor(case, model)
+    micro = micro_steps(case.work, case.request, GPU, model=_on_host(model, factor))
     update = update or update_of(case, model)
-    busy = msgspec.structs.replace(update.busy, host=records.host_factor * update.busy.host)
+    busy = msgspec.structs.replace(update.busy, host=factor * update.busy.host)
     update = msgspec.structs.replace(update, busy=busy)
     if records.waited:
         return phase_ends(micro, update, num_steps=1, exponent=exponent)[-1]
@@ -80,20 +84,39 @@ def update_of(case: Case, model: TimeModel) -> Update:
     return optimizer_update(case.candidate, case.moved_bytes, GPU, case.request, model=model)
 
 
+def host_factor(case: Case, model: TimeModel) -> float:
+    """How much longer than the table's the case's host takes: as its record found, or as is fitted to its like."""
+    reference = model.host.launch_reference_seconds
+    if reference is None or case.host_launch_seconds is None:
+        return model.records[case.records].host_factor
+    return case.host_launch_seconds / reference
+
+
 def _on_host(model: TimeModel, factor: float) -> TimeModel:
-    rates = {name: factor * rate for name, rate in msgspec.structs.asdict(model.host).items()}
-    return msgspec.structs.replace(model, host=HostRates(**rates))
+    return msgspec.structs.replace(model, host=model.host.slower(factor))
 
 
 def bound_of(case: Case, model: TimeModel) -> str:
     """What decides the step's time by the model."""
-    micro = micro_steps(case.work, case.request, GPU, model=_on_host(model, model.records[case.records].host_factor))
+    micro = micro_steps(case.work, case.request, GPU, model=_on_host(model, host_factor(case, model)))
     return combine(micro, update_of(case, model), exponent=model.overlap.exponent).bound
+
+
+def fitted_rates(model: TimeModel) -> tuple[Fitted, ...]:
+    """The coefficients that are fitted, but for the hosts' factors."""
+    return FITTED if model.host.launch_reference_seconds is None else (*FITTED, BACKWARD_LAUNCH)
+
+
+def with_reference(model: TimeModel, cases: Sequence[Case]) -> TimeModel:
+    """With the median of what hosts took to launch an operation, where records tell."""
+    told = [case.host_launch_seconds for case in cases if case.host_launch_seconds is not None]
+    reference = float(_text(median(told))) if told else None
+    return msgspec.structs.replace(model, host=msgspec.structs.replace(model.host, launch_reference_seconds=reference))
 
 
 def fit(cases: Sequence[Case], start: TimeModel) -> TimeModel:
     """The coefficients with the least squared relative errors, found by a pattern search on their logarithms."""
-    fitted = [*FITTED, *[HOST_FACTOR] * (len(_hosts(start)) - 1)]
+    fitted = [*fitted_rates(start), *[HOST_FACTOR] * len(_fitted_hosts(start))]
     updates = [update_of(case, start) for case in cases]
 
     def loss(point: list[float]) -> float:
@@ -111,7 +134,7 @@ def fit(cases: Sequence[Case], start: TimeModel) -> TimeModel:
 def _rounded(model: TimeModel) -> TimeModel:
     """With the digits that the table has."""
     parts: dict[str, Any] = {name: getattr(model, name) for name in ("gpu", "host")}
-    for one in FITTED:
+    for one in (*FITTED, BACKWARD_LAUNCH):
         value = float(_text(getattr(parts[one.part], one.name)))
         parts[one.part] = msgspec.structs.replace(parts[one.part], **{one.name: value})
     records = [msgspec.structs.replace(row, host_factor=float(_text(row.host_factor))) for row in model.records]
@@ -138,17 +161,22 @@ def _searched(loss: Callable[[list[float]], float], point: list[float]) -> list[
 
 def _moved(start: TimeModel, logs: Sequence[float]) -> TimeModel:
     parts: dict[str, Any] = {name: getattr(start, name) for name in ("gpu", "host")}
-    for one, log in zip(FITTED, logs, strict=False):
+    rates = fitted_rates(start)
+    for one, log in zip(rates, logs, strict=False):
         parts[one.part] = msgspec.structs.replace(parts[one.part], **{one.name: _limited(one, log)})
-    factors = [1.0, *(_limited(HOST_FACTOR, log) for log in logs[len(FITTED) :])]
-    of_host = dict(zip(_hosts(start), factors, strict=True))
-    records = [msgspec.structs.replace(row, host_factor=of_host[row.host]) for row in start.records]
+    if BACKWARD_LAUNCH not in rates:
+        host = parts["host"]
+        parts["host"] = msgspec.structs.replace(host, seconds_per_backward_launch=host.seconds_per_launch)
+    factors = [_limited(HOST_FACTOR, log) for log in logs[len(rates) :]]
+    of_host = dict(zip(_fitted_hosts(start), factors, strict=True))
+    records = [msgspec.structs.replace(row, host_factor=of_host.get(row.host, 1.0)) for row in start.records]
     return msgspec.structs.replace(start, records=records, **parts)
 
 
-def _hosts(model: TimeModel) -> list[str]:
-    """The hosts of the records."""
-    return list(dict.fromkeys(row.host for row in model.records))
+def _fitted_hosts(model: TimeModel) -> list[str]:
+    """The hosts of the records that have a factor of their own."""
+    hosts = list(dict.fromkeys(row.host for row in model.records))
+    return hosts[1:] if model.host.launch_reference_seconds is None else hosts
 
 
 def _limited(one: Fitted, log: float) -> float:
@@ -228,8 +256,10 @@ def _show_summary(title: str, errors: Sequence[float]) -> None:
 
 def written(text: str, model: TimeModel, links: dict[str, LinkRates]) -> str:
     """The table's text with the fitted coefficients, the errors and the measured links."""
-    for one in FITTED:
+    for one in (*FITTED, BACKWARD_LAUNCH):
         text = _set(text, one.part, one.name, _text(getattr(getattr(model, one.part), one.name)))
+    if model.host.launch_reference_seconds is not None:
+        text = _set(text, "host", "launch_reference_seconds", _text(model.host.launch_reference_seconds))
     text = _set(text, "errors", "num_steps", str(model.errors.num_steps))
     for name in ("fitted", "held_out", "held_out_gpu", "held_out_host", "held_out_sharded"):
         found = getattr(model.errors, name)
@@ -247,12 +277,16 @@ def written(text: str, model: TimeModel, links: dict[str, LinkRates]) -> str:
 
 
 def _set(text: str, part: str, name: str, value: str) -> str:
+    """The text with a value of one of its parts, which is added at its end if it is not there."""
     start = text.index(f"\n[{part}]\n")
-    return text[:start] + re.sub(rf"(?m)^{name} = .*$", f"{name} = {value}", text[start:], count=1)
+    end = text.index("\n\n[", start)
+    entry, found = re.subn(rf"(?m)^{name} = .*$", f"{name} = {value}", text[start:end], count=1)
+    return text[:start] + entry + ("" if found else f"\n{name} = {value}") + text[end:]
 
 
-def _refitted(cases: Sequence[Case], start: TimeModel) -> TimeModel:
+def _refitted(cases: Sequence[Case], committed: TimeModel) -> TimeModel:
     """The fit to all steps with its errors, each printed."""
+    start = with_reference(committed, cases)
     by_optimizer = held_out(cases, start, optimizer_of)
     show_errors("optimizers left out", cases, [one.error for one in by_optimizer])
     found, model = held_out(cases, start), fit(cases, start)

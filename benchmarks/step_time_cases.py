@@ -42,6 +42,7 @@ class Case(NamedTuple):
         work: Its forward and backward.
         candidate: Its optimizer, which moves `moved_bytes`.
         records: Number of its records in the table.
+        host_launch_seconds: What its host took to launch one operation, None where the record does not say.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Case(NamedTuple):
     candidate: Candidate
     moved_bytes: int
     records: int
+    host_launch_seconds: float | None = None
 
 
 def read_cases(records: Sequence[FittedRecords]) -> list[Case]:
@@ -70,7 +72,8 @@ def _case_of_measurement(path: Path, records: int) -> Case:
     assert isinstance(record, Measurement) and record.time is not None and record.time.step_seconds is not None
     request, choices = asked_of(record)
     name, seconds = path.name.removesuffix(".json.gz"), record.time.step_seconds
-    return _case(name, (seconds, seconds - record.time.phases["step"]), request, choices, records)
+    case = _case(name, (seconds, seconds - record.time.phases["step"]), request, choices, records)
+    return case._replace(host_launch_seconds=record.time.host_launch_seconds)
 
 
 def _case_of_row(row: dict[str, Any], records: int) -> Case:

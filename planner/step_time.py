@@ -162,7 +162,7 @@ def _accumulating(request: StepRequest, gpu: Gpu, *, model: TimeModel) -> Busy:
     is_divided = request.config.sharding in (*FULL_SHARDINGS, "zero2")
     held = _updated_share(request) if is_divided else 1.0
     moved = _MOVES_PER_ADDED_BYTE * held * itemsize * spec.num_parameters
-    launching = model.host.seconds_per_launch * len(spec.trained_parameters)
+    launching = model.host.seconds_per_backward_launch * len(spec.trained_parameters)
     return Busy(moved / (gpu.achievable_bandwidth_bytes_per_s or 1.0), launching)
 
 
@@ -180,8 +180,10 @@ def phase_busy(work: PhaseWork, gpu: Gpu, precision: str, *, model: TimeModel) -
     seconds = work.product_flops / (share * peak) + work.attention_flops / (rates.attention_share * peak)
     moved = rates.moves_per_written_byte * work.written_bytes + _MOVES_PER_COPIED_BYTE * work.copied_bytes
     seconds += moved / bandwidth + rates.seconds_per_launch * work.num_launches
-    launching = host.seconds_per_launch * work.num_launches + host.seconds_per_module * work.num_modules
-    return Busy(seconds, launching + host.seconds_per_collective * work.num_collectives)
+    launching = host.seconds_per_launch * (work.num_launches - work.num_backward_launches)
+    launching += host.seconds_per_backward_launch * work.num_backward_launches
+    calling = host.seconds_per_module * work.num_modules + host.seconds_per_collective * work.num_collectives
+    return Busy(seconds, launching + calling)
 
 
 def _product_peak(gpu: Gpu, precision: str, *, model: TimeModel) -> tuple[float, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from functools import cache
 from importlib.resources import files
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -36,16 +36,25 @@ class HostRates(msgspec.Struct, frozen=True):
     """Seconds that the host takes.
 
     Attributes:
-        seconds_per_launch: To launch one operation.
+        seconds_per_launch: To launch one operation from Python.
+        seconds_per_backward_launch: The same from autograd's own thread.
         seconds_per_module: To call one module in Python besides.
         seconds_per_collective: To gather or reduce one group of FSDP2, with its hooks.
         seconds_per_reduced_tensor: To have one parameter's gradient reduced by DDP.
+        launch_reference_seconds: What `host_launch_seconds` of a record is on this host, None if no record tells.
     """
 
     seconds_per_launch: float
+    seconds_per_backward_launch: float
     seconds_per_module: float
     seconds_per_collective: float
     seconds_per_reduced_tensor: float
+    launch_reference_seconds: float | None = None
+
+    def slower(self, factor: float) -> HostRates:
+        """Of a host that takes so many times as long for everything."""
+        values: dict[str, Any] = msgspec.structs.asdict(self)
+        return HostRates(**{name: None if value is None else factor * value for name, value in values.items()})
 
 
 class OptimizerRates(msgspec.Struct, frozen=True):
@@ -130,7 +139,8 @@ class FittedRecords(msgspec.Struct, frozen=True):
     Attributes:
         path: File or folder in the repository.
         num_steps: Steps taken from there.
-        host: The host that they were measured on; `host_factor` says how much longer it took than the table's `host`.
+        host: The host that they were measured on; `host_factor` says how much longer it took than the table's `host`,
+            unless a record itself says how fast its host launched.
         waited: Whether each step was waited for before the next: then the GPU is idle until the first launches.
     """
 

@@ -4,7 +4,8 @@ Products are counted from the model's matrices, the rest from the step rules: ev
 allocate is written once and read a few times, save what products write in backward: their time is that of their
 operations. What is copied for collectives is counted on its own, what they write themselves is the links' time. Every
 tensor that is not written beside another is a launch of the host. What checkpointing computes again is on the rules'
-tape: each layer's forward up to the last tensor that its backward needs, so mostly without its last product.
+tape: each layer's forward up to the last tensor that its backward needs, so mostly without its last product. It is
+told by what it makes, which in forward and in gradients has different names.
 
 Source: `torch/utils/checkpoint.py` (`early_stop`).
 """
@@ -61,6 +62,7 @@ class PhaseWork(msgspec.Struct, frozen=True):
         num_launches: Operations that the host launches.
         num_modules: Modules that it calls in Python: in backward only those that run again.
         num_collectives: Gathers and reductions of fully sharded groups; a group that runs again is asked once more.
+        num_backward_launches: Launches that autograd's own thread makes; the others come from Python.
     """
 
     product_flops: float
@@ -70,6 +72,7 @@ class PhaseWork(msgspec.Struct, frozen=True):
     num_launches: int
     num_modules: float
     num_collectives: float = 0.0
+    num_backward_launches: int = 0
 
 
 class StepWork(msgspec.Struct, frozen=True):
@@ -142,6 +145,7 @@ def step_work(spec: ModelSpec, options: StepOptions, program: Program) -> StepWo
             backward.num_launches,
             again * forward.num_layer_modules,
             backward.num_collectives + again * forward.num_collectives,
+            backward.num_launches - _relaunched(program),
         ),
     )
 
@@ -175,11 +179,9 @@ def _stretches(program: Program, phase: Phase) -> Iterator[tuple[Sequence[Record
 
 
 def _sums_of(records: Sequence[Record], *, in_layer: bool) -> _Sums:
-    written = copied = launches = collectives = 0
+    written = copied = collectives = 0
     modules = set()
     for record in records:
-        if record.category != "workspace":
-            launches += _LAUNCHES.get(record.operation, 1)
         if record.operation.startswith(_COLLECTIVES):
             collectives += 1
         if record.operation in _WRITTEN_BY_OTHERS:
@@ -189,7 +191,27 @@ def _sums_of(records: Sequence[Record], *, in_layer: bool) -> _Sums:
         else:
             written += record.num_bytes
             modules.add(record.path)
+    launches = sum(map(_launches, records))
     return _Sums(written, copied, launches, len(modules), len(modules) if in_layer else 0, collectives)
+
+
+def _launches(record: Record) -> int:
+    return 0 if record.category == "workspace" else _LAUNCHES.get(record.operation, 1)
+
+
+def _relaunched(program: Program) -> int:
+    """Launches in backward that make in a layer what its forward made: what is computed, or gathered, again."""
+    made = {
+        (layer, record.path, record.operation)
+        for records, layer, _ in _stretches(program, "forward")
+        for record in records
+    }
+    return sum(
+        count * _launches(record)
+        for records, layer, count in _stretches(program, "backward")
+        for record in records
+        if layer is not None and (layer, record.path, record.operation) in made
+    )
 
 
 def _recomputed_flops(program: Program, flops: Mapping[str, float]) -> float:
