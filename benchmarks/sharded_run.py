@@ -8,8 +8,10 @@ its norms are shorter than a block of MicroAdam.
 from __future__ import annotations
 
 import gc
+import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,10 +83,11 @@ class Run:
     def _step(self, windows: torch.Tensor) -> tuple[float, dict[str, dict[str, int]]]:
         peaks = {}
         self._reset_peaks()
-        logits = self.model(windows[:, :-1])
-        loss = F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
-        peaks["forward"] = self._peaks()
-        loss.backward()
+        with _fixed_order():
+            logits = self.model(windows[:, :-1])
+            loss = F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
+            peaks["forward"] = self._peaks()
+            loss.backward()
         peaks["backward"] = self._peaks()
         self.optimizer.step()
         peaks["step"] = self._peaks()
@@ -135,10 +138,20 @@ class Run:
 
 
 def set_deterministic() -> None:
-    """Kernels that add in a fixed order, so that runs can be held against each other to the bit."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    """Products that add in a fixed order; to be called before the first of them."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # https://docs.nvidia.com/cuda/cublas/#results-reproducibility
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass adds in any order
     torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+@contextmanager
+def _fixed_order() -> Iterator[None]:
+    """Passes that add in a fixed order, FlashAttention's backward too, so that runs can be compared bit by bit."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def train_sharded(plan: Plan, device: torch.device, mesh: Any, folder: Path) -> dict[str, Any]:
