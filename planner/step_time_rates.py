@@ -53,8 +53,9 @@ class HostRates(msgspec.Struct, frozen=True):
 
     def slower(self, factor: float) -> HostRates:
         """Of a host that takes so many times as long for everything."""
-        values: dict[str, Any] = msgspec.structs.asdict(self)
-        return HostRates(**{name: None if value is None else factor * value for name, value in values.items()})
+        rates = msgspec.structs.asdict(self).items()
+        slower: dict[str, Any] = {name: None if rate is None else factor * rate for name, rate in rates}
+        return HostRates(**slower)
 
 
 class OptimizerRates(msgspec.Struct, frozen=True):
