@@ -118,17 +118,36 @@ def fit(cases: Sequence[Case], start: TimeModel) -> TimeModel:
     """The coefficients with the least squared relative errors, found by a pattern search on their logarithms."""
     fitted = [*fitted_rates(start), *[HOST_FACTOR] * len(_fitted_hosts(start))]
     updates = [update_of(case, start) for case in cases]
+    known: list[dict[tuple[float, ...], float]] = [{} for _ in cases]
+
+    def error(index: int, model: TimeModel) -> float:
+        """Of a case; most coefficients are none of its business, and one alone changes at a time."""
+        case, found, rates = cases[index], known[index], _rates_of(cases[index], model)
+        if rates not in found:
+            found[rates] = math.log(predicted_seconds(case, model, updates[index]) / case.seconds) ** 2
+        return found[rates]
 
     def loss(point: list[float]) -> float:
         model = _moved(start, point)
-        errors = [
-            math.log(predicted_seconds(case, model, update) / case.seconds) ** 2
-            for case, update in zip(cases, updates, strict=True)
-        ]
+        errors = [error(index, model) for index in range(len(cases))]
         kept = sum(one.keep * log**2 for one, log in zip(fitted, point, strict=True))
         return fmean(errors) + kept / len(cases)
 
     return _rounded(_moved(start, _searched(loss, [0.0] * len(fitted))))
+
+
+def _rates_of(case: Case, model: TimeModel) -> tuple[float, ...]:
+    """The fitted coefficients that a case's forward and backward depend on."""
+    gpu, host, config = model.gpu, model.host, case.request.config
+    return (
+        gpu.product_share_fp32 if config.precision == "fp32" else gpu.product_share_16bit,
+        gpu.moves_per_written_byte,
+        host.seconds_per_launch,
+        host.seconds_per_backward_launch,
+        host.seconds_per_module,
+        *((host.seconds_per_collective, host.seconds_per_reduced_tensor) if config.gpus > 1 else ()),
+        host_factor(case, model),
+    )
 
 
 def _rounded(model: TimeModel) -> TimeModel:
