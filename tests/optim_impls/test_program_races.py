@@ -1,12 +1,13 @@
 """The search for programs of one launch that disturb each other, on kernels that do and kernels that do not."""
 
+# ruff: noqa: N803
+
 from __future__ import annotations
 
 import re
 import runpy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
