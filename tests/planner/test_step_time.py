@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import tomllib
 from importlib import util
@@ -27,7 +26,7 @@ from optplan.planner.requested_step import step_options
 from optplan.planner.step.rules import record_step
 from optplan.planner.step_time import Busy, MicroSteps, Update, combine, longer, micro_steps, phase_busy, phase_ends
 from optplan.planner.step_time_links import link_basis, link_seconds, link_traffic
-from optplan.planner.step_time_rates import TimeModel, load_time_model
+from optplan.planner.step_time_rates import load_time_model
 from optplan.planner.step_time_work import PhaseWork, StepWork, product_flops, step_work
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,57 +112,6 @@ def test_the_committed_coefficients_are_the_fit(fitting: ModuleType, cases: list
 def test_writing_the_fit_again_changes_nothing(fitting: ModuleType) -> None:
     text = fitting.TABLE.read_text("utf-8")
     assert fitting.written(text, load_time_model(), {}) == text
-
-
-def _without_reference() -> TimeModel:
-    """The committed coefficients as they are where no record tells how fast its host launched."""
-    model = load_time_model()
-    return msgspec.structs.replace(model, host=msgspec.structs.replace(model.host, launch_reference_seconds=None))
-
-
-def _told(fitting: ModuleType, cases: list[Any], model: TimeModel) -> list[Any]:
-    """Small steps, mostly decided by the host, as they would be on hosts of other speeds that their records tell."""
-    speeds, small = [0.5, 0.8, 1.0, 1.3, 2.1], [case for case in cases if fitting.model_of(case) == "gpt2"]
-    found = []
-    for index, case in enumerate(small):
-        told = case._replace(host_launch_seconds=8e-6 * speeds[index % 5])
-        found.append(told._replace(seconds=fitting.predicted_seconds(told, model)))
-    return found
-
-
-def test_what_records_tell_of_their_hosts_is_their_factor(fitting: ModuleType, cases: list[Any]) -> None:
-    untold_model = _without_reference()
-    host = msgspec.structs.replace(
-        untold_model.host, launch_reference_seconds=8e-6, seconds_per_launch=2e-5, seconds_per_backward_launch=1e-5
-    )
-    told = _told(fitting, cases, msgspec.structs.replace(untold_model, host=host))
-    start = fitting.with_reference(untold_model, told)
-    assert start.host.launch_reference_seconds == 8e-6
-    assert [round(fitting.host_factor(case, start), 3) for case in told[:5]] == [0.5, 0.8, 1.0, 1.3, 2.1]
-    # From steps of gpt2 alone not every coefficient can be told, but their times can.
-    assert max(map(abs, fitting.errors_of(told, fitting.fit(told, start)))) < 0.05
-    untold = [case._replace(host_launch_seconds=None) for case in told]
-    assert fitting.with_reference(start, untold) == untold_model
-    assert {fitting.host_factor(case, start) for case in untold} <= {row.host_factor for row in start.records}
-    fitted = fitting.fit(untold, untold_model)
-    assert max(map(abs, fitting.errors_of(untold, fitted))) > 0.4
-    assert fitted.host.seconds_per_backward_launch == fitted.host.seconds_per_launch
-
-
-def test_launches_of_backward_have_a_rate_once_records_tell_of_their_hosts(fitting: ModuleType) -> None:
-    model = _without_reference()
-    assert fitting.BACKWARD_LAUNCH not in fitting.fitted_rates(model)
-    text = re.sub(r"(?m)^launch_reference_seconds = .*\n", "", fitting.TABLE.read_text("utf-8"))
-    found = msgspec.structs.replace(
-        model.host, seconds_per_launch=2e-5, seconds_per_backward_launch=9e-6, launch_reference_seconds=7.654e-6
-    )
-    written = fitting.written(text, msgspec.structs.replace(model, host=found), {})
-    assert tomllib.loads(written)["host"] == tomllib.loads(text)["host"] | {
-        "seconds_per_launch": 2e-5, "seconds_per_backward_launch": 9e-6, "launch_reference_seconds": 7.65e-6,
-    }  # fmt: skip
-    told = msgspec.convert(tomllib.loads(written), type(model))
-    assert fitting.written(written, told, {}) == written
-    assert fitting.BACKWARD_LAUNCH in fitting.fitted_rates(told)
 
 
 def test_measured_links_replace_cited_ones(fitting: ModuleType, tmp_path: Path) -> None:
@@ -267,25 +215,6 @@ def test_launches_of_gpt2() -> None:
     works = [step_work(spec, step_options(request), record_step(spec, step_options(request))) for spec in layers]
     launches = works[0].forward.num_launches - works[1].forward.num_launches
     assert launches == 2 + 4 + 1 + 2 + 2 + 8
-
-
-@pytest.mark.parametrize(
-    ("model", "precision", "launched"),
-    [("gpt2", "bf16", 361), ("gpt2", "amp", 554), ("qwen3-0.6b", "bf16", 2599), ("mixtral-8x7b", "fp32", 2835)],
-)
-@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-def test_what_is_computed_again_is_launched_from_python(
-    model: str, precision: str, launched: int, checkpointing: str
-) -> None:
-    # Gradients take as many launches, of autograd's own thread, whatever was computed again between them.
-    request = check_request(
-        load_model(model), gpu="h200", seq_len=512, batch_size=2, precision=precision, checkpointing=checkpointing
-    )
-    options = step_options(request)
-    work = step_work(request.model, options, record_step(request.model, options))
-    assert work.backward.num_backward_launches == launched
-    assert (work.backward.num_launches > launched) == (checkpointing != "none")
-    assert work.forward.num_backward_launches == 0
 
 
 def test_launches_from_python_and_of_autograd_have_rates_of_their_own() -> None:

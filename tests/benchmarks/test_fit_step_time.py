@@ -1,0 +1,90 @@
+"""What records tell of their hosts, in the fit of the step-time model."""
+
+from __future__ import annotations
+
+import re
+import sys
+import tomllib
+from importlib import util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import msgspec
+import pytest
+
+from optplan.planner.step_time_rates import TimeModel, load_time_model
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def fitting() -> ModuleType:
+    """The script that fits the coefficients."""
+    folder = str(ROOT / "benchmarks")
+    sys.path.insert(0, folder)
+    spec = util.spec_from_file_location("fit_step_time", ROOT / "benchmarks" / "fit_step_time.py")
+    assert spec is not None and spec.loader is not None
+    module = util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    sys.path.remove(folder)
+    return module
+
+
+@pytest.fixture(scope="module")
+def cases(fitting: ModuleType) -> list[Any]:
+    """The measured steps of one host."""
+    found: list[Any] = fitting.read_cases(load_time_model().records[:1])
+    return found
+
+
+def _without_reference() -> TimeModel:
+    """The committed coefficients as they are where no record tells how fast its host launched."""
+    model = load_time_model()
+    return msgspec.structs.replace(model, host=msgspec.structs.replace(model.host, launch_reference_seconds=None))
+
+
+def _told(fitting: ModuleType, cases: list[Any], model: TimeModel) -> list[Any]:
+    """Small steps, mostly decided by the host, as they would be on hosts of other speeds that their records tell."""
+    speeds, small = [0.5, 0.8, 1.0, 1.3, 2.1], [case for case in cases if fitting.model_of(case) == "gpt2"]
+    found = []
+    for index, case in enumerate(small):
+        told = case._replace(host_launch_seconds=8e-6 * speeds[index % 5])
+        found.append(told._replace(seconds=fitting.predicted_seconds(told, model)))
+    return found
+
+
+def test_what_records_tell_of_their_hosts_is_their_factor(fitting: ModuleType, cases: list[Any]) -> None:
+    untold_model = _without_reference()
+    host = msgspec.structs.replace(
+        untold_model.host, launch_reference_seconds=8e-6, seconds_per_launch=2e-5, seconds_per_backward_launch=1e-5
+    )
+    told = _told(fitting, cases, msgspec.structs.replace(untold_model, host=host))
+    start = fitting.with_reference(untold_model, told)
+    assert start.host.launch_reference_seconds == 8e-6
+    assert [round(fitting.host_factor(case, start), 3) for case in told[:5]] == [0.5, 0.8, 1.0, 1.3, 2.1]
+    # From steps of gpt2 alone not every coefficient can be told, but their times can.
+    assert max(map(abs, fitting.errors_of(told, fitting.fit(told, start)))) < 0.05
+    untold = [case._replace(host_launch_seconds=None) for case in told]
+    assert fitting.with_reference(start, untold) == untold_model
+    assert {fitting.host_factor(case, start) for case in untold} <= {row.host_factor for row in start.records}
+    fitted = fitting.fit(untold, untold_model)
+    assert max(map(abs, fitting.errors_of(untold, fitted))) > 0.4
+    assert fitted.host.seconds_per_backward_launch == fitted.host.seconds_per_launch
+
+
+def test_launches_of_backward_have_a_rate_once_records_tell_of_their_hosts(fitting: ModuleType) -> None:
+    model = _without_reference()
+    assert fitting.BACKWARD_LAUNCH not in fitting.fitted_rates(model)
+    text = re.sub(r"(?m)^launch_reference_seconds = .*\n", "", fitting.TABLE.read_text("utf-8"))
+    found = msgspec.structs.replace(
+        model.host, seconds_per_launch=2e-5, seconds_per_backward_launch=9e-6, launch_reference_seconds=7.654e-6
+    )
+    written = fitting.written(text, msgspec.structs.replace(model, host=found), {})
+    assert tomllib.loads(written)["host"] == tomllib.loads(text)["host"] | {
+        "seconds_per_launch": 2e-5, "seconds_per_backward_launch": 9e-6, "launch_reference_seconds": 7.65e-6,
+    }  # fmt: skip
+    told = msgspec.convert(tomllib.loads(written), type(model))
+    assert fitting.written(written, told, {}) == written
+    assert fitting.BACKWARD_LAUNCH in fitting.fitted_rates(told)
