@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 
 LOAD, STORE, ATOMIC = range(3)
@@ -308,9 +309,18 @@ def watched(tensors: Callable[[], Mapping[str, torch.Tensor]] | None = None) -> 
 
     builder, launches = interpreter.interpreter_builder, []
     log = _Log(builder)
-    plain = interpreter.GridExecutor.__call__
+    plain, prepared = interpreter.GridExecutor.__call__, set()
+
+    def call(self: Any, *arguments: Any, **more: Any) -> Any:
+        # The interpreter would prepare the whole language for every call of a device function, a quarter of its time;
+        # for those of one module once in a launch is enough.
+        if id(self.fn.__globals__) not in prepared:
+            prepared.add(id(self.fn.__globals__))
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*arguments, **more)
 
     def launch(self: Any, *arguments: Any, **more: Any) -> None:
+        prepared.clear()
         log.__init__(builder)  # type: ignore[misc]
         plain(self, *arguments, **more)
         if log.accesses:
@@ -320,16 +330,12 @@ def watched(tensors: Callable[[], Mapping[str, torch.Tensor]] | None = None) -> 
             x, y, z = builder.grid_dim
             launches.append(Launch(self.fn.__name__, x * y * z, check.writers(named)))
 
-    watching = _watching(builder, log)
-    interpreter.GridExecutor.__call__ = launch
-    try:
-        for name, function in watching.items():
-            setattr(builder, name, function)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.GridExecutor, "__call__", launch)
+        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        for name, function in _watching(builder, log).items():
+            patch.setattr(builder, name, function)
         yield launches
-    finally:
-        interpreter.GridExecutor.__call__ = plain
-        for name in watching:
-            delattr(builder, name)
 
 
 def _watching(builder: Any, log: _Log) -> dict[str, Callable[..., Any]]:
