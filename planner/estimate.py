@@ -13,7 +13,7 @@ from optplan.planner.models.spec import ModelSpec
 from optplan.planner.recommend import recommend
 from optplan.planner.records import Estimate, EstimateReport, ModelRow, Recommendation, Skipped, TensorRow
 from optplan.planner.request import StepFlags, StepRequest, check_request
-from optplan.planner.sharding.search import fewest_gpus_note
+from optplan.planner.sharding.search_note import fewest_gpus_note
 from optplan.planner.step_timer import StepTimer
 from optplan.planner.units import MIB, format_bytes
 from optplan.planner.version import VERSION
@@ -77,7 +77,7 @@ def estimate_request(
     estimates = [
         _estimate(workload, timer, candidate, chosen[candidate.id], per_tensor=per_tensor) for candidate in ordered
     ]
-    fewest = fewest_gpus_note(request, ordered[0].optimizer) if [row.fits for row in estimates] == [False] else None
+    fewest = fewest_gpus_note(workload, ordered[0]) if [row.fits for row in estimates] == [False] else None
     return EstimateReport(
         version=VERSION,
         engine=request.engine,

@@ -28,11 +28,13 @@ class Shortage(msgspec.Struct, frozen=True):
         requested_bytes: What was asked for.
         allocated_bytes: What tensors held.
         reserved_bytes: What was held from the driver, after all that can be given back was.
+        num_steps: Whole steps that had been taken by then.
     """
 
     requested_bytes: int
     allocated_bytes: int
     reserved_bytes: int
+    num_steps: int = 0
 
     def __str__(self) -> str:
         cached = format_bytes(self.reserved_bytes - self.allocated_bytes)
@@ -75,9 +77,9 @@ class LimitedSteps:
         try:
             self._simulator.take_steps(state_bytes, step, num_steps=_NUM_STEPS)
         except OutOfMemory as error:
-            return _shortage(error)
+            return _shortage(error, self._simulator.num_steps_taken)
         return None
 
 
-def _shortage(error: OutOfMemory) -> Shortage:
-    return Shortage(error.requested_bytes, error.allocated_bytes, error.reserved_bytes)
+def _shortage(error: OutOfMemory, num_steps: int = 0) -> Shortage:
+    return Shortage(error.requested_bytes, error.allocated_bytes, error.reserved_bytes, num_steps)

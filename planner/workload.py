@@ -26,6 +26,7 @@ from optplan.planner.requested_step import largest_stage, num_in_flight, residen
 from optplan.planner.sharding.rank import rank_footprint, updated_parameters, write_rank_step
 from optplan.planner.sharding.report import rank_notes, resident_sizes
 from optplan.planner.shortage import LimitedSteps, Shortage
+from optplan.planner.step.micro_steps import MicroSteps, record_micro_steps
 from optplan.planner.step.optimizer_step import temporary_bytes
 from optplan.planner.step.rules import StepMemory, has_rules, step_memory
 from optplan.planner.step.simulated_device import SimulatedStep
@@ -35,11 +36,11 @@ from optplan.planner.tensors import Parameter
 from optplan.planner.timeline import Category, Phase, Timeline, TimelineBuilder
 
 _LARGEST_BATCH = 2**20
-
-
 _TRUSTED_ROOM = 0.1
 """Share of the usable bytes that a peak of rounded sums must leave for the simulation not to be asked: measured steps
 allocate up to 3.6 % more than the sums of their rounded requests, and a tenth can be cached where nothing fits in."""
+_STEPS_WITHOUT_LIMIT = 2
+"""Steps that the simulation of the peaks takes at least."""
 
 
 class StepPeaks(msgspec.Struct, frozen=True):
@@ -74,7 +75,9 @@ class Workload:
         self._simulators: dict[int, StepSimulator] = {}
         self._peaks: dict[tuple[OptimizerModel, int], StepPeaks] = {}
         self._limited: dict[int, LimitedSteps] = {}
+        self._failures: dict[tuple[OptimizerModel, int], Shortage | None] = {}
         self._shortages: dict[tuple[OptimizerModel, int], Shortage | None] = {}
+        self._recorded: dict[int, MicroSteps] = {}
         self._memories: dict[int, StepMemory] = {}
         self._steps: dict[OptimizerModel, Timeline] = {}
         self._temporary_bytes: dict[OptimizerModel, int] = {}
@@ -87,6 +90,8 @@ class Workload:
     def at(self, request: StepRequest) -> Workload:
         """Another request answered in the same way; what both have in common is not worked out again."""
         other = Workload(request)
+        if _makes_same_requests(request, self.request):
+            other._recorded = self._recorded
         if _takes_same_optimizer_step(request, self.request):
             other._steps, other._temporary_bytes = self._steps, self._temporary_bytes
         return other
@@ -212,18 +217,35 @@ class Workload:
 
     def _find_shortage(self, candidate: Candidate, batch_size: int) -> Shortage | None:
         peaks, most = self.peaks(candidate, batch_size=batch_size), self.request.gpu.usable_bytes
+        if peaks is None or peaks.peak_bytes > self.usable_bytes:
+            return None
+        if max(peaks.reserved_range_bytes or (peaks.reserved_bytes,)) <= most:
+            return None
+        return self._within_limit(candidate, batch_size) if self._asks_limit(candidate, batch_size) else None
+
+    def _within_limit(self, candidate: Candidate, batch_size: int) -> Shortage | None:
+        """The request that fails in steps on a device of this size, None if they come through."""
+        if (key := (candidate.optimizer, batch_size)) not in self._failures:
+            if batch_size not in self._limited:
+                make = partial(self._make_simulator, batch_size)
+                self._limited[batch_size] = LimitedSteps(make, allowed_bytes=self.request.gpu.usable_bytes)
+            sizes = candidate.footprint.device_sizes(self._parameters)
+            self._failures[key] = self._limited[batch_size].shortage(sizes, self.step_timeline(candidate))
+        return self._failures[key]
+
+    def sure_shortage(self, candidate: Candidate) -> Shortage | None:
+        """The request that fails in the first two steps, found without the peaks; `fits` says False of such a step."""
+        # Without a limit these steps reserve more than there is: the peak is too high, or this is the shortage.
+        batch_size = self.request.config.batch_size
+        failure = self._within_limit(candidate, batch_size) if self._asks_limit(candidate, batch_size) else None
+        return failure if failure is not None and failure.num_steps < _STEPS_WITHOUT_LIMIT else None
+
+    def _asks_limit(self, candidate: Candidate, batch_size: int) -> bool:
+        """Whether steps that fit by bytes are to be simulated with the limit."""
         # An optimizer that steps within backward leaves nothing of the gradients to give back.
-        if peaks is None or not self.simulates_limit or self.request.config.step_in_backward:
-            return None
-        if peaks.peak_bytes > self.usable_bytes or max(peaks.reserved_range_bytes or (peaks.reserved_bytes,)) <= most:
-            return None
-        if self.rounded_peak_bytes(candidate, batch_size=batch_size) <= self.usable_bytes * (1 - _TRUSTED_ROOM):
-            return None
-        if batch_size not in self._limited:
-            make = partial(self._make_simulator, batch_size)
-            self._limited[batch_size] = LimitedSteps(make, allowed_bytes=most)
-        sizes = candidate.footprint.device_sizes(self._parameters)
-        return self._limited[batch_size].shortage(sizes, self.step_timeline(candidate))
+        if not (self.has_rules and self.simulates_limit) or self.request.config.step_in_backward:
+            return False
+        return not self.leaves_room(self.rounded_peak_bytes(candidate, batch_size=batch_size))
 
     def max_batch_size(self, candidate: Candidate) -> int | None:
         """Largest micro-batch that runs in the usable bytes, 0 if not even one sequence does.
@@ -247,21 +269,16 @@ class Workload:
             return _largest(low, partial(self.surely_fits, candidate))
         return _largest(low, partial(self._comes_through, candidate))
 
-    def has_room(self, candidate: Candidate, batch_size: int) -> bool:
-        """Whether the peak is within the usable bytes, whatever fragmentation does to the rest."""
-        quick = self.rounded_peak_bytes(candidate, batch_size=batch_size)
-        if quick <= self.usable_bytes * (1 - _TRUSTED_ROOM):
-            return True
-        peaks = self.peaks(candidate, batch_size=batch_size) if quick <= self.usable_bytes else None
-        return peaks is not None and peaks.peak_bytes <= self.usable_bytes
+    def leaves_room(self, num_bytes: int) -> bool:
+        """Whether a peak of rounded sums leaves so much that no simulation is needed."""
+        return num_bytes <= self.usable_bytes * (1 - _TRUSTED_ROOM)
 
     def surely_fits(self, candidate: Candidate, batch_size: int) -> bool:
         """Whether the step runs in the usable bytes: by the quick peak where that leaves room, else simulated."""
-        usable = self.usable_bytes
         quick = self.rounded_peak_bytes(candidate, batch_size=batch_size)
-        if quick <= usable * (1 - _TRUSTED_ROOM):
+        if self.leaves_room(quick):
             return True
-        return quick <= usable and self._comes_through(candidate, batch_size)
+        return quick <= self.usable_bytes and self._comes_through(candidate, batch_size)
 
     def state_variants(self, candidate: Candidate) -> dict[str, int]:
         """Bytes of device state under each of the optimizer's variants, such as the ends of Adapprox's rank."""
@@ -300,10 +317,13 @@ class Workload:
         return self._simulators[batch_size]
 
     def _make_simulator(self, batch_size: int, *, allowed_bytes: int | None = None) -> StepSimulator:
-        dtype = self.request.policy.master_dtype
+        dtype, model = self.request.policy.master_dtype, self.request.rank_model
+        options = step_options(self.request, batch_size=batch_size)
+        if batch_size not in self._recorded:
+            self._recorded[batch_size] = record_micro_steps(model, options, self._strategy)
         return StepSimulator(
-            self.request.rank_model,
-            step_options(self.request, batch_size=batch_size),
+            model,
+            options,
             master_bytes=[p.numel * ITEMSIZE_BYTES[dtype] for p in self._parameters] if dtype else [],
             clips=self.request.config.clip_grad_norm is not None,
             empties_cache=self.request.config.empty_cache,
@@ -311,6 +331,7 @@ class Workload:
             strategy=self._strategy,
             num_in_flight=num_in_flight(self.request),
             allowed_bytes=allowed_bytes,
+            recorded=self._recorded[batch_size],
         )
 
     def moved_bytes(self, candidate: Candidate) -> int:
@@ -369,3 +390,9 @@ def _takes_same_optimizer_step(request: StepRequest, other: StepRequest) -> bool
         and request.model is other.model
         and (request.gpu, request.state_dtype) == (other.gpu, other.state_dtype)
     )
+
+
+def _makes_same_requests(request: StepRequest, other: StepRequest) -> bool:
+    """Whether two requests differ in no more than in the allocator's settings."""
+    config = msgspec.structs.replace(request.config, alloc_conf=other.config.alloc_conf)
+    return msgspec.structs.replace(request, config=config) == other

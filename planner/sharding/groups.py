@@ -21,20 +21,28 @@ class ParameterGroups:
     def __init__(self, parameters: Sequence[Parameter], layer_name: Callable[[int], str]) -> None:
         self._parameters = parameters
         self._layer_name = layer_name
-        self._layers: dict[int, Group] = {}
+        self._modules = _by_module(parameters)
 
     def of_layer(self, layer: int) -> Group:
         """Those of one layer."""
-        if layer not in self._layers:
-            prefix = self._layer_name(layer) + "."
-            owned = (p for p in self._parameters if p.name.startswith(prefix))
-            self._layers[layer] = {p.name.removeprefix(prefix): p for p in owned}
-        return self._layers[layer]
+        return self._modules.get(self._layer_name(layer), {})
 
     def of_root(self, num_layers: int) -> Group:
         """Those outside the layers."""
         prefixes = tuple(self._layer_name(layer) + "." for layer in range(num_layers))
         return {p.name: p for p in self._parameters if not p.name.startswith(prefixes)}
+
+
+def _by_module(parameters: Sequence[Parameter]) -> dict[str, Group]:
+    """The parameters of every module, found in one pass: a large model has many layers."""
+    modules: dict[str, Group] = {}
+    for parameter in parameters:
+        name = parameter.name
+        end = name.find(".")
+        while end > 0:
+            modules.setdefault(name[:end], {})[name[end + 1 :]] = parameter
+            end = name.find(".", end + 1)
+    return modules
 
 
 def all_groups(parameters: Sequence[Parameter], num_layers: int, layer_name: Callable[[int], str]) -> Iterator[Group]:

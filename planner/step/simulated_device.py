@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from itertools import islice
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import msgspec
 
+from optplan.planner.allocator.caching import CachingAllocator
 from optplan.planner.allocator.choice import copy_of, make_allocator
+from optplan.planner.allocator.pools import DevicePool
 from optplan.planner.allocator.settings import AllocatorSettings
 from optplan.planner.replay import LiveTensor
 from optplan.planner.step_history import StepHistory
@@ -79,6 +82,20 @@ class SimulatedDevice:
         other._held = [(name, category, twins[block]) for name, category, block in self._held]
         other._gradients = [block and twins[block] for block in self._gradients]
         return other
+
+    @property
+    def cached_layout(self) -> Hashable:
+        """What is cached; None on a device without limit, and under settings by which more than that decides.
+
+        Which block serves a request follows from the cached blocks' sizes and from the order of their addresses, and
+        which can be given back from whether their segments are in use elsewhere. What outlives steps never moves: two
+        moments of a run between whole steps that agree in this are followed by the same.
+        """
+        allocator = self._allocator
+        if isinstance(allocator, CachingAllocator) or not self._settings.is_plain:
+            return None
+        pools = tuple((pool.stream, pool.small, _sizes(pool)) for pool in allocator.pools())
+        return allocator.reserved_bytes, allocator.allocated_bytes, pools
 
     def empty_cache(self) -> None:
         """Give back the cached segments."""
@@ -203,6 +220,12 @@ class SimulatedDevice:
         categories = {category: size for category, size in self._categories.items() if size}
         reserved_bytes = max(self._reserved_before_flush, self._allocator.reserved_bytes)
         return SimulatedStep(self._phases, categories, reserved_bytes)
+
+
+def _sizes(pool: DevicePool) -> Hashable:
+    """Size of each cached block by rising address, and whether its segment holds others too."""
+    cached = sorted(pool.cached, key=itemgetter(1))
+    return tuple((size, block.is_split) for size, _, block in cached)
 
 
 def _named(event: SimulatedEvent, base: int) -> Event:

@@ -17,14 +17,14 @@ from optplan.planner.allocator.settings import AllocatorSettings
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.sharding.base import Resident, Strategy
 from optplan.planner.step.clipping import write_clipping
+from optplan.planner.step.micro_steps import MicroSteps, record_micro_steps, simulated_events
 from optplan.planner.step.optimizer_step import COPIED
 from optplan.planner.step.options import StepOptions
 from optplan.planner.step.resident import added_biases, write_load
-from optplan.planner.step.rules import write_forward_backward
 from optplan.planner.step.simulated_device import KEPT, SimulatedDevice, SimulatedEvent, SimulatedStep
 from optplan.planner.step.view import model_view
 from optplan.planner.step_history import StepHistory
-from optplan.planner.timeline import Allocation, Category, Event, Timeline, TimelineBuilder
+from optplan.planner.timeline import Allocation, Event, Timeline, TimelineBuilder
 
 _PRODUCTS = (
     "rotary_emb angles", "project_in output", "proj output", "c_attn output", "query_key_value output", "query output",
@@ -48,7 +48,11 @@ class ParameterStep(NamedTuple):
 
 
 class StepSimulator:
-    """Simulates a model's steps under one set of options, for one optimizer after another."""
+    """Simulates a model's steps under one set of options, for one optimizer after another.
+
+    Attributes:
+        num_steps_taken: Whole steps that the last `take_steps` has come through.
+    """
 
     def __init__(
         self,
@@ -64,6 +68,7 @@ class StepSimulator:
         cached: Sequence[int] = (),
         num_in_flight: int = 1,
         allowed_bytes: int | None = None,
+        recorded: MicroSteps | None = None,
     ) -> None:
         """Prepare what the optimizers share.
 
@@ -79,6 +84,7 @@ class StepSimulator:
             num_in_flight: Micro-batches whose forward has been run when the one described runs backward, it included.
             cached: Bytes of what the process had allocated, in this order, and freed before the model is loaded.
             allowed_bytes: Most bytes that the allocator may hold from the driver, None for a device without end.
+            recorded: The micro-steps, if they have been recorded.
 
         Raises:
             OutOfMemory: The first step needs more than the allocator may hold.
@@ -87,12 +93,12 @@ class StepSimulator:
         self._strategy = strategy
         self._kept, self._replaced = ([], []) if strategy is None else _kept(spec, options, strategy)
         self._workspaces: list[Allocation] = []
+        self.num_steps_taken = 0
         self._biased = frozenset(f"{name.removesuffix('.bias')} output" for name in added_biases(spec))
         self._start = SimulatedDevice(settings, allowed_bytes=allowed_bytes)
         self._start.run(_freed(cached))
         self._load(spec, master_bytes)
-        self._first, self._gradients = _micro_step(spec, options, strategy, has_gradients=False)
-        self._last = _micro_step(spec, options, strategy, has_gradients=True)[0] if options.has_gradients else []
+        self._first, self._last, self._gradients = recorded or record_micro_steps(spec, options, strategy)
         self._waiting = _saved(self._first) * (num_in_flight - 1)
         self._clip = _clip_events(spec, options, foreach=clip_foreach) if clips else []
         if not options.step_in_backward:
@@ -167,7 +173,7 @@ class StepSimulator:
             names: Of the state tensors.
             keeps_replaced: Whether what the second step replaces lives until its backward is over.
         """
-        optimizer = _events(step)
+        optimizer = simulated_events(step)
         device = self._after_first_step(state_bytes, optimizer, names)
         if self._replaced or self.num_events <= _FEW_EVENTS:
             self._run_step(device, optimizer, replaces=bool(self._replaced), keeps_replaced=keeps_replaced)
@@ -199,14 +205,22 @@ class StepSimulator:
     def take_steps(self, state_bytes: Sequence[int], step: Timeline, *, num_steps: int) -> None:
         """Take whole steps from the empty device on; the arguments are those of `simulate`.
 
+        A step that leaves the cache as the one before it did is the last: all others would do the same.
+
         Raises:
             OutOfMemory: One of them needs more than the allocator may hold.
         """
-        optimizer = _events(step)
-        device = self._after_first_step(state_bytes, optimizer)
+        optimizer = simulated_events(step)
+        self.num_steps_taken = 0
+        device, before = self._after_first_step(state_bytes, optimizer), None
         for number in range(1, num_steps):
+            self.num_steps_taken = number
             replaces = bool(self._replaced) and number == 1
             self._run_step(device, optimizer, replaces=replaces, keeps_replaced=replaces)
+            layout = None if replaces else device.cached_layout
+            if layout is not None and layout == before:
+                return
+            before = layout
 
     def _end_step(self, device: SimulatedDevice) -> None:
         if not self._options.keep_grads:
@@ -262,16 +276,6 @@ class StepSimulator:
         return device
 
 
-def _micro_step(
-    spec: ModelSpec, options: StepOptions, strategy: Strategy | None, *, has_gradients: bool
-) -> tuple[list[SimulatedEvent], dict[str, int]]:
-    """Forward and backward of a micro-step that makes the gradients or adds to them, and the gradients' ids by name."""
-    timeline = TimelineBuilder("load")
-    options = msgspec.structs.replace(options, grad_accum=2 if has_gradients else 1, keep_grads=False)
-    gradients = write_forward_backward(timeline, spec, options, strategy)
-    return _events([event for event in timeline.events if event.phase != "load"]), gradients
-
-
 def _saved(events: Sequence[SimulatedEvent]) -> list[Resident]:
     """What a micro-batch's forward leaves for its backward."""
     alive: dict[int, SimulatedEvent] = {}
@@ -306,7 +310,7 @@ def _clip_events(spec: ModelSpec, options: StepOptions, *, foreach: bool) -> lis
         foreach=foreach,
         resident_threads=options.resident_threads,
     )
-    return _events(timeline.events)
+    return simulated_events(timeline.events)
 
 
 def _with_steps(
@@ -326,25 +330,10 @@ def _with_steps(
             if makes_state:
                 name = f"state of {owner[event.id]}"
                 result += [SimulatedEvent(KEPT, size, "optimizer_state", "backward", name) for size in step.state_bytes]
-            inner = _events(step.timeline)
+            inner = simulated_events(step.timeline)
             result += [e._replace(id=e.id + (last_id if e.id > 0 else -last_id), phase="backward") for e in inner]
         result.append(event)
     return result
-
-
-def _events(timeline: Timeline) -> list[SimulatedEvent]:
-    made: dict[int, Category] = {}
-    events: list[SimulatedEvent] = []
-    # Half the time of `SimulatedEvent(...)`, and there are tens of thousands.
-    new, add = tuple.__new__, events.append
-    for event in timeline:
-        id_ = event.id
-        if isinstance(event, Allocation):
-            made[id_] = category = event.category
-            add(new(SimulatedEvent, (id_, event.bytes, category, event.phase, event.name, event.stream)))
-        else:
-            add(new(SimulatedEvent, (-id_, 0, made[id_], event.phase, "", 0)))
-    return events
 
 
 def _with_workspaces(

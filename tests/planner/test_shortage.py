@@ -11,7 +11,7 @@ from optplan.planner.candidates import choose_optimizers
 from optplan.planner.catalog import load_model
 from optplan.planner.request import check_request
 from optplan.planner.shortage import Shortage
-from optplan.planner.step.simulation import _events
+from optplan.planner.step.micro_steps import simulated_events
 from optplan.planner.workload import Workload
 
 CAP = 83_396_001_792
@@ -78,7 +78,7 @@ def test_within_the_limit_the_third_step_reserves_at_most_what_was_measured(opti
     workload = capped(1 if optimizer == "adamw" else 2)
     candidate = candidate_of(workload, optimizer)
     simulator = workload._make_simulator(workload.request.config.batch_size, allowed_bytes=CAP)
-    optimizer = _events(workload.step_timeline(candidate))
+    optimizer = simulated_events(workload.step_timeline(candidate))
     device = simulator._after_first_step(candidate.footprint.device_sizes(workload._parameters), optimizer)
     simulator._run_step(device, optimizer, replaces=False, keeps_replaced=False)
     driver = device._allocator.driver
