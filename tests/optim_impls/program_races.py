@@ -7,19 +7,25 @@ faults; here the bytes that each program touches are compared instead.
 One way of waiting is understood: programs store, meet at a barrier of their own and count themselves with an atomic
 that acquires and releases, once each; what the last of them then does comes after what the others did before their
 barriers. It is the last that was counted who may do so, as in another run that is another program.
+
+The threads of a program are watched too: between two barriers none may store to what another loads or stores to. Which
+thread does what only the compiler knows; the same place in operands of one shape is taken to be the same thread's.
 """
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
-LOAD, STORE, ATOMIC = range(3)
+_record = runpy.run_path(str(Path(__file__).with_name("program_accesses.py")))
+LOAD, STORE, ATOMIC = (_record[name] for name in ("LOAD", "STORE", "ATOMIC"))
 _VERBS = ("loads", "stores to", "changes by atomics")
 _NOBODY = -1
 
@@ -50,75 +56,6 @@ class _Extent(NamedTuple):
     end: int
 
 
-class _Access(NamedTuple):
-    """One memory operation: addresses as ranges of bytes, who did it and when."""
-
-    starts: np.ndarray
-    ends: np.ndarray
-    program: int
-    kind: int
-    moment: int
-    barriers: int
-
-
-class _Arrival(NamedTuple):
-    """A program's atomic at a counter: when, and after how many barriers."""
-
-    counter: int
-    program: int
-    moment: int
-    barriers: int
-
-
-class _Log:
-    """The memory operations of one launch."""
-
-    def __init__(self, builder: Any) -> None:
-        self._builder = builder
-        self._program = _NOBODY
-        self._barriers = 0
-        self.accesses: list[_Access] = []
-        self.arrivals: list[_Arrival] = []
-
-    def touch(self, kind: int, pointers: Any, mask: Any, *, orders: bool = False) -> None:
-        """Take down an operation of the program that runs now."""
-        program = self._current()
-        size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        addresses = pointers.data.astype(np.int64)
-        addresses = addresses[np.broadcast_to(mask.data, addresses.shape)] if mask is not None else addresses.ravel()
-        if not addresses.size:
-            return
-        moment = len(self.accesses)
-        if orders:
-            # Atomics at one counter are ordered among themselves, whatever the barriers.
-            self.arrivals.append(_Arrival(int(addresses[0]), program, moment, self._barriers))
-        starts, ends = _ranges(addresses, size)
-        self.accesses.append(_Access(starts, ends, program, kind, moment, self._barriers - orders))
-
-    def meet(self) -> None:
-        """A barrier among the threads of the program that runs now."""
-        self._current()
-        self._barriers += 1
-
-    def _current(self) -> int:
-        (x, y, z), (_, ny, nz) = self._builder.grid_idx, self._builder.grid_dim
-        program = (x * ny + y) * nz + z
-        if program != self._program:
-            self._program, self._barriers = program, 0
-        return int(program)
-
-
-def _ranges(addresses: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """First bytes, and those behind the last, of the ranges that elements of `size` bytes make up."""
-    gaps = np.diff(addresses)
-    if (gaps < 0).any():
-        addresses = np.sort(addresses)
-        gaps = np.diff(addresses)
-    cuts = np.flatnonzero(gaps > size)
-    last = np.append(cuts, len(addresses) - 1)
-    return addresses[np.append(0, cuts + 1)], addresses[last] + size
-
-
 class _Cover(NamedTuple):
     """What some accesses touch: for each stretch between two bounds how many programs do, and the sum of their numbers.
 
@@ -147,7 +84,7 @@ class _Accesses:
         counters: For each counter the arrivals, by program and in order.
     """
 
-    def __init__(self, log: _Log, extents: list[_Extent]) -> None:
+    def __init__(self, log: Any, extents: list[_Extent]) -> None:
         accesses = log.accesses
         self.counters = _counters(log.arrivals)
         starts, ends = (np.concatenate(parts) for parts in zip(*(access[:2] for access in accesses), strict=True))
@@ -180,16 +117,16 @@ def _merged(program: np.ndarray, start: np.ndarray, end: np.ndarray, size: int) 
     return program[first], start[first], (reach - program * size)[last]
 
 
-def _counters(arrivals: list[_Arrival]) -> list[dict[int, _Arrival]]:
+def _counters(arrivals: list[Any]) -> list[dict[int, Any]]:
     """The arrivals at each counter with which several programs count themselves, once each."""
-    by_counter: dict[int, list[_Arrival]] = {}
+    by_counter: dict[int, list[Any]] = {}
     for arrival in arrivals:
         by_counter.setdefault(arrival.counter, []).append(arrival)
     found = [({arrival.program: arrival for arrival in of}, len(of)) for of in by_counter.values()]
     return [arrived for arrived, number in found if len(arrived) == number > 1]
 
 
-def _late(accesses: list[_Access], counters: list[dict[int, _Arrival]]) -> np.ndarray:
+def _late(accesses: list[Any], counters: list[dict[int, Any]]) -> np.ndarray:
     """For each access the counter at which its program was the last and had been; of several the last such."""
     arrivals = [list(arrived.values())[-1] for arrived in counters]
     late = np.full(len(accesses), _NOBODY)
@@ -206,7 +143,7 @@ class _Check:
         RaceError: Two of them are in each other's way, or one is outside the tensors.
     """
 
-    def __init__(self, kernel: str, log: _Log, extents: list[_Extent], *, bounded: bool) -> None:
+    def __init__(self, kernel: str, log: Any, extents: list[_Extent], *, bounded: bool) -> None:
         self._kernel, self._extents = kernel, extents
         self._all = _Accesses(log, extents)
         if bounded:
@@ -216,8 +153,10 @@ class _Check:
             self._keep_apart(chosen, chosen)
         for place, arrived in enumerate(self._all.counters):
             self._keep_apart(self._all.late == place, ~late & ~self._came_before(arrived))
+        if log.haste is not None:
+            self._refuse_haste(log.haste)
 
-    def _came_before(self, arrived: Mapping[int, _Arrival]) -> np.ndarray:
+    def _came_before(self, arrived: Mapping[int, Any]) -> np.ndarray:
         """Accesses that the last program at a counter has waited for: before a barrier before the others' arrival."""
         barriers = np.full(int(self._all.program.max()) + 1, _NOBODY)
         for arrival in arrived.values():
@@ -243,6 +182,13 @@ class _Check:
         raise RaceError(
             f"{self._kernel}: program {found.program[a]} {_VERBS[found.kind[a]]} {self._where(number)}, "
             f"which program {found.program[b]} {_VERBS[found.kind[b]]}"
+        )
+
+    def _refuse_haste(self, haste: Any) -> None:
+        where = self._where(int(np.searchsorted(self._all.bounds, haste.address, "right")) - 1)
+        raise RaceError(
+            f"{self._kernel}: program {haste.program} {_VERBS[haste.then]} {where}, which another of its threads "
+            f"{_VERBS[haste.first]} with no barrier between"
         )
 
     def _stay_inside(self) -> None:
@@ -308,7 +254,7 @@ def watched(tensors: Callable[[], Mapping[str, torch.Tensor]] | None = None) -> 
     from triton.runtime import interpreter
 
     builder, launches = interpreter.interpreter_builder, []
-    log = _Log(builder)
+    log = _record["Log"](builder)
     plain, prepared = interpreter.GridExecutor.__call__, set()
 
     def call(self: Any, *arguments: Any, **more: Any) -> Any:
@@ -321,7 +267,7 @@ def watched(tensors: Callable[[], Mapping[str, torch.Tensor]] | None = None) -> 
 
     def launch(self: Any, *arguments: Any, **more: Any) -> None:
         prepared.clear()
-        log.__init__(builder)  # type: ignore[misc]
+        log.__init__(builder)
         plain(self, *arguments, **more)
         if log.accesses:
             named = dict(tensors()) if tensors is not None else {}
@@ -333,49 +279,6 @@ def watched(tensors: Callable[[], Mapping[str, torch.Tensor]] | None = None) -> 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter.GridExecutor, "__call__", launch)
         patch.setattr(interpreter.InterpretedFunction, "__call__", call)
-        for name, function in _watching(builder, log).items():
+        for name, function in _record["watching"](builder, log).items():
             patch.setattr(builder, name, function)
         yield launches
-
-
-def _watching(builder: Any, log: _Log) -> dict[str, Callable[..., Any]]:
-    """The interpreter's memory operations and barriers, taken down in the log."""
-    load, store, barrier = builder.create_masked_load, builder.create_masked_store, builder.create_barrier
-    swap, change = builder.create_atomic_cas, builder.create_atomic_rmw
-
-    def masked_load(pointers: Any, mask: Any, *more: Any, **named: Any) -> Any:
-        log.touch(LOAD, pointers, mask)
-        return load(pointers, mask, *more, **named)
-
-    def masked_store(pointers: Any, value: Any, mask: Any, *more: Any, **named: Any) -> Any:
-        log.touch(STORE, pointers, mask)
-        return store(pointers, value, mask, *more, **named)
-
-    def atomic_cas(pointer: Any, compared: Any, value: Any, sem: Any, scope: Any) -> Any:
-        log.touch(ATOMIC, pointer, None)
-        return swap(pointer, compared, value, sem, scope)
-
-    def atomic_rmw(operation: Any, pointer: Any, value: Any, mask: Any, sem: Any, scope: Any) -> Any:
-        single = pointer.data.size == 1
-        log.touch(ATOMIC, pointer, mask, orders=single and _orders(sem, scope))
-        return change(operation, pointer, value, mask, sem, scope)
-
-    def meet() -> Any:
-        log.meet()
-        return barrier()
-
-    return {
-        "create_masked_load": masked_load,
-        "create_masked_store": masked_store,
-        "create_atomic_cas": atomic_cas,
-        "create_atomic_rmw": atomic_rmw,
-        "create_barrier": meet,
-    }
-
-
-def _orders(sem: Any, scope: Any) -> bool:
-    """Whether an atomic orders what different programs do before and after it."""
-    from triton._C.libtriton import ir
-
-    wide = (ir.MEM_SYNC_SCOPE.GPU, ir.MEM_SYNC_SCOPE.SYSTEM)
-    return bool(sem == ir.MEM_SEMANTIC.ACQUIRE_RELEASE and scope in wide)

@@ -42,17 +42,20 @@ def _tiles(*, chunk: int, tile: int, end: bool) -> Callable[[], None]:
 
 
 @triton.jit
-def shift_kernel(x, y, numel, BY: tl.constexpr, BLOCK: tl.constexpr):
+def shift_kernel(x, y, numel, BY: tl.constexpr, MEET: tl.constexpr, BLOCK: tl.constexpr):
     """To y what stands BY further on in x."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at + BY < numel
-    tl.store(y + at, tl.load(x + at + BY, mask=mask), mask=mask)
+    value = tl.load(x + at + BY, mask=mask)
+    if MEET:
+        tl.debug_barrier()
+    tl.store(y + at, value, mask=mask)
 
 
-def _shift(*, by: int, in_place: bool, num_programs: int = 4) -> Callable[[], None]:
+def _shift(*, by: int, in_place: bool, num_programs: int = 4, meet: bool = True) -> Callable[[], None]:
     x = torch.arange(64, dtype=torch.bfloat16)
     y = x if in_place else torch.zeros_like(x)
-    return lambda: shift_kernel[(num_programs,)](x, y, 64, by, 16)
+    return lambda: shift_kernel[(num_programs,)](x, y, 64, by, meet, 16)
 
 
 @triton.jit
@@ -95,8 +98,8 @@ def _histogram(*, show: bool) -> Callable[[], None]:
 CLEAN = {
     "tiles that divide a chunk": _tiles(chunk=16, tile=4, end=False),
     "tiles that end with their chunk": _tiles(chunk=18, tile=4, end=True),
-    "copies": _shift(by=3, in_place=False),
-    "neighbouring halves of a word": _shift(by=0, in_place=True),
+    "copies": _shift(by=3, in_place=False, meet=False),
+    "neighbouring halves of a word": _shift(by=0, in_place=True, meet=False),
     "a single program": _shift(by=1, in_place=True, num_programs=1),
     "the last sums": _sum(),
     "atomics": _histogram(show=False),
@@ -109,6 +112,11 @@ RACY = {
     "a load of what the next program stores": (
         _shift(by=1, in_place=True),
         "shift_kernel: program 1 stores to bytes 32 to 34 of x, which program 0 loads",
+    ),
+    "a load of what another thread stores": (
+        _shift(by=1, in_place=True, num_programs=1, meet=False),
+        "shift_kernel: program 0 stores to bytes 2 to 32 of x, which another of its threads loads "
+        "with no barrier between",
     ),
     "a sum by all": (_sum(0), "sum_kernel: program 0 stores to bytes 0 to 4 of partials, which program 1 loads"),
     "a sum by the last but one": (
@@ -151,15 +159,15 @@ def test_races_are_found(name: str) -> None:
 def test_memory_of_no_tensor_is_found() -> None:
     x = torch.arange(64, dtype=torch.float32)
     with watched(dict), pytest.raises(RaceError, match=r"^shift_kernel: program 3 loads bytes 0x\w+ to 0x\w+ outside"):
-        shift_kernel[(4,)](x[:60], torch.zeros(64), 64, 0, 16)
+        shift_kernel[(4,)](x[:60], torch.zeros(64), 64, 0, False, 16)
     with watched():
-        shift_kernel[(4,)](x[:60], torch.zeros(64), 64, 0, 16)
+        shift_kernel[(4,)](x[:60], torch.zeros(64), 64, 0, False, 16)
 
 
 def test_launches_tell_who_stored_where() -> None:
     x, y = torch.arange(64, dtype=torch.float32), torch.zeros(64)
     with watched(lambda: {"first": y[:40], "last": y[40:], "read": x}) as launches:
-        shift_kernel[(5,)](x, y, 64, 0, 16)
+        shift_kernel[(5,)](x, y, 64, 0, False, 16)
     assert [tuple(launch) for launch in launches] == [("shift_kernel", 5, {"first": 3, "last": 2, "read": 0})]
 
 
