@@ -76,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def step(name: str, dtype_name: str, *, large: bool) -> None:
-    """Two steps of one optimizer; over large tensors a third, which the profiler sees behind a marker of its own."""
+    """Two steps of one optimizer; over large tensors ten, the last of which the profiler sees behind a marker."""
     import torch
     from bench_contenders import CONTENDERS
 
@@ -87,10 +87,11 @@ def step(name: str, dtype_name: str, *, large: bool) -> None:
         (p, torch.nn.Parameter(torch.randn(p.shape, generator=generator, device="cuda").to(dtype))) for p in described
     ]
     optimizer = CONTENDERS[name].build(pairs, "triton", 1e-3)
-    for number in range(3 if large else 2):
+    num_steps = 10 if large else 2  # Adapprox iterates twice in its first eight
+    for number in range(num_steps):
         for _, tensor in pairs:
             tensor.grad = torch.randn(tensor.shape, generator=generator, device="cuda").to(dtype)
-        if large and number == 2:
+        if large and number == num_steps - 1:
             torch.cuda.synchronize()
             torch.cuda.profiler.start()
             torch.cuda._sleep(1)  # its kernel stands before those of the step in the profile
