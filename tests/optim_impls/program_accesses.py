@@ -58,6 +58,10 @@ class Log:
 
     def __init__(self, builder: Any) -> None:
         self._builder = builder
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin with another launch."""
         self._program = -1
         self._barriers = 0
         self._since_barrier: list[_Operation] = []

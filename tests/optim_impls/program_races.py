@@ -62,13 +62,13 @@ class _Cover(NamedTuple):
     Two covers of one program each and equal sums are of the same program.
     """
 
-    count: np.ndarray
+    programs: np.ndarray
     total: np.ndarray
 
     def meets(self, other: _Cover) -> np.ndarray:
         """Where a program of this one and another program of the other are."""
-        same = (self.count == 1) & (other.count == 1) & (self.total == other.total)
-        meeting: np.ndarray = (self.count > 0) & (other.count > 0) & ~same
+        same = (self.programs == 1) & (other.programs == 1) & (self.total == other.total)
+        meeting: np.ndarray = (self.programs > 0) & (other.programs > 0) & ~same
         return meeting
 
 
@@ -255,19 +255,11 @@ def watched(tensors: Callable[[], Mapping[str, torch.Tensor]] | None = None) -> 
 
     builder, launches = interpreter.interpreter_builder, []
     log = _record["Log"](builder)
-    plain, prepared = interpreter.GridExecutor.__call__, set()
-
-    def call(self: Any, *arguments: Any, **more: Any) -> Any:
-        # The interpreter would prepare the whole language for every call of a device function, a quarter of its time;
-        # for those of one module once in a launch is enough.
-        if id(self.fn.__globals__) not in prepared:
-            prepared.add(id(self.fn.__globals__))
-            interpreter._patch_lang(self.fn)
-        return self.rewrite()(*arguments, **more)
+    plain, prepared = interpreter.GridExecutor.__call__, set[int]()
 
     def launch(self: Any, *arguments: Any, **more: Any) -> None:
         prepared.clear()
-        log.__init__(builder)
+        log.clear()
         plain(self, *arguments, **more)
         if log.accesses:
             named = dict(tensors()) if tensors is not None else {}
@@ -278,7 +270,24 @@ def watched(tensors: Callable[[], Mapping[str, torch.Tensor]] | None = None) -> 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter.GridExecutor, "__call__", launch)
-        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        patch.setattr(interpreter.InterpretedFunction, "__call__", _call_of_function(prepared))
         for name, function in _record["watching"](builder, log).items():
             patch.setattr(builder, name, function)
         yield launches
+
+
+def _call_of_function(prepared: set[int]) -> Callable[..., Any]:
+    """The interpreter's call of a device function, which prepares the whole language once for each module, not always.
+
+    Args:
+        prepared: Modules for which it has been in this launch. To do so for every call takes a third of a test.
+    """
+    from triton.runtime import interpreter
+
+    def call(self: Any, *arguments: Any, **more: Any) -> Any:
+        if id(self.fn.__globals__) not in prepared:
+            prepared.add(id(self.fn.__globals__))
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*arguments, **more)
+
+    return call
