@@ -82,7 +82,7 @@ def _has_room(workload: Workload, candidate: Candidate) -> bool:
     if workload.rounded_peak_bytes(candidate) > limit:
         return False
     peaks = workload.peaks(candidate)
-    return peaks is not None and peaks.reserved_bytes <= limit
+    return peaks is not None and peaks.most_reserved_bytes <= limit and workload.fits(candidate) is True
 
 
 def command_of(workload: Workload, candidate: Candidate) -> str:

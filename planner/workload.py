@@ -57,6 +57,11 @@ class StepPeaks(msgspec.Struct, frozen=True):
         """The largest of the phases' peaks."""
         return self.phases[self.peak_phase].peak_allocated_bytes
 
+    @property
+    def most_reserved_bytes(self) -> int:
+        """The upper end of the bytes reserved."""
+        return max(self.reserved_range_bytes or (self.reserved_bytes,))
+
 
 class Workload:
     """Answers for one request; what the optimizers share is computed once a batch size.
@@ -217,9 +222,7 @@ class Workload:
 
     def _find_shortage(self, candidate: Candidate, batch_size: int) -> Shortage | None:
         peaks, most = self.peaks(candidate, batch_size=batch_size), self.request.gpu.usable_bytes
-        if peaks is None or peaks.peak_bytes > self.usable_bytes:
-            return None
-        if max(peaks.reserved_range_bytes or (peaks.reserved_bytes,)) <= most:
+        if peaks is None or peaks.peak_bytes > self.usable_bytes or peaks.most_reserved_bytes <= most:
             return None
         return self._within_limit(candidate, batch_size) if self._asks_limit(candidate, batch_size) else None
 

@@ -86,17 +86,17 @@ class Alternatives:
         if beaten is not None and beaten.found == found:
             return "beaten", f"{self._title(beaten.by)} {_better(found, beaten.by)}", beaten.by
         if self._describer.verdict(found) != "fits":
-            peak, limit = format_gib(found.peak_bytes), format_gib(self._exploration.limit_bytes)
+            peak, limit = format_gib(found.peak_bytes), format_gib(self._limit(found.bound))
             return "tight", f"its peak of {peak} leaves too little of {limit}", None
         return "on the front", _why_not(found, best, self._prefer), None
 
     def _usually(self, found: Found) -> str:
         """What the same optimizer needs without its step in backward, where that does not fit."""
-        least, limit = self._exploration.least_usual_bytes.get(found.bound, 0), self._exploration.limit_bytes
+        least, limit = self._exploration.least_usual_bytes.get(found.bound, 0), self._limit(found.bound)
         return f"with a step of its own it needs at least {format_gib(least)}; " if least > limit else ""
 
     def _excluded(self, member: BoundMember) -> Alternative:
-        least, limit = self._exploration.least_bytes.get(member), self._exploration.limit_bytes
+        least, limit = self._exploration.least_bytes.get(member), self._limit(member)
         words = f"needs at least {format_gib(least)}, of {format_gib(limit)}" if least else "cannot run this step"
         return Alternative(
             optimizer=member.candidate.id,
@@ -109,6 +109,9 @@ class Alternatives:
             outcome="does not fit" if least else "cannot run",
             reason=words,
         )
+
+    def _limit(self, member: BoundMember) -> int:
+        return self._exploration.limit_of(member.frame)
 
     def _title(self, found: Found) -> str:
         return title_of(self._describer.describe(found, simulate=False))

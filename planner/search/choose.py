@@ -10,6 +10,9 @@ from optplan.planner.search.explore import Found
 from optplan.planner.search.picks import Ranked, in_order
 
 _MOST_TRIES = 40
+_MOST_CONFIRMED = 5
+"""Of those that leave too little room, how many are simulated within the limit by the rule's order; then as many of the
+others by their peak."""
 _WHOLE = ("none", "ddp", "ddp-copies")
 """Ways of working on several GPUs in which each holds the whole model and its state."""
 _DEEPSPEED = ("zero1-deepspeed", "zero2", "zero3")
@@ -22,7 +25,8 @@ class Choice(NamedTuple):
     Attributes:
         best: The one to run, None if nothing fits.
         runner_up: The next by the same rule with another optimizer or other number formats.
-        passed_over: The surer ones that fit by their peak and leave too little room.
+        passed_over: Those before it that fit by their peak and leave too little room; if it does so too, those before
+            it that fragmentation refuses.
     """
 
     best: Found | None
@@ -31,20 +35,31 @@ class Choice(NamedTuple):
 
 
 def choose(describer: Describer, found: Sequence[Found], prefer: str) -> Choice:
-    """Pick by the rule of a preference; one without room is taken only if none has room."""
+    """Pick by the rule of a preference; one without room is taken only if none has room, and if it runs as it is."""
     ordered, tight = in_order([(_ranked(one), one) for one in found], prefer), list[Found]()
-    best: Found | None = None
     for place, candidate in enumerate(ordered[:_MOST_TRIES]):
         if any(_is_alike(candidate, other) for other in tight):
             continue
         verdict = describer.simulate(candidate)
         if verdict == "fits":
-            best = candidate
-            runner_up = _runner_up(describer, ordered[place + 1 :], best)
-            return Choice(best, runner_up, tight)
+            return Choice(candidate, _runner_up(describer, ordered[place + 1 :], candidate), tight)
         if verdict == "tight":
             tight.append(candidate)
-    return Choice(tight[0] if tight else None, tight[1] if len(tight) > 1 else None, tight)
+    return _of_tight(describer, tight)
+
+
+def _of_tight(describer: Describer, tight: Sequence[Found]) -> Choice:
+    """The first two that run, of those that leave too little room."""
+    by_peak = sorted(tight[_MOST_CONFIRMED:], key=lambda one: one.peak_bytes)
+    running, refused = list[Found](), list[Found]()
+    for one in [*tight[:_MOST_CONFIRMED], *by_peak[:_MOST_CONFIRMED]]:
+        if describer.comes_through(one):
+            running.append(one)
+        elif not running:
+            refused.append(one)
+        if len(running) == 2:
+            break
+    return Choice(running[0] if running else None, running[1] if len(running) > 1 else None, refused)
 
 
 def _is_alike(found: Found, tight: Found) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import msgspec
+
 from optplan.planner.gpus import Gpu
 from optplan.planner.recommend import ROOM, command_of
 from optplan.planner.request import StepRequest
@@ -62,7 +64,7 @@ class Describer:
             return "fits" if found.peak_bytes <= limit * (1 - ROOM) else "tight"
         if peaks.peak_bytes > limit:
             return "does not fit"
-        return "fits" if peaks.reserved_bytes <= limit * (1 - ROOM) else "tight"
+        return "fits" if peaks.most_reserved_bytes <= limit * (1 - ROOM) else "tight"
 
     def _limit(self, found: Found) -> int:
         return self.exploration.limit_of(found.bound.frame)
@@ -72,6 +74,18 @@ class Describer:
         if found not in self._peaks:
             self._peaks[found] = Workload(self.request(found)).peaks(found.bound.candidate)
         return self.verdict(found)
+
+    def comes_through(self, found: Found) -> bool:
+        """Whether an estimate says that it fits, on a GPU that has no more than may be taken of this one."""
+        self.simulate(found)
+        request, peaks = self.request(found), self._peaks[found]
+        if peaks is None:
+            return False
+        total_bytes = self.exploration.allowed_bytes(found.bound.frame) + request.gpu.outside_bytes
+        gpu = msgspec.structs.replace(request.gpu, total_bytes=total_bytes)
+        workload = Workload(msgspec.structs.replace(request, gpu=gpu))
+        workload.remember(found.bound.candidate.optimizer, peaks)
+        return workload.fits(found.bound.candidate) is True
 
     def request(self, found: Found) -> StepRequest:
         """The step of a configuration."""

@@ -102,8 +102,9 @@ class Exploration:
         counts: How many configurations each rule decided.
     """
 
-    def __init__(self, base: StepRequest, space: Space, gpu: Gpu, *, limit_bytes: int) -> None:
-        self.base, self.space, self.gpu, self.limit_bytes = base, space, gpu, limit_bytes
+    def __init__(self, base: StepRequest, space: Space, gpu: Gpu, *, limit_bytes: int, reserve_bytes: int = 0) -> None:
+        self.base, self.space, self.gpu = base, space, gpu
+        self.limit_bytes, self._reserve_bytes = limit_bytes, reserve_bytes
         self.model: TimeModel = load_time_model()
         self.pool = Pool(base, space)
         self.front: list[Found] = []
@@ -158,8 +159,12 @@ class Exploration:
             yield self._micro(frame, manner, size, accumulated, point)
 
     def limit_of(self, frame: Frame) -> int:
-        """What a steady step of a frame may take."""
-        return self.limit_bytes - frame.lost_bytes
+        """What a steady step of a frame may take: on several GPUs the communication library has its part of each."""
+        return self.allowed_bytes(frame) - frame.lost_bytes
+
+    def allowed_bytes(self, frame: Frame) -> int:
+        """What the allocator may hold in a frame."""
+        return min(self.limit_bytes, frame.request.gpu.usable_bytes - self._reserve_bytes)
 
     def _micro(self, frame: Frame, manner: Manner, size: int, accumulated: int, point: StepPoint) -> Micro:
         one = micro_steps(point.work, frame.request, self.gpu, model=self.model)
@@ -223,7 +228,9 @@ class Exploration:
         return found._replace(peak_bytes=member.resident_bytes + micro.point.peak_bytes(temporary))
 
     def _note(self, found: Found, winner: Found | None) -> None:
-        if found.peak_bytes <= _ROOMY * self.limit_bytes and _is_surer_or_quicker(found, self.roomy.get(found.bound)):
+        if found.peak_bytes <= _ROOMY * self.limit_of(found.bound.frame) and _is_surer_or_quicker(
+            found, self.roomy.get(found.bound)
+        ):
             self.roomy[found.bound] = found
         if _is_surer_or_quicker(found, self.best.get(found.bound)):
             self.best[found.bound] = found

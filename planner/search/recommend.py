@@ -68,7 +68,7 @@ def answer_question(question: Question, *, explain: bool = False) -> SearchRepor
         space=_space_row(question),
         decided=_decided(exploration),
         recommendation=best,
-        reasons=_reasons(best, choice, describer, question) if best else [],
+        reasons=_reasons(best, choice, describer) if best else [],
         advice=_advice(best) if best else [],
         runner_up=describer.describe(choice.runner_up, simulate=True) if choice.runner_up else None,
         front=[describer.describe(found, simulate=False) for found in exploration.front],
@@ -80,7 +80,8 @@ def answer_question(question: Question, *, explain: bool = False) -> SearchRepor
 
 def _search(question: Question) -> tuple[Exploration, Describer, Choice]:
     gpu = rated_gpu(question.base.gpu, load_gpu(CALIBRATED_GPU))
-    exploration = Exploration(question.base, question.space, gpu, limit_bytes=question.limit_bytes)
+    limits = {"limit_bytes": question.limit_bytes, "reserve_bytes": question.reserve_bytes}
+    exploration = Exploration(question.base, question.space, gpu, **limits)
     describer = Describer(question, exploration)
     return exploration, describer, choose(describer, _candidates(exploration), question.prefer)
 
@@ -122,18 +123,20 @@ def _decided(exploration: Exploration) -> Decided:
     )
 
 
-def _reasons(best: Configuration, choice: Choice, describer: Describer, question: Question) -> list[str]:
-    reasons = [_memory_reason(best, question.limit_bytes)]
+def _reasons(best: Configuration, choice: Choice, describer: Describer) -> list[str]:
+    reasons = [_memory_reason(best)]
     reasons += [_time_reason(best)] if best.time else []
     reasons += [f"{part.part}: {part.class_title}, {part.reason} ({part.source})" for part in best.evidence.parts]
     passed_over = [describer.describe(found, simulate=False) for found in choice.passed_over[:3]]
-    reasons += [f"before it by the rule, but tight: {title_of(other)}" for other in passed_over]
+    why = "tight" if best.verdict == "fits" else "refused by fragmentation"
+    reasons += [f"before it by the rule, but {why}: {title_of(other)}" for other in passed_over]
     if best.evidence.rank > ADVENTUROUS:
         reasons.append("nothing surer fits")
     return reasons
 
 
-def _memory_reason(best: Configuration, limit_bytes: int) -> str:
+def _memory_reason(best: Configuration) -> str:
+    limit_bytes = best.peak_allocated_bytes + best.margin_bytes
     reserved = f", reserved {format_gib(best.peak_reserved_bytes)}" if best.peak_reserved_bytes is not None else ""
     return f"{best.verdict}: peak {format_gib(best.peak_allocated_bytes)}{reserved}, of {format_gib(limit_bytes)}"
 
