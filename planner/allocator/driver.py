@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, Protocol
 
+from optplan.planner.allocator.placement import SegmentPlacement
 from optplan.planner.units import GIB, MIB, round_up
 
 # Beyond all addresses that real devices use, so that made-up addresses never meet recorded ones.
@@ -51,8 +52,8 @@ class Driver:
     """
 
     __slots__ = (
-        "_addresses", "_ascending", "_next", "_next_range", "capacity_bytes", "events", "reserved_bytes",
-        "reserved_peak_bytes", "total_bytes",
+        "_addresses", "_ascending", "_next", "_next_range", "_placement", "capacity_bytes", "events",
+        "reserved_bytes", "reserved_peak_bytes", "total_bytes",
     )  # fmt: skip
 
     def __init__(
@@ -61,7 +62,7 @@ class Driver:
         capacity_bytes: int | None = None,
         total_bytes: int | None = None,
         addresses: Addresses | None = None,
-        segment_addresses: Literal["ascending", "descending"] = "descending",
+        segment_addresses: Literal["ascending", "descending", "placed"] = "descending",
     ) -> None:
         """Start with nothing given.
 
@@ -69,7 +70,7 @@ class Driver:
             total_bytes: The whole device, of which a part may be taken by others; the capacity if left out.
             addresses: Where memory lies. Where they do not know it, and by default, segments lie below all before them,
                 as drivers mostly put them.
-            segment_addresses: Or above all before them.
+            segment_addresses: Or above all before them, or placed as by a CUDA driver of which nothing else is asked.
         """
         self.capacity_bytes = capacity_bytes
         self.total_bytes = total_bytes or capacity_bytes or _DEFAULT_TOTAL_BYTES
@@ -78,6 +79,7 @@ class Driver:
         self.events: list[SegmentEvent] = []
         self._addresses = addresses
         self._ascending = segment_addresses == "ascending"
+        self._placement = SegmentPlacement() if segment_addresses == "placed" else None
         self._next = _TOP
         self._next_range = _RANGES
 
@@ -89,6 +91,8 @@ class Driver:
     def segment_address(self, size: int) -> int:
         """Where the next segment lies."""
         address = self._addresses.of_segment(size) if self._addresses is not None else None
+        if address is None and self._placement is not None:
+            return self._placement.place(round_up(size, 2 * MIB))
         if address is None:
             step = round_up(size, 2 * MIB)
             address = self._next if self._ascending else self._next - step
@@ -122,10 +126,13 @@ class Driver:
         """Get memory back."""
         self.reserved_bytes -= size
         self.events.append(SegmentEvent(action, address, size))
+        if self._placement is not None and action == "segment_free":
+            self._placement.give_back(address, round_up(size, 2 * MIB))
 
     def copy(self) -> Driver:
         """A driver in the same state, its list of events empty."""
         other = Driver(capacity_bytes=self.capacity_bytes, total_bytes=self.total_bytes, addresses=self._addresses)
         other.reserved_bytes, other.reserved_peak_bytes = self.reserved_bytes, self.reserved_peak_bytes
         other._ascending, other._next, other._next_range = self._ascending, self._next, self._next_range
+        other._placement = None if self._placement is None else self._placement.copy()
         return other

@@ -85,7 +85,7 @@ class _Trial:
         self._addresses = RecordedAddresses(history.events, once=True)
         if not (follows and self._is_recorded):
             self._addresses.forget()
-        driver = Driver(capacity_bytes=memory_bytes, addresses=self._addresses)
+        driver = Driver(capacity_bytes=memory_bytes, addresses=self._addresses, segment_addresses="placed")
         self._allocator = DeviceAllocator(settings, driver=driver)
         self._live: dict[int, DeviceBlock | None] = {}
         self._waiting: dict[int, DeviceBlock | None] = {}
