@@ -86,7 +86,7 @@ def _parts(workload: Workload, candidate: Candidate, peaks: StepPeaks | None) ->
         parts += [_peak(workload, candidate, peaks), _phases(peaks)]
     parts.append(_gpu(request))
     if peaks is not None:
-        parts.append(_verdict(request, peaks))
+        parts.append(_verdict(workload, candidate, peaks))
     return parts
 
 
@@ -270,9 +270,10 @@ def _gpu(request: StepRequest) -> ExplainedPart:
     return ExplainedPart("gpu", f"Usable memory of {gpu.id}: total less context", gpu.usable_bytes, source, lines)
 
 
-def _verdict(request: StepRequest, peaks: StepPeaks) -> ExplainedPart:
+def _verdict(workload: Workload, candidate: Candidate, peaks: StepPeaks) -> ExplainedPart:
+    request, shortage = workload.request, workload.shortage(candidate)
     headroom = request.gpu.usable_bytes - peaks.peak_bytes
-    word = "fits" if headroom >= 0 else "does not fit"
+    word = "fits" if workload.fits(candidate) else "does not fit"
     formula = f"{request.gpu.usable_bytes:,} B usable - {peaks.peak_bytes:,} B peak"
     return ExplainedPart(
         "verdict",
@@ -280,7 +281,8 @@ def _verdict(request: StepRequest, peaks: StepPeaks) -> ExplainedPart:
         headroom,
         "usable memory less the peak",
         [explained_line("headroom", headroom, formula)],
-        f"{format_gib(peaks.peak_bytes)} of {format_gib(request.gpu.usable_bytes)} per GPU.",
+        f"{format_gib(peaks.peak_bytes)} of {format_gib(request.gpu.usable_bytes)} per GPU"
+        + (f"; it {shortage}." if shortage else "."),
     )
 
 

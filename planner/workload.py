@@ -239,16 +239,15 @@ class Workload:
     def sure_shortage(self, candidate: Candidate) -> Shortage | None:
         """The request that fails in the first two steps, found without the peaks; `fits` says False of such a step."""
         # Without a limit these steps reserve more than there is: the peak is too high, or this is the shortage.
-        batch_size = self.request.config.batch_size
-        failure = self._within_limit(candidate, batch_size) if self._asks_limit(candidate, batch_size) else None
+        size = self.request.config.batch_size
+        failure = self._within_limit(candidate, size) if self._asks_limit(candidate, size) else None
         return failure if failure is not None and failure.num_steps < _STEPS_WITHOUT_LIMIT else None
 
     def _asks_limit(self, candidate: Candidate, batch_size: int) -> bool:
         """Whether steps that fit by bytes are to be simulated with the limit."""
         # An optimizer that steps within backward leaves nothing of the gradients to give back.
-        if not (self.has_rules and self.simulates_limit) or self.request.config.step_in_backward:
-            return False
-        return not self.leaves_room(self.rounded_peak_bytes(candidate, batch_size=batch_size))
+        asks = self.has_rules and self.simulates_limit and not self.request.config.step_in_backward
+        return asks and not self.leaves_room(self.rounded_peak_bytes(candidate, batch_size=batch_size))
 
     def max_batch_size(self, candidate: Candidate) -> int | None:
         """Largest micro-batch that runs in the usable bytes, 0 if not even one sequence does.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 import pytest
 
@@ -39,6 +40,18 @@ def test_the_parts_add_up_to_the_estimate(model: str, precision: str, optimizer:
     assert sum(line.bytes for line in peak.lines) == peak.bytes == row.peak_allocated_bytes
     (verdict,) = parts_of(record, "verdict")
     assert verdict.bytes == row.headroom_bytes
+
+
+def test_the_verdict_is_that_of_the_estimate_where_fragmentation_decides() -> None:
+    step: Any = {"gpus": 48, "sharding": "fsdp2", "precision": "mixed", "checkpointing": "full"}
+    record = explain("llama-3.1-70b", gpu="a100-40g", optimizer="adamw", **step)
+    (verdict,) = parts_of(record, "verdict")
+    assert record.fits is False
+    assert verdict.title == "Headroom: the step does not fit"
+    assert verdict.remark.endswith(
+        "GiB per GPU; it fits by bytes, but fragmentation leaves no room for a request of 448.00 MiB: 4.02 GiB are "
+        "cached in segments that cannot be given back."
+    )
 
 
 @pytest.mark.parametrize("optimizer", [name for name in optimizer_ids() if name != "soap"])
