@@ -12,6 +12,7 @@ from optplan.planner.catalog import load_model
 from optplan.planner.request import check_request
 from optplan.planner.shortage import Shortage
 from optplan.planner.step.micro_steps import simulated_events
+from optplan.planner.step.simulated_device import SimulatedDevice
 from optplan.planner.workload import Workload
 
 CAP = 83_396_001_792
@@ -93,6 +94,29 @@ def test_a_step_with_room_to_spare_is_not_simulated_again():
     assert workload.peaks(candidate).reserved_bytes < CAP
     assert workload.shortage(candidate) is None
     assert workload._limited == {}
+
+
+def test_a_cache_that_repeats_ends_the_simulation_with_the_answer_of_all_steps(monkeypatch):
+    step = {"precision": "mixed", "checkpointing": "full", "sharding": "fsdp2"}
+    request = check_request(load_model("llama-3.1-405b"), gpu="h100", gpus=192, **step)
+
+    def last_step_of_a_run_that_comes_through():
+        workload = Workload(request)
+        assert workload.shortage(candidate_of(workload, "adamw")) is None
+        return workload._limited[1]._simulator.num_steps_taken
+
+    assert last_step_of_a_run_that_comes_through() == 3
+    monkeypatch.setattr(SimulatedDevice, "cached_layout", None)
+    assert last_step_of_a_run_that_comes_through() == 5
+
+
+def test_what_fails_in_the_first_steps_is_found_without_the_peaks():
+    sure = capped(2)
+    shortage = sure.sure_shortage(candidate_of(sure, "adam-mini"))
+    assert sure._peaks == {}
+    whole = capped(2)
+    assert shortage == whole.shortage(candidate_of(whole, "adam-mini"))
+    assert shortage.num_steps == 1
 
 
 def test_a_shortage_says_what_was_asked_for_and_what_is_cached_in_vain():
