@@ -24,7 +24,7 @@ from optplan.planner.step_timer import StepTimer
 from optplan.planner.sweep_axes import AXES, check_size, check_values, layouts_of, request_at, shown, targets_of, unique
 from optplan.planner.sweep_records import SweepReport, SweepRow
 from optplan.planner.version import VERSION
-from optplan.planner.workload import Workload
+from optplan.planner.workload import StepPeaks, Workload
 
 
 def sweep(
@@ -143,7 +143,7 @@ class _Grid:
             "peak_reserved_bytes": peaks.reserved_bytes,
             "device_bytes": peaks.reserved_bytes + own.request.gpu.outside_bytes,
             "headroom_bytes": limit - peaks.peak_bytes,
-            "fits": peaks.peak_bytes <= limit,
+            "fits": peaks.peak_bytes <= limit and not _is_fragmented(own, candidate, peaks, limit),
         }
 
     def _times(self, request: StepRequest, shared: Workload, candidate: Candidate) -> dict[str, Any]:
@@ -218,3 +218,9 @@ class _Grid:
         if isinstance(found, ConfigError):
             raise found
         return found
+
+
+def _is_fragmented(own: Workload, candidate: Candidate, peaks: StepPeaks, limit: int) -> bool:
+    """Whether an estimate refuses a step with room by bytes; within a budget below the GPU's memory bytes decide."""
+    own.remember(candidate.optimizer, peaks)
+    return limit == own.usable_bytes and own.shortage(candidate) is not None

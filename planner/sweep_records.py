@@ -20,7 +20,7 @@ class SweepRow(msgspec.Struct, frozen=True, kw_only=True):
         peak_allocated_bytes: Largest number of allocated bytes, None for a family without step rules.
         device_bytes: Reserved bytes and the GPU's context.
         headroom_bytes: The limit less the peak.
-        fits: Whether the peak is within the limit; None if only the resident bytes are known and they are.
+        fits: Whether steps run within the limit; None if only the resident bytes are known and they are.
         step_seconds: Time of one step by the model of `optplan estimate`, None where it says nothing.
         tokens_per_second: Of all GPUs together.
         reason: Why this combination cannot run, None if it can.
@@ -91,6 +91,8 @@ def violation_of(row: SweepRow) -> str | None:
         return f"{where}: cannot run: {row.reason}"
     if row.fits:
         return None
+    if row.headroom_bytes is not None and row.headroom_bytes >= 0:
+        return f"{where}: fits by bytes, but fragmentation leaves no room"
     if row.peak_allocated_bytes is not None:
         over = row.peak_allocated_bytes - row.limit_bytes
         return f"{where}: needs {row.peak_allocated_bytes} bytes, {over} more than the {row.limit_bytes} allowed"
