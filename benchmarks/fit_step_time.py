@@ -26,7 +26,7 @@ from link_records import measured_shares
 from step_time_cases import ROOT, Case, read_cases, repeated_errors
 
 from optplan.planner.gpus import load_gpu
-from optplan.planner.step_time import Update, combine, micro_steps, optimizer_update, phase_ends, whole_step
+from optplan.planner.step_time import Update, combine, micro_steps, optimizer_update, phase_ends, step_length
 from optplan.planner.step_time_rates import (
     CALIBRATED_GPU,
     FitError,
@@ -55,13 +55,12 @@ FITTED = (
     Fitted("gpu", "product_share_16bit", 0.72, 3.0, 0.4, 0.85),
     Fitted("gpu", "product_share_fp32", 0.72, 0.1, 0.4, 0.85),
     Fitted("gpu", "moves_per_written_byte", 3.2, 0.1, 2.0, 5.0),
-    Fitted("host", "seconds_per_launch", 2e-5, 0.01, 5e-6, 5e-5),
-    Fitted("host", "seconds_per_module", 1e-4, 0.01, 1e-5, 3e-4),
+    Fitted("host", "seconds_per_call", 1.5e-5, 0.05, 5e-6, 4e-5),
+    Fitted("host", "seconds_per_launch", 1e-5, 0.05, 3e-6, 3e-5),
+    Fitted("host", "seconds_per_hook", 8e-6, 0.05, 2e-6, 3e-5),
     Fitted("host", "seconds_per_collective", 1.5e-3, 0.01, 1e-4, 5e-3),
     Fitted("host", "seconds_per_reduced_tensor", 2e-4, 0.01, 1e-5, 1e-3),
 )
-BACKWARD_LAUNCH = Fitted("host", "seconds_per_backward_launch", 2e-5, 0.01, 2e-6, 5e-5)
-"""Told from the launches of forward only once records say how fast their hosts launched; both are the same before."""
 HOST_FACTOR = Fitted("records", "host_factor", 1.0, 0.01, 0.5, 2.0)
 """Of every host but the table's: that of the first records, or of none once records say how fast theirs launched."""
 
@@ -75,8 +74,7 @@ def predicted_seconds(case: Case, model: TimeModel, update: Update | None = None
     update = msgspec.structs.replace(update, busy=busy)
     if records.waited:
         return phase_ends(micro, update, num_steps=1, exponent=exponent)[-1]
-    device = micro.device_seconds(exponent) + update.device_seconds
-    return whole_step(device, micro.host_seconds + update.busy.host, exponent)
+    return step_length(micro, update, exponent=exponent)
 
 
 def update_of(case: Case, model: TimeModel) -> Update:
@@ -102,11 +100,6 @@ def bound_of(case: Case, model: TimeModel) -> str:
     return combine(micro, update_of(case, model), exponent=model.overlap.exponent).bound
 
 
-def fitted_rates(model: TimeModel) -> tuple[Fitted, ...]:
-    """The coefficients that are fitted, but for the hosts' factors."""
-    return FITTED if model.host.launch_reference_seconds is None else (*FITTED, BACKWARD_LAUNCH)
-
-
 def with_reference(model: TimeModel, cases: Sequence[Case]) -> TimeModel:
     """With the median of what hosts took to launch an operation, where records tell."""
     told = [case.host_launch_seconds for case in cases if case.host_launch_seconds is not None]
@@ -116,7 +109,7 @@ def with_reference(model: TimeModel, cases: Sequence[Case]) -> TimeModel:
 
 def fit(cases: Sequence[Case], start: TimeModel) -> TimeModel:
     """The coefficients with the least squared relative errors, found by a pattern search on their logarithms."""
-    fitted = [*fitted_rates(start), *[HOST_FACTOR] * len(_fitted_hosts(start))]
+    fitted = [*FITTED, *[HOST_FACTOR] * len(_fitted_hosts(start))]
     updates = [update_of(case, start) for case in cases]
     known: list[dict[tuple[float, ...], float]] = [{} for _ in cases]
 
@@ -142,9 +135,9 @@ def _rates_of(case: Case, model: TimeModel) -> tuple[float, ...]:
     return (
         gpu.product_share_fp32 if config.precision == "fp32" else gpu.product_share_16bit,
         gpu.moves_per_written_byte,
+        host.seconds_per_call,
         host.seconds_per_launch,
-        host.seconds_per_backward_launch,
-        host.seconds_per_module,
+        host.seconds_per_hook if config.checkpointing != "none" else 0.0,
         *((host.seconds_per_collective, host.seconds_per_reduced_tensor) if config.gpus > 1 else ()),
         host_factor(case, model),
     )
@@ -153,7 +146,7 @@ def _rates_of(case: Case, model: TimeModel) -> tuple[float, ...]:
 def _rounded(model: TimeModel) -> TimeModel:
     """With the digits that the table has."""
     parts: dict[str, Any] = {name: getattr(model, name) for name in ("gpu", "host")}
-    for one in (*FITTED, BACKWARD_LAUNCH):
+    for one in FITTED:
         value = float(_text(getattr(parts[one.part], one.name)))
         parts[one.part] = msgspec.structs.replace(parts[one.part], **{one.name: value})
     records = [msgspec.structs.replace(row, host_factor=float(_text(row.host_factor))) for row in model.records]
@@ -180,13 +173,9 @@ def _searched(loss: Callable[[list[float]], float], point: list[float]) -> list[
 
 def _moved(start: TimeModel, logs: Sequence[float]) -> TimeModel:
     parts: dict[str, Any] = {name: getattr(start, name) for name in ("gpu", "host")}
-    rates = fitted_rates(start)
-    for one, log in zip(rates, logs, strict=False):
+    for one, log in zip(FITTED, logs, strict=False):
         parts[one.part] = msgspec.structs.replace(parts[one.part], **{one.name: _limited(one, log)})
-    if BACKWARD_LAUNCH not in rates:
-        host = parts["host"]
-        parts["host"] = msgspec.structs.replace(host, seconds_per_backward_launch=host.seconds_per_launch)
-    factors = [_limited(HOST_FACTOR, log) for log in logs[len(rates) :]]
+    factors = [_limited(HOST_FACTOR, log) for log in logs[len(FITTED) :]]
     of_host = dict(zip(_fitted_hosts(start), factors, strict=True))
     records = [msgspec.structs.replace(row, host_factor=of_host.get(row.host, 1.0)) for row in start.records]
     return msgspec.structs.replace(start, records=records, **parts)
@@ -275,7 +264,7 @@ def _show_summary(title: str, errors: Sequence[float]) -> None:
 
 def written(text: str, model: TimeModel, links: dict[str, LinkRates]) -> str:
     """The table's text with the fitted coefficients, the errors and the measured links."""
-    for one in (*FITTED, BACKWARD_LAUNCH):
+    for one in FITTED:
         text = _set(text, one.part, one.name, _text(getattr(getattr(model, one.part), one.name)))
     if model.host.launch_reference_seconds is not None:
         text = _set(text, "host", "launch_reference_seconds", _text(model.host.launch_reference_seconds))

@@ -2,8 +2,10 @@
 
 The GPU multiplies matrices at a share of the data sheet's rate, and moves what the step writes at the bandwidth of a
 large copy; the links pass on what is sharded meanwhile; the optimizer's step follows. The host launches the same work
-operation by operation and runs ahead as far as it can, into the next step too: over whole steps the longer of GPU and
-host decides. Other GPUs are scaled by their data sheets and keep the measured host: their times are marked `scaled`.
+call by call and runs ahead as far as it can, into the next step too: over whole steps the longer of GPU and host
+decides. Where forward reads a value off the GPU, as transformers' causal masks do, the host runs ahead no further than
+that: each micro-step begins when all before it is done. Other GPUs are scaled by their data sheets and keep the
+measured host: their times are marked `scaled`.
 
 Source: `data/step_time.toml`; `benchmarks/fit_step_time.py` fits the coefficients and states the errors.
 """
@@ -19,11 +21,12 @@ import msgspec
 from optplan.planner.candidates import Candidate
 from optplan.planner.dtypes import ITEMSIZE_BYTES
 from optplan.planner.gpus import Gpu, load_gpu
+from optplan.planner.host_work import HostCalls
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.request import StepRequest
 from optplan.planner.sharding.registry import FULL_SHARDINGS
 from optplan.planner.step_time_links import is_reduced_once, link_seconds, reduction_of
-from optplan.planner.step_time_rates import CALIBRATED_GPU, OptimizerRates, TimeModel
+from optplan.planner.step_time_rates import CALIBRATED_GPU, HostRates, OptimizerRates, TimeModel
 from optplan.planner.step_time_work import PhaseWork, StepWork
 
 Basis = Literal["calibrated", "scaled"]
@@ -62,6 +65,7 @@ class MicroSteps(msgspec.Struct, frozen=True):
         count: How many there are.
         reduction: Of gradients that are reduced once a step, beside the last backward.
         accumulation: Of gradients that are added to those of the micro-steps before, in each but the first.
+        waits: Whether in each forward the host waits for all that it launched before.
     """
 
     forward: Busy
@@ -69,6 +73,7 @@ class MicroSteps(msgspec.Struct, frozen=True):
     count: int = 1
     reduction: Busy = Busy(0.0, 0.0)
     accumulation: Busy = Busy(0.0, 0.0)
+    waits: bool = False
 
     @property
     def busy(self) -> Busy:
@@ -153,6 +158,7 @@ def micro_steps(work: StepWork, request: StepRequest, gpu: Gpu, *, model: TimeMo
         request.config.grad_accum,
         Busy(0.0, 0.0, links.reduction).plus(reduced if once else Busy(0.0, 0.0)),
         _accumulating(request, gpu, model=model),
+        work.forward.calls.waits > 0,
     )
 
 
@@ -162,7 +168,7 @@ def _accumulating(request: StepRequest, gpu: Gpu, *, model: TimeModel) -> Busy:
     is_divided = request.config.sharding in (*FULL_SHARDINGS, "zero2")
     held = _updated_share(request) if is_divided else 1.0
     moved = _MOVES_PER_ADDED_BYTE * held * itemsize * spec.num_parameters
-    launching = model.host.seconds_per_backward_launch * len(spec.trained_parameters)
+    launching = model.host.seconds_per_launch * len(spec.trained_parameters)
     return Busy(moved / (gpu.achievable_bandwidth_bytes_per_s or 1.0), launching)
 
 
@@ -180,10 +186,16 @@ def phase_busy(work: PhaseWork, gpu: Gpu, precision: str, *, model: TimeModel) -
     seconds = work.product_flops / (share * peak) + work.attention_flops / (rates.attention_share * peak)
     moved = rates.moves_per_written_byte * work.written_bytes + _MOVES_PER_COPIED_BYTE * work.copied_bytes
     seconds += moved / bandwidth + rates.seconds_per_launch * work.num_launches
-    launching = host.seconds_per_launch * (work.num_launches - work.num_backward_launches)
-    launching += host.seconds_per_backward_launch * work.num_backward_launches
-    calling = host.seconds_per_module * work.num_modules + host.seconds_per_collective * work.num_collectives
-    return Busy(seconds, launching + calling)
+    return Busy(seconds, host_seconds(work.calls, host) + host.seconds_per_collective * work.num_collectives)
+
+
+def host_seconds(calls: HostCalls, host: HostRates) -> float:
+    """How long the host takes for what is asked of it."""
+    return (
+        host.seconds_per_call * (calls.calls + calls.modules)
+        + host.seconds_per_launch * (calls.launches + calls.nodes + calls.backward_launches)
+        + host.seconds_per_hook * calls.kept
+    )
 
 
 def _product_peak(gpu: Gpu, precision: str, *, model: TimeModel) -> tuple[float, float]:
@@ -260,8 +272,7 @@ def _product_flops(candidate: Candidate, rates: OptimizerRates, spec: ModelSpec)
 
 def combine(micro: MicroSteps, update: Update, *, exponent: float) -> StepSeconds:
     """The time of a step: its micro-steps, then the optimizer's, as one step follows another."""
-    host = micro.host_seconds + update.busy.host
-    step = whole_step(micro.device_seconds(exponent) + update.device_seconds, host, exponent)
+    step = step_length(micro, update, exponent=exponent)
     few = msgspec.structs.replace(micro, count=min(micro.count, _FOLLOWED))
     ends = phase_ends(few, update, num_steps=2, exponent=exponent)
     spans = [end - begin for begin, end in pairwise(ends[2 * few.count :])]
@@ -271,10 +282,22 @@ def combine(micro: MicroSteps, update: Update, *, exponent: float) -> StepSecond
     return StepSeconds(step, share * forward, share * backward, share * spans[-1], _bound(busy))
 
 
+def step_length(micro: MicroSteps, update: Update, *, exponent: float) -> float:
+    """Seconds from the end of one step to the end of the next."""
+    if not micro.waits:
+        device = micro.device_seconds(exponent) + update.device_seconds
+        return whole_step(device, micro.host_seconds + update.busy.host, exponent)
+    few = msgspec.structs.replace(micro, count=min(micro.count, 3))
+    ends = phase_ends(few, update, num_steps=1, exponent=exponent)
+    others = (micro.count - few.count) * (ends[3] - ends[1]) if micro.count > few.count else 0.0
+    return ends[-1] + others
+
+
 def phase_ends(micro: MicroSteps, update: Update, *, num_steps: int, exponent: float) -> list[float]:
     """When the GPU is done with every forward, every backward and the optimizer's step of each of some steps.
 
-    GPU and host begin the first of them together, and the host goes on to the next without waiting.
+    GPU and host begin the first of them together, and the host goes on to the next without waiting, or to the next
+    forward.
     """
     parts = []
     for index in range(micro.count):
@@ -282,10 +305,12 @@ def phase_ends(micro: MicroSteps, update: Update, *, num_steps: int, exponent: f
         backward = backward.plus(micro.reduction) if index == micro.count - 1 else backward
         parts += [(longer(_without_host(one), exponent), one.host) for one in (micro.forward, backward)]
     parts.append((update.device_seconds, update.busy.host))
-    ends, launched = [0.0], 0.0
-    for seconds, host in parts * num_steps:
+    ends, together, launched = [0.0], 0.0, 0.0
+    for index, (seconds, host) in enumerate(parts * num_steps):
+        if micro.waits and index % len(parts) in range(0, 2 * micro.count, 2):
+            together, launched = ends[-1], 0.0
         launched += host
-        ends.append(whole_step(ends[-1] + seconds, launched, exponent))
+        ends.append(together + whole_step(ends[-1] - together + seconds, launched, exponent))
     return ends[1:]
 
 

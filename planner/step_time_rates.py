@@ -36,17 +36,17 @@ class HostRates(msgspec.Struct, frozen=True):
     """Seconds that the host takes.
 
     Attributes:
-        seconds_per_launch: To launch one operation from Python.
-        seconds_per_backward_launch: The same from autograd's own thread.
-        seconds_per_module: To call one module in Python besides.
+        seconds_per_call: To call torch or a module from Python.
+        seconds_per_launch: To launch one operation below that, or for autograd to come to one of its nodes.
+        seconds_per_hook: To hand one tensor to one of checkpointing's hooks.
         seconds_per_collective: To gather or reduce one group of FSDP2, with its hooks.
         seconds_per_reduced_tensor: To have one parameter's gradient reduced by DDP.
         launch_reference_seconds: What `host_launch_seconds` of a record is on this host, None if no record tells.
     """
 
+    seconds_per_call: float
     seconds_per_launch: float
-    seconds_per_backward_launch: float
-    seconds_per_module: float
+    seconds_per_hook: float
     seconds_per_collective: float
     seconds_per_reduced_tensor: float
     launch_reference_seconds: float | None = None

@@ -3,9 +3,10 @@
 Products are counted from the model's matrices, the rest from the step rules: every tensor that forward and backward
 allocate is written once and read a few times, save what products write in backward: their time is that of their
 operations. What is copied for collectives is counted on its own, what they write themselves is the links' time. Every
-tensor that is not written beside another is a launch of the host. What checkpointing computes again is on the rules'
-tape: each layer's forward up to the last tensor that its backward needs, so mostly without its last product. It is
-told by what it makes, which in forward and in gradients has different names.
+tensor that is not written beside another is a kernel. What checkpointing computes again is on the rules' tape: each
+layer's forward up to the last tensor that its backward needs, so mostly without its last product. What the host does
+for all this was counted from the families' own modules (`host_work`); of families without counts it is estimated from
+the kernels.
 
 Source: `torch/utils/checkpoint.py` (`early_stop`).
 """
@@ -18,7 +19,9 @@ from typing import NamedTuple
 
 import msgspec
 
+from optplan.planner.host_work import HostCalls, host_work, typical_calls
 from optplan.planner.models.spec import ModelSpec
+from optplan.planner.step.families import FAMILIES
 from optplan.planner.step.graph import Record
 from optplan.planner.step.options import StepOptions
 from optplan.planner.step.program import Program
@@ -49,6 +52,10 @@ _OUTPUT = "output"
 _BIDIRECTIONAL = {"bert", "roberta", "vit", "t5"}
 RECOMPUTED_SHARE = {"none": 0.0, "selective": 0.5, "full": 1.0, "full-reentrant": 1.0}
 """Share of the layers whose forward runs twice."""
+_HOOKED = ("full", "selective")
+"""Checkpointing by hooks of Python's on every tensor that a layer keeps: in forward each is replaced."""
+_HOOKS_IN_BACKWARD = 2
+"""Calls of a hook for each such tensor in backward: when it is made again, and when it is asked for."""
 
 
 class PhaseWork(msgspec.Struct, frozen=True):
@@ -59,10 +66,10 @@ class PhaseWork(msgspec.Struct, frozen=True):
         attention_flops: The same of queries with keys and of weights with values.
         written_bytes: Bytes of the tensors that it allocates, without those that products or collectives write.
         copied_bytes: Bytes of copies for collectives and of what they gathered.
-        num_launches: Operations that the host launches.
-        num_modules: Modules that it calls in Python: in backward only those that run again.
+        num_launches: Kernels besides those of collectives.
         num_collectives: Gathers and reductions of fully sharded groups; a group that runs again is asked once more.
-        num_backward_launches: Launches that autograd's own thread makes; the others come from Python.
+        calls: What it asks of the host: in backward also what runs again; `kept` are the tensors handed to
+            checkpointing's hooks.
     """
 
     product_flops: float
@@ -70,9 +77,8 @@ class PhaseWork(msgspec.Struct, frozen=True):
     written_bytes: float
     copied_bytes: float
     num_launches: int
-    num_modules: float
     num_collectives: float = 0.0
-    num_backward_launches: int = 0
+    calls: HostCalls = HostCalls()
 
 
 class StepWork(msgspec.Struct, frozen=True):
@@ -124,6 +130,7 @@ def step_work(spec: ModelSpec, options: StepOptions, program: Program) -> StepWo
     flops, attention = _flops_by_name(spec, num_tokens=num_tokens), attention_flops(spec, options)
     again, products = RECOMPUTED_SHARE[options.checkpointing], sum(flops.values())
     forward, backward = _sums(program, "forward"), _sums(program, "backward")
+    calls = _host_calls(spec, options, (forward.num_launches, backward.num_launches))
     backward_products = 2 * products + (_recomputed_flops(program, flops) if again else 0.0)
     if options.fused_loss == "chunked":
         backward_products += head_flops(spec, num_tokens=num_tokens)
@@ -134,8 +141,8 @@ def step_work(spec: ModelSpec, options: StepOptions, program: Program) -> StepWo
             forward.written_bytes,
             forward.copied_bytes,
             forward.num_launches,
-            forward.num_modules,
             forward.num_collectives,
+            calls.forward,
         ),
         PhaseWork(
             backward_products,
@@ -143,28 +150,82 @@ def step_work(spec: ModelSpec, options: StepOptions, program: Program) -> StepWo
             backward.written_bytes,
             backward.copied_bytes,
             backward.num_launches,
-            again * forward.num_layer_modules,
             backward.num_collectives + again * forward.num_collectives,
-            backward.num_launches - _relaunched(program),
+            calls.backward,
         ),
     )
 
 
+class _PhaseCalls(NamedTuple):
+    """What forward and backward ask of the host."""
+
+    forward: HostCalls
+    backward: HostCalls
+
+
+def num_layers(spec: ModelSpec) -> list[int]:
+    """Layers of each stack of a model."""
+    family = FAMILIES[spec.model_type]
+    return [len(stack) for stack in family.stacks(family.layers(spec))]
+
+
+def _host_calls(spec: ModelSpec, options: StepOptions, num_launches: tuple[int, int]) -> _PhaseCalls:
+    """What is asked of the host, where its family was counted or is typical; with what checkpointing asks besides."""
+    work = host_work(spec.model_type, options.precision, options.attention)
+    if work is None:
+        whole = in_layers = _typical_calls(*num_launches)
+    else:
+        in_layers = work.in_layers(num_layers(spec))
+        whole = work.outside.plus(in_layers)
+    again = RECOMPUTED_SHARE[options.checkpointing]
+    hooked = again * in_layers.kept if options.checkpointing in _HOOKED else 0
+    waits = max(whole.waits, options.padding_mask)  # whether the mask hides anything is looked up on the host
+    return _PhaseCalls(
+        HostCalls(whole.calls, whole.launches, whole.modules, hooked, waits),
+        HostCalls(
+            again * in_layers.calls,
+            again * in_layers.launches,
+            again * in_layers.modules,
+            _HOOKS_IN_BACKWARD * hooked,
+            0,
+            whole.nodes,
+            whole.backward_launches,
+        ),
+    )
+
+
+def _typical_calls(forward: int, backward: int) -> HostCalls:
+    """What so many launches of forward and backward mostly ask of the host."""
+    share = typical_calls()
+    return HostCalls(
+        forward * share.calls,
+        forward * share.launches,
+        forward * share.modules,
+        forward * share.kept,
+        share.waits,
+        backward * share.nodes,
+        backward * share.backward_launches,
+    )
+
+
+def num_kernels(program: Program) -> tuple[int, int]:
+    """Kernels of forward and of backward, besides those of collectives."""
+    return _sums(program, "forward").num_launches, _sums(program, "backward").num_launches
+
+
 class _Sums(NamedTuple):
-    """What one phase of the whole model writes, copies, launches and calls, its layers' modules also on their own."""
+    """What one phase of the whole model writes, copies and launches."""
 
     written_bytes: int
     copied_bytes: int
     num_launches: int
-    num_modules: int
-    num_layer_modules: int
     num_collectives: int
 
 
 def _sums(program: Program, phase: Phase) -> _Sums:
     totals = [0] * len(_Sums._fields)
-    for records, layer, count in _stretches(program, phase):
-        found = _sums_of(records, in_layer=layer is not None)
+    for records, _, count in _stretches(program, phase):
+        found = _sums_of(records)
         totals = [total + count * value for total, value in zip(totals, found, strict=True)]
     return _Sums(*totals)
 
@@ -178,9 +239,8 @@ def _stretches(program: Program, phase: Phase) -> Iterator[tuple[Sequence[Record
             yield tape.records[starts[index] : starts[index + 1]], tape.segments[index].layer, count
 
 
-def _sums_of(records: Sequence[Record], *, in_layer: bool) -> _Sums:
+def _sums_of(records: Sequence[Record]) -> _Sums:
     written = copied = collectives = 0
-    modules = set()
     for record in records:
         if record.operation.startswith(_COLLECTIVES):
             collectives += 1
@@ -190,28 +250,11 @@ def _sums_of(records: Sequence[Record], *, in_layer: bool) -> _Sums:
             copied += record.num_bytes
         else:
             written += record.num_bytes
-            modules.add(record.path)
-    launches = sum(map(_launches, records))
-    return _Sums(written, copied, launches, len(modules), len(modules) if in_layer else 0, collectives)
+    return _Sums(written, copied, sum(map(_launches, records)), collectives)
 
 
 def _launches(record: Record) -> int:
     return 0 if record.category == "workspace" else _LAUNCHES.get(record.operation, 1)
-
-
-def _relaunched(program: Program) -> int:
-    """Launches in backward that make in a layer what its forward made: what is computed, or gathered, again."""
-    made = {
-        (layer, record.path, record.operation)
-        for records, layer, _ in _stretches(program, "forward")
-        for record in records
-    }
-    return sum(
-        count * _launches(record)
-        for records, layer, count in _stretches(program, "backward")
-        for record in records
-        if layer is not None and (layer, record.path, record.operation) in made
-    )
 
 
 def _recomputed_flops(program: Program, flops: Mapping[str, float]) -> float:

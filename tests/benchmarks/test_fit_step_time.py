@@ -57,9 +57,7 @@ def _told(fitting: ModuleType, cases: list[Any], model: TimeModel) -> list[Any]:
 
 def test_what_records_tell_of_their_hosts_is_their_factor(fitting: ModuleType, cases: list[Any]) -> None:
     untold_model = _without_reference()
-    host = msgspec.structs.replace(
-        untold_model.host, launch_reference_seconds=8e-6, seconds_per_launch=2e-5, seconds_per_backward_launch=1e-5
-    )
+    host = msgspec.structs.replace(untold_model.host, launch_reference_seconds=8e-6, seconds_per_launch=1.5e-5)
     told = _told(fitting, cases, msgspec.structs.replace(untold_model, host=host))
     start = fitting.with_reference(untold_model, told)
     assert start.host.launch_reference_seconds == 8e-6
@@ -71,20 +69,17 @@ def test_what_records_tell_of_their_hosts_is_their_factor(fitting: ModuleType, c
     assert {fitting.host_factor(case, start) for case in untold} <= {row.host_factor for row in start.records}
     fitted = fitting.fit(untold, untold_model)
     assert max(map(abs, fitting.errors_of(untold, fitted))) > 0.4
-    assert fitted.host.seconds_per_backward_launch == fitted.host.seconds_per_launch
 
 
-def test_launches_of_backward_have_a_rate_once_records_tell_of_their_hosts(fitting: ModuleType) -> None:
+def test_the_fit_is_written_with_what_records_tell_of_their_hosts(fitting: ModuleType) -> None:
     model = _without_reference()
-    assert fitting.BACKWARD_LAUNCH not in fitting.fitted_rates(model)
     text = re.sub(r"(?m)^launch_reference_seconds = .*\n", "", fitting.TABLE.read_text("utf-8"))
     found = msgspec.structs.replace(
-        model.host, seconds_per_launch=2e-5, seconds_per_backward_launch=9e-6, launch_reference_seconds=7.654e-6
+        model.host, seconds_per_call=2e-5, seconds_per_launch=9e-6, launch_reference_seconds=7.654e-6
     )
     written = fitting.written(text, msgspec.structs.replace(model, host=found), {})
     assert tomllib.loads(written)["host"] == tomllib.loads(text)["host"] | {
-        "seconds_per_launch": 2e-5, "seconds_per_backward_launch": 9e-6, "launch_reference_seconds": 7.65e-6,
+        "seconds_per_call": 2e-5, "seconds_per_launch": 9e-6, "launch_reference_seconds": 7.65e-6,
     }  # fmt: skip
     told = msgspec.convert(tomllib.loads(written), type(model))
     assert fitting.written(written, told, {}) == written
-    assert fitting.BACKWARD_LAUNCH in fitting.fitted_rates(told)

@@ -17,6 +17,7 @@ import pytest
 import optplan
 from optplan.planner.catalog import load_model
 from optplan.planner.gpus import load_gpu
+from optplan.planner.host_work import HostCalls
 from optplan.planner.measured.expectation import expect
 from optplan.planner.measured.measurement import Measurement
 from optplan.planner.measured.record_files import load_record
@@ -24,7 +25,17 @@ from optplan.planner.optimizers.registry import OPTIMIZERS
 from optplan.planner.request import check_request
 from optplan.planner.requested_step import step_options
 from optplan.planner.step.rules import record_step
-from optplan.planner.step_time import Busy, MicroSteps, Update, combine, longer, micro_steps, phase_busy, phase_ends
+from optplan.planner.step_time import (
+    Busy,
+    MicroSteps,
+    Update,
+    combine,
+    longer,
+    micro_steps,
+    phase_busy,
+    phase_ends,
+    step_length,
+)
 from optplan.planner.step_time_links import link_basis, link_seconds, link_traffic
 from optplan.planner.step_time_rates import load_time_model
 from optplan.planner.step_time_work import PhaseWork, StepWork, product_flops, step_work
@@ -101,7 +112,7 @@ def test_alike_steps_differ_more_than_the_model_is_off(fitting: ModuleType, case
 def test_the_committed_coefficients_are_the_fit(fitting: ModuleType, cases: list[Any]) -> None:
     committed = load_time_model()
     fitted = fitting.fit(cases, committed)
-    for one in fitting.fitted_rates(committed):
+    for one in fitting.FITTED:
         expected = getattr(getattr(fitted, one.part), one.name)
         assert getattr(getattr(committed, one.part), one.name) == pytest.approx(expected, rel=0.01)
         assert one.least < expected < one.most
@@ -195,7 +206,7 @@ def test_gradients_reduced_one_by_one_take_the_host(sharding: str, reduced_once:
     model, gpu = load_time_model(), load_gpu("h200")
     precision = "mixed" if sharding == "zero2" else "bf16"
     request = check_request(load_model("gpt2"), gpu="h200", gpus=gpus, sharding=sharding, precision=precision)
-    nothing = StepWork(PhaseWork(1.0, 0.0, 0.0, 0.0, 0, 0), PhaseWork(1.0, 0.0, 0.0, 0.0, 0, 0))
+    nothing = StepWork(PhaseWork(1.0, 0.0, 0.0, 0.0, 0), PhaseWork(1.0, 0.0, 0.0, 0.0, 0))
     steps, each = micro_steps(nothing, request, gpu, model=model), model.host.seconds_per_reduced_tensor
     assert steps.reduction.host == pytest.approx(reduced_once * each)
     assert steps.backward.host == pytest.approx(in_every_backward * each)
@@ -217,16 +228,21 @@ def test_launches_of_gpt2() -> None:
     assert launches == 2 + 4 + 1 + 2 + 2 + 8
 
 
-def test_launches_from_python_and_of_autograd_have_rates_of_their_own() -> None:
+def test_what_the_host_is_asked_for_has_three_rates() -> None:
     model = load_time_model()
-    host = msgspec.structs.replace(model.host, seconds_per_launch=3e-5, seconds_per_backward_launch=1e-5)
-    work = PhaseWork(1.0, 0.0, 0.0, 0.0, num_launches=100, num_modules=0, num_backward_launches=60)
+    rates = {"seconds_per_call": 2e-5, "seconds_per_launch": 1e-5, "seconds_per_hook": 5e-6}
+    host = msgspec.structs.replace(model.host, **rates)
+    # Python calls torch 60 times and 40 modules; 30 launches, and 20 more from 50 nodes of autograd; 10 tensors hooked.
+    calls = HostCalls(calls=60, modules=40, launches=30, nodes=50, backward_launches=20, kept=10, waits=3)
+    work = PhaseWork(1.0, 0.0, 0.0, 0.0, num_launches=100, calls=calls)
     busy = phase_busy(work, load_gpu("h200"), "bf16", model=msgspec.structs.replace(model, host=host))
-    assert busy.host == pytest.approx(40 * 3e-5 + 60 * 1e-5)
+    assert busy.host == pytest.approx(100 * 2e-5 + 100 * 1e-5 + 10 * 5e-6)
+    assert busy.gpu == pytest.approx(100 * model.gpu.seconds_per_launch, rel=0.01)
     assert msgspec.structs.replace(host, launch_reference_seconds=8e-6).slower(2.0) == msgspec.structs.replace(
         host.slower(2.0), launch_reference_seconds=1.6e-5
     )
-    assert (host.slower(2.0).seconds_per_launch, host.slower(2.0).launch_reference_seconds) == (6e-5, None)
+    untold = msgspec.structs.replace(host, launch_reference_seconds=None).slower(2.0)
+    assert (untold.seconds_per_launch, untold.launch_reference_seconds) == (2e-5, None)
 
 
 def test_the_longest_decides() -> None:
@@ -253,10 +269,25 @@ def test_the_host_runs_ahead() -> None:
     assert (step.step, step.bound) == (pytest.approx(8, rel=1e-2), "host")
 
 
+def test_a_host_that_waits_in_forward_runs_no_further_ahead() -> None:
+    # Forward: 1 s of GPU, 2 s of host. Backward: 4 s and 1 s. The optimizer: 1 s and 1 s. Each step starts afresh:
+    # forward ends with the host at 2 s, backward at 6, the optimizer at 7, and only then the host comes to the next.
+    micro = MicroSteps(Busy(1.0, 2.0), Busy(4.0, 1.0), waits=True)
+    update = Update(Busy(1.0, 1.0))
+    assert phase_ends(micro, update, num_steps=2, exponent=500) == pytest.approx([2, 6, 7, 9, 13, 14], rel=1e-2)
+    step = combine(micro, update, exponent=500)
+    assert (step.step, step.forward, step.backward, step.optimizer) == pytest.approx((7, 2, 4, 1), rel=1e-2)
+    # Every micro-step waits: 6 s each.
+    for count in (2, 3, 5, 20):
+        several = msgspec.structs.replace(micro, count=count)
+        assert step_length(several, update, exponent=500) == pytest.approx(6 * count + 1, rel=1e-2)
+        assert combine(several, update, exponent=500).step == pytest.approx(6 * count + 1, rel=1e-2)
+
+
 def test_gradients_are_added_up_in_every_micro_step_but_the_first() -> None:
     # 124,439,808 gradients of 2 bytes are read with those before them and written: 3 x 2 bytes each at 4.28 TB/s.
     request = check_request(load_model("gpt2"), gpu="h200", grad_accum=4)
-    nothing = StepWork(PhaseWork(1.0, 0.0, 0.0, 0.0, 0, 0), PhaseWork(1.0, 0.0, 0.0, 0.0, 0, 0))
+    nothing = StepWork(PhaseWork(1.0, 0.0, 0.0, 0.0, 0), PhaseWork(1.0, 0.0, 0.0, 0.0, 0))
     steps = micro_steps(nothing, request, load_gpu("h200"), model=load_time_model())
     assert steps.device_seconds(1000) == pytest.approx(3 * 6 * 124_439_808 / 4.28e12, rel=1e-3)
 
