@@ -21,6 +21,9 @@ ROWS: list[dict[str, Any]] = [
 BITWISE = ("adamw", "micro-adam")
 """Those whose steps on ranks are one process's to the bit; the others add up sums in another order."""
 
+BITWISE_ON_GPUS = ("adamw", "adam-mini")
+"""The same on GPUs, where kernels step the parameters: each row's sum is a rank's own."""
+
 case = pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['device']}-{row['optimizer']}")
 
 
@@ -111,7 +114,14 @@ def test_losses_of_the_ranks_go_on_after_the_checkpoint(row: dict[str, Any]) -> 
         assert resumed == (after if in_order else pytest.approx(after, rel=1e-3))
         assert alone == (first if in_order else pytest.approx(first, rel=1e-3))
     else:
-        # cuDNN's attention adds gradients up in any order, as torch warned. Before a step's first moments have settled
-        # that is a change of signs, which grows; with the moments of a checkpoint it is next to nothing.
-        assert resumed == pytest.approx(after, rel=1e-4)
-        assert alone == pytest.approx(first, rel=1e-2)
+        # In the older rows attention added gradients up in any order, as torch warned: before a step's first moments
+        # have settled a change of signs, which grows; with the moments of a checkpoint it is next to nothing.
+        is_newest = row is [other for other in ROWS if _trained_alike(other, row)][-1]
+        if is_newest and row["optimizer"] in BITWISE_ON_GPUS:
+            assert (resumed, alone) == (after, first)
+        assert resumed == pytest.approx(after, rel=5e-5 if is_newest else 1e-4)
+        assert alone == pytest.approx(first, rel=5e-4 if is_newest else 1e-2)
+
+
+def _trained_alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(one[name] == other[name] for name in ("optimizer", "device"))

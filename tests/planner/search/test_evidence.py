@@ -60,13 +60,15 @@ def test_the_weakest_part_decides(
 
 @pytest.mark.parametrize(
     ("optimizer", "figure"),
-    [("adamw", "1.1815"), ("adam-mini", "1.2498"), ("micro-adam", "2.2047"), ("adapprox", "1.1989")],
+    [("adamw", "1.1815"), ("adam-mini", "1.2566"), ("micro-adam", "2.1632"), ("adapprox", "1.1989")],
 )
 def test_our_own_losses_are_those_of_the_records(optimizer: str, figure: str) -> None:
     lines = (ROOT / "benchmarks" / "records" / "h200_training.jsonl").read_text("utf-8").splitlines()
     recorded = "torch-adamw" if optimizer == "adamw" else optimizer
     rows = [json.loads(line) for line in lines]
-    losses = [r["final_validation_loss"] for r in rows if r["optimizer"] == recorded and r["stage"] == "final"]
+    ran = [row for row in rows if row["optimizer"] == recorded and row["stage"] == "final"]
+    newest = ran[-1]["environment"]["commit"]
+    losses = [row["final_validation_loss"] for row in ran if row["environment"]["commit"] == newest]
     row = next(row for row in load_evidence().optimizer if row.id == optimizer)
     assert f"{fmean(losses):.4f}" == figure
     assert figure in row.ours
