@@ -36,10 +36,11 @@ _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 _HEADER = """\
 # What forward and backward of one micro-step ask of the host: planner/host_work.py says what the seven numbers are.
 #
-# `python benchmarks/count_host_work.py --write` counted them with transformers {version}, on the catalogue's first model of each family,
-# without a GPU but as on one. Below a family: precision-attention = [outside the layers, one layer of each stack].
-# Families without a table (no class, or one that cannot be traced) are taken to be typical: so many for each launch that
-# the step rules know of in forward, the last two for each in backward; the waits as they are. Medians of the families.
+# `python benchmarks/count_host_work.py --write` counted them with transformers {version}, on the catalogue's first model
+# of each family, without a GPU but as on one. Below a family: precision-attention = [outside the layers, one layer of
+# each stack]. Families without a table (no class, or one that cannot be traced) are taken to be typical: so many for
+# each launch that the step rules know of in forward, the last two for each in backward, the waits as they are. These
+# are medians of the families.
 #
 # [calls, launches, modules, kept, waits, nodes, backward_launches]
 """
@@ -57,7 +58,10 @@ def count_family(entry: ModelEntry, *, precision: str, attention: str) -> HostWo
         check_step(load_model(entry.id), options)
         base = _count(entry, [2] * num_stacks, options)
         fewer, more = (
-            [_count(entry, [n if at == stack else 2 for at in range(num_stacks)], options) for stack in range(num_stacks)]
+            [
+                _count(entry, [n if at == stack else 2 for at in range(num_stacks)], options)
+                for stack in range(num_stacks)
+            ]
             for n in (1, 3)
         )
     except ConfigError:
@@ -87,7 +91,8 @@ def _with_layers(entry: ModelEntry, counts: list[int]) -> ModelSpec:
     """The model with so many layers in each stack."""
     config = {**entry.config, **dict.fromkeys(entry.nulls)}
     config |= {name: counts[0] for name in _LAYERS if name in config}
-    config |= {"num_decoder_layers": count for count in counts[1:]}
+    if len(counts) > 1:
+        config["num_decoder_layers"] = counts[1]
     return read_model(config, name=entry.id, source=entry.source, where=f"the catalogue entry '{entry.id}'")
 
 

@@ -59,22 +59,42 @@ FITTED = (
     Fitted("host", "seconds_per_launch", 1e-5, 0.05, 3e-6, 3e-5),
     Fitted("host", "seconds_per_hook", 8e-6, 0.05, 2e-6, 3e-5),
     Fitted("host", "seconds_per_collective", 1.5e-3, 0.01, 1e-4, 5e-3),
-    Fitted("host", "seconds_per_reduced_tensor", 2e-4, 0.01, 1e-5, 1e-3),
+    Fitted("host", "seconds_per_reduced_tensor", 5e-5, 0.01, 5e-6, 1e-3),
 )
+PHASE_SHARE = 0.25
+"""Weight of the errors of forward and of backward beside that of the step: they tell what the host takes for which."""
 HOST_FACTOR = Fitted("records", "host_factor", 1.0, 0.01, 0.5, 2.0)
 """Of every host but the table's: that of the first records, or of none once records say how fast theirs launched."""
 
 
-def predicted_seconds(case: Case, model: TimeModel, update: Update | None = None) -> float:
-    """Time of the step by the model, on the host that it was measured on."""
+def predicted_ends(case: Case, model: TimeModel, update: Update | None = None) -> list[float]:
+    """When forward, backward and step end by the model, on the host that it was measured on; or the step alone.
+
+    The step alone where the host runs ahead from one to the next.
+    """
     records, exponent, factor = model.records[case.records], model.overlap.exponent, host_factor(case, model)
     micro = micro_steps(case.work, case.request, GPU, model=_on_host(model, factor))
     update = update or update_of(case, model)
     busy = msgspec.structs.replace(update.busy, host=factor * update.busy.host)
     update = msgspec.structs.replace(update, busy=busy)
-    if records.waited:
-        return phase_ends(micro, update, num_steps=1, exponent=exponent)[-1]
-    return step_length(micro, update, exponent=exponent)
+    if records.waited or micro.waits:
+        return phase_ends(micro, update, num_steps=1, exponent=exponent)
+    return [step_length(micro, update, exponent=exponent)]
+
+
+def predicted_seconds(case: Case, model: TimeModel) -> float:
+    """Time of the step by the model, on the host that it was measured on."""
+    return predicted_ends(case, model)[-1]
+
+
+def squared_error(case: Case, ends: Sequence[float]) -> float:
+    """How far a prediction is from a measured step: of the whole, and a share for each of forward and backward."""
+    error = math.log(ends[-1] / case.seconds) ** 2
+    if case.phase_seconds is not None and len(ends) > 1:
+        spans = ends[0], ends[1] - ends[0]
+        pairs = zip(spans, case.phase_seconds, strict=True)
+        error += PHASE_SHARE * sum(math.log(span / measured) ** 2 for span, measured in pairs)
+    return error
 
 
 def update_of(case: Case, model: TimeModel) -> Update:
@@ -117,7 +137,7 @@ def fit(cases: Sequence[Case], start: TimeModel) -> TimeModel:
         """Of a case; most coefficients are none of its business, and one alone changes at a time."""
         case, found, rates = cases[index], known[index], _rates_of(cases[index], model)
         if rates not in found:
-            found[rates] = math.log(predicted_seconds(case, model, updates[index]) / case.seconds) ** 2
+            found[rates] = squared_error(case, predicted_ends(case, model, updates[index]))
         return found[rates]
 
     def loss(point: list[float]) -> float:

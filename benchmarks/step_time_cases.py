@@ -43,6 +43,7 @@ class Case(NamedTuple):
         candidate: Its optimizer, which moves `moved_bytes`.
         records: Number of its records in the table.
         host_launch_seconds: What its host took to launch one operation, None where the record does not say.
+        phase_seconds: Its forward and its backward, None where they were not recorded.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Case(NamedTuple):
     moved_bytes: int
     records: int
     host_launch_seconds: float | None = None
+    phase_seconds: tuple[float, float] | None = None
 
 
 def read_cases(records: Sequence[FittedRecords]) -> list[Case]:
@@ -73,7 +75,8 @@ def _case_of_measurement(path: Path, records: int) -> Case:
     request, choices = asked_of(record)
     name, seconds = path.name.removesuffix(".json.gz"), record.time.step_seconds
     case = _case(name, (seconds, seconds - record.time.phases["step"]), request, choices, records)
-    return case._replace(host_launch_seconds=record.time.host_launch_seconds)
+    phases = record.time.phases["forward"], record.time.phases["backward"]
+    return case._replace(host_launch_seconds=record.time.host_launch_seconds, phase_seconds=phases)
 
 
 def _case_of_row(row: dict[str, Any], records: int) -> Case:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import tomllib
@@ -50,7 +51,7 @@ def _told(fitting: ModuleType, cases: list[Any], model: TimeModel) -> list[Any]:
     speeds, small = [0.5, 0.8, 1.0, 1.3, 2.1], [case for case in cases if fitting.model_of(case) == "gpt2"]
     found = []
     for index, case in enumerate(small):
-        told = case._replace(host_launch_seconds=8e-6 * speeds[index % 5])
+        told = case._replace(host_launch_seconds=8e-6 * speeds[index % 5], phase_seconds=None)
         found.append(told._replace(seconds=fitting.predicted_seconds(told, model)))
     return found
 
@@ -83,3 +84,25 @@ def test_the_fit_is_written_with_what_records_tell_of_their_hosts(fitting: Modul
     }  # fmt: skip
     told = msgspec.convert(tomllib.loads(written), type(model))
     assert fitting.written(written, told, {}) == written
+
+
+def test_forward_and_backward_weigh_less_than_the_step(fitting: ModuleType, cases: list[Any]) -> None:
+    case = next(case for case in cases if fitting.model_of(case) == "gpt2")
+    case = case._replace(seconds=1.0, phase_seconds=(0.4, 0.5))
+    # Forward takes half of what was measured, backward twice; then the step ends as measured, or 10 % later.
+    twice = math.log(2) ** 2
+    assert fitting.squared_error(case, [0.2, 1.2, 1.0]) == pytest.approx(0.25 * 2 * twice)
+    assert fitting.squared_error(case, [0.4, 0.9, 1.1]) == pytest.approx(math.log(1.1) ** 2)
+    # Where the host runs ahead the ends are not told apart.
+    assert fitting.squared_error(case, [1.1]) == pytest.approx(math.log(1.1) ** 2)
+    assert fitting.squared_error(case._replace(phase_seconds=None), [0.2, 1.2, 1.0]) == 0
+
+
+def test_steps_with_phases_say_how_they_end(fitting: ModuleType, cases: list[Any]) -> None:
+    model = load_time_model()
+    by_model = {fitting.model_of(case): case for case in cases}
+    ends = fitting.predicted_ends(by_model["gpt2"], model)
+    assert len(ends) == 3
+    assert ends == sorted(ends)
+    # BERT asks for no value off the GPU: its steps follow one another without a break.
+    assert len(fitting.predicted_ends(by_model["bert-large"], model)) == 1

@@ -94,7 +94,12 @@ def test_t5_has_layers_of_two_kinds() -> None:
 
 @pytest.mark.parametrize(
     ("model", "padding_mask", "waits"),
-    [("bert-large", False, False), ("bert-large", True, True), ("t5-base", False, False), ("llama-3.2-1b", False, True)],
+    [
+        ("bert-large", False, False),
+        ("bert-large", True, True),
+        ("t5-base", False, False),
+        ("llama-3.2-1b", False, True),
+    ],
 )
 def test_where_the_host_waits(model: str, padding_mask: bool, waits: bool) -> None:
     # transformers looks at positions of causal models, and at masks, whether it can do without a mask.

@@ -93,20 +93,20 @@ def test_steps_of_models_left_out(fitting: ModuleType, cases: list[Any]) -> None
     assert model.errors.held_out_sharded.largest < 0.25
     beyond = {case.name for case, one in zip(cases, found, strict=True) if abs(one.error) > 0.25}
     assert beyond == {
-        "bert-large amp adamw 8 x 512",
         "gemma-2-2b bf16 adamw 1 x 1024 eager",
-        "gpt2_adamw_precision=amp_batch_size=2_seq_len=1024",
-        "qwen3-0.6b_adamw_implementation=foreach_batch_size=2_seq_len=1024",
+        "gpt2 amp adamw 4 x 1024",
+        "llama-3.2-1b_micro-adam_batch_size=1_seq_len=2048_checkpointing=full",
+        "llama-3.2-1b_micro-adam_batch_size=1_seq_len=2048_checkpointing=none",
+        "qwen3-0.6b_adamw-8bit_batch_size=2_seq_len=1024",
     }
 
 
-def test_alike_steps_differ_more_than_the_model_is_off(fitting: ModuleType, cases: list[Any]) -> None:
-    # qwen3-0.6b with foreach AdamW: 105.5 ms, 95.6 of them besides the optimizer's step. The same work took nine other
-    # processes 114.5, 115.1, 136.6, 139.9, 149.8, 150.7, 152.5, 153.5 and 156.2 ms.
+def test_alike_steps_of_single_processes_differ_by_two_fifths(fitting: ModuleType, cases: list[Any]) -> None:
+    # pythia-1b with AdamW: 38.9 ms, 33.3 of them besides the optimizer's step. The same work took eight other
+    # processes 37.1, 39.0, 47.0, 49.2, 49.7, 50.3, 51.0 and 51.8 ms.
     repeated = fitting.repeated_errors(cases)
-    name = "qwen3-0.6b_adamw_implementation=foreach_batch_size=2_seq_len=1024"
-    assert repeated[name] == pytest.approx((149.8 - 95.6) / 105.5, abs=0.002)
-    assert max(map(abs, repeated.values())) > load_time_model().errors.held_out.largest
+    assert repeated["pythia-1b_adamw_batch_size=2_seq_len=1024"] == pytest.approx((49.45 - 33.3) / 38.9, abs=0.003)
+    assert max(map(abs, repeated.values())) > 0.4
 
 
 def test_the_committed_coefficients_are_the_fit(fitting: ModuleType, cases: list[Any]) -> None:
