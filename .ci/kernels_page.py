@@ -40,7 +40,7 @@ def _profile_section() -> list[str]:
         "",
         "## One step, kernel by kernel",
         "",
-        "The third step over a bf16 matrix of 4096 x 11008 elements (Adam-mini also over 4096 x 4096 queries, whose"
+        "The tenth step over a bf16 matrix of 4096 x 11008 elements (Adam-mini also over 4096 x 4096 queries, whose"
         " blocks are heads, and a matrix of 4096 x 16384 whose neurons are columns), as Nsight Compute reads it on one"
         " H200. Roofline: the DRAM bytes that the kernel moved over its time, as a part of the bandwidth of a large copy"
         " in the same session. Kernels of a few microseconds cannot reach it.",
