@@ -36,11 +36,11 @@ _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 _HEADER = """\
 # What forward and backward of one micro-step ask of the host: planner/host_work.py says what the seven numbers are.
 #
-# `python benchmarks/count_host_work.py --write` counted them with transformers {version}, on the catalogue's first model
-# of each family, without a GPU but as on one. Below a family: precision-attention = [outside the layers, one layer of
-# each stack]. Families without a table (no class, or one that cannot be traced) are taken to be typical: so many for
-# each launch that the step rules know of in forward, the last two for each in backward, the waits as they are. These
-# are medians of the families.
+# `python benchmarks/count_host_work.py --write` counted them with transformers {version}, on the catalogue's first
+# model of each family, without a GPU but as on one. Below a family: precision-attention = [outside the layers, one
+# layer of each stack]. Families without a table (no class, or one that cannot be traced) are taken to be typical: so
+# many for each launch that the step rules know of in forward, the last two for each in backward, the waits as they are.
+# These are medians of the families.
 #
 # [calls, launches, modules, kept, waits, nodes, backward_launches]
 """

@@ -86,7 +86,7 @@ class _CountingScopes(Scopes):
         super()._enter(module)
 
 
-class _CountingTracer(Tracer):
+class _CountingTracer(Tracer):  # type: ignore[no-untyped-call]
     """Counts launches, of autograd's nodes apart from others, and reads off the GPU."""
 
     def counting(self, counts: Counter[str]) -> Tracer:
