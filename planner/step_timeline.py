@@ -64,6 +64,7 @@ def _report(workload: Workload, candidate: Candidate, history: StepHistory) -> T
     alive = history.alive(peak_event)
     peaks = workload.peaks(candidate)
     assert peaks is not None
+    shortage = workload.shortage(candidate)
     return TimelineReport(
         version=VERSION,
         engine=request.engine,
@@ -84,6 +85,6 @@ def _report(workload: Workload, candidate: Candidate, history: StepHistory) -> T
         alive_count=len(alive),
         curve=curve(history),
         changes=peak_changes(workload, candidate, peak_bytes=peak_bytes),
-        fits=peak_bytes <= gpu.usable_bytes,
-        notes=[*request.notes, *workload.findings()],
+        fits=workload.fits(candidate) is True,
+        notes=[*([f"the step {shortage}"] if shortage else []), *request.notes, *workload.findings()],
     )

@@ -65,6 +65,7 @@ class TimelineReport(msgspec.Struct, frozen=True, kw_only=True):
         alive_count: How many are alive there in all.
         curve: The step from its first moment to its last, the peak among its points.
         changes: What would lower the peak, most first; none that leaves it as it is.
+        fits: Whether an estimate says that the step fits; near the limit fragmentation can refuse what bytes allow.
     """
 
     schema: Literal["optplan.timeline/1"] = "optplan.timeline/1"

@@ -14,13 +14,16 @@ from optplan.planner.errors import ConfigError
 from optplan.planner.gpus import Gpu, load_gpu, load_gpus
 from optplan.planner.optimizers.base import OptimizerModel
 from optplan.planner.recommend import command_of
-from optplan.planner.request import StepRequest
+from optplan.planner.request import StepRequest, change_request
 from optplan.planner.requested_step import step_options
 from optplan.planner.timeline import Category, Phase
 from optplan.planner.workload import StepPeaks, Workload
 
 WORK = 450_000
 """Events of steps that the whole grid may simulate besides those that are known: half a second of one core or so."""
+
+_SHARE_WITHIN_LIMIT = 0.1
+"""Of the work, how much are events of steps that are taken again within the limit, each some six times."""
 
 _MOST_ANSWERS = 48
 """Combinations that are simulated at most, each the answer for several GPUs: a page should stay small."""
@@ -38,7 +41,12 @@ _GROWTH = (
 
 
 class WhatIfCell(msgspec.Struct, frozen=True, kw_only=True):
-    """One exact answer: the first five fields say what it is of, the others are those of an estimate."""
+    """One exact answer: the first five fields say what it is of, the others are those of an estimate.
+
+    Attributes:
+        fits: The verdict of an estimate; None where the step has room by bytes, but so little that only steps simulated
+            within the limit could tell, and there were too many of those.
+    """
 
     gpu: str
     optimizer: str
@@ -51,7 +59,7 @@ class WhatIfCell(msgspec.Struct, frozen=True, kw_only=True):
     peak_reserved_bytes: int
     usable_bytes: int
     headroom_bytes: int
-    fits: bool
+    fits: bool | None
     command: str
 
 
@@ -84,8 +92,9 @@ def what_if(
     if request.engine != "rules" or not asked.has_rules:
         return None
     axes = _axes(request, optimizers, budget=work / asked.num_events, num_known=min(1, len(known)))
+    verdicts = _Verdicts(int(work * _SHARE_WITHIN_LIMIT))
     steps = _steps(request, axes, known)
-    cells = [cell for step in steps for cell in _cells(step, axes["optimizer"], axes["gpu"])]
+    cells = [cell for step in steps for cell in _cells(step, axes["optimizer"], axes["gpu"], verdicts)]
     if not cells:
         return None
     config = request.config
@@ -162,11 +171,9 @@ def _steps(request: StepRequest, axes: dict[str, list[Any]], known: Sequence[Wor
     for batch_size, seq_len, checkpointing, alike in product(
         axes["batch_size"], axes["seq_len"], axes["checkpointing"], axes["gpu"]
     ):
-        config = msgspec.structs.replace(
-            request.config, batch_size=batch_size, seq_len=seq_len, checkpointing=checkpointing
-        )
-        step = msgspec.structs.replace(request, config=config, gpu=alike[0])
+        changes = {"batch_size": batch_size, "seq_len": seq_len, "checkpointing": checkpointing}
         try:
+            step = change_request(msgspec.structs.replace(request, gpu=alike[0]), changes)
             step_options(step)
         except ConfigError:
             continue
@@ -178,9 +185,35 @@ def _is_of(workload: Workload, step: StepRequest) -> bool:
     return (workload.request.config, workload.request.gpu) == (step.config, step.gpu)
 
 
-def _cells(step: Workload, optimizers: Sequence[OptimizerModel], groups: list[list[Gpu]]) -> Iterator[WhatIfCell]:
+class _Verdicts:
+    """Whether steps fit: near the limit by simulating them within it, as long as the work for that suffices."""
+
+    def __init__(self, num_events: int) -> None:
+        self._left = num_events
+
+    def of(self, step: Workload, candidate: Candidate, peaks: StepPeaks, *, like: Workload) -> bool | None:
+        """The verdict of an estimate, None where the step has room by bytes and is not simulated.
+
+        Args:
+            step: On one GPU.
+            candidate: With this optimizer.
+            peaks: What it reaches.
+            like: The same step, where it was simulated.
+        """
+        step.remember(candidate.optimizer, peaks)
+        is_close = peaks.peak_bytes <= step.usable_bytes and peaks.most_reserved_bytes > step.request.gpu.usable_bytes
+        if is_close and step.asks_limit(candidate, step.request.config.batch_size):
+            self._left -= like.num_events
+            if self._left < 0:
+                return None
+        return step.fits(candidate)
+
+
+def _cells(
+    step: Workload, optimizers: Sequence[OptimizerModel], groups: list[list[Gpu]], verdicts: _Verdicts
+) -> Iterator[WhatIfCell]:
     """The answers of one step, on every GPU on which it is the same."""
-    alike = next(group for group in groups if group[0].id == step.request.gpu.id)
+    alike = [_on(step, gpu) for gpu in next(group for group in groups if group[0].id == step.request.gpu.id)]
     for optimizer in optimizers:
         try:
             candidate = bind_candidate(step.request, optimizer)
@@ -188,11 +221,18 @@ def _cells(step: Workload, optimizers: Sequence[OptimizerModel], groups: list[li
         except ConfigError:
             continue
         if peaks is not None:
-            for gpu in alike:
-                yield _cell(Workload(msgspec.structs.replace(step.request, gpu=gpu)), candidate, peaks)
+            for same in alike:
+                yield _cell(same, candidate, peaks, fits=verdicts.of(same, candidate, peaks, like=step))
 
 
-def _cell(step: Workload, candidate: Candidate, peaks: StepPeaks) -> WhatIfCell:
+def _on(step: Workload, gpu: Gpu) -> Workload:
+    """The same step on another GPU that is like its own."""
+    if gpu.id == step.request.gpu.id:
+        return step
+    return step.at(change_request(msgspec.structs.replace(step.request, gpu=gpu), {}))
+
+
+def _cell(step: Workload, candidate: Candidate, peaks: StepPeaks, *, fits: bool | None) -> WhatIfCell:
     config, usable_bytes = step.request.config, step.usable_bytes
     return WhatIfCell(
         gpu=step.request.gpu.id,
@@ -206,6 +246,6 @@ def _cell(step: Workload, candidate: Candidate, peaks: StepPeaks) -> WhatIfCell:
         peak_reserved_bytes=peaks.reserved_bytes,
         usable_bytes=usable_bytes,
         headroom_bytes=usable_bytes - peaks.peak_bytes,
-        fits=peaks.peak_bytes <= usable_bytes,
+        fits=fits,
         command=command_of(step, candidate),
     )

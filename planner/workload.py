@@ -224,7 +224,7 @@ class Workload:
         peaks, most = self.peaks(candidate, batch_size=batch_size), self.request.gpu.usable_bytes
         if peaks is None or peaks.peak_bytes > self.usable_bytes or peaks.most_reserved_bytes <= most:
             return None
-        return self._within_limit(candidate, batch_size) if self._asks_limit(candidate, batch_size) else None
+        return self._within_limit(candidate, batch_size) if self.asks_limit(candidate, batch_size) else None
 
     def _within_limit(self, candidate: Candidate, batch_size: int) -> Shortage | None:
         """The request that fails in steps on a device of this size, None if they come through."""
@@ -240,10 +240,10 @@ class Workload:
         """The request that fails in the first two steps, found without the peaks; `fits` says False of such a step."""
         # Without a limit these steps reserve more than there is: the peak is too high, or this is the shortage.
         size = self.request.config.batch_size
-        failure = self._within_limit(candidate, size) if self._asks_limit(candidate, size) else None
+        failure = self._within_limit(candidate, size) if self.asks_limit(candidate, size) else None
         return failure if failure is not None and failure.num_steps < _STEPS_WITHOUT_LIMIT else None
 
-    def _asks_limit(self, candidate: Candidate, batch_size: int) -> bool:
+    def asks_limit(self, candidate: Candidate, batch_size: int) -> bool:
         """Whether steps that fit by bytes are to be simulated with the limit."""
         # An optimizer that steps within backward leaves nothing of the gradients to give back.
         asks = self.has_rules and self.simulates_limit and not self.request.config.step_in_backward
@@ -387,14 +387,11 @@ def _takes_same_optimizer_step(request: StepRequest, other: StepRequest) -> bool
     theirs = msgspec.structs.replace(
         other.config, batch_size=ours.batch_size, seq_len=ours.seq_len, checkpointing=ours.checkpointing
     )
-    return (
-        ours == theirs
-        and request.model is other.model
-        and (request.gpu, request.state_dtype) == (other.gpu, other.state_dtype)
-    )
+    return ours == theirs and request.model is other.model and request.state_dtype == other.state_dtype
 
 
 def _makes_same_requests(request: StepRequest, other: StepRequest) -> bool:
-    """Whether two requests differ in no more than in the allocator's settings."""
+    """Whether two requests differ in no more than in the allocator's settings, or in GPUs that take the same step."""
     config = msgspec.structs.replace(request.config, alloc_conf=other.config.alloc_conf)
-    return msgspec.structs.replace(request, config=config) == other
+    alike = msgspec.structs.replace(request, config=config, gpu=other.gpu)
+    return alike == other and step_options(request) == step_options(other)

@@ -14,6 +14,7 @@ from optplan.planner.errors import printable
 from optplan.planner.records import Estimate, EstimateReport
 from optplan.planner.timeline import Category
 from optplan.planner.units import format_gib
+from optplan.reports.advice import why_nothing
 from optplan.reports.terminal.bars import legend, stacked_bar
 from optplan.reports.terminal.console import Glyphs, glyphs_of
 
@@ -99,8 +100,7 @@ def _print_recommendation(report: EstimateReport, console: Console, glyphs: Glyp
     if advice is None:
         if any(row.peak_allocated_bytes is not None for row in report.estimates):
             console.print(
-                "Recommended: none of these has room, not even with full checkpointing; "
-                "try a shorter --seq-len, other optimizers or a larger GPU",
+                f"Recommended: {why_nothing(report)}; try a shorter --seq-len, other optimizers or a larger GPU",
                 style="bold",
             )
         return

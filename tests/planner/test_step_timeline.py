@@ -37,6 +37,18 @@ def test_the_peak_is_the_estimate_s(step: dict[str, Any]) -> None:
     assert max(point.allocated_bytes for point in report.curve) == report.peak_allocated_bytes
 
 
+def test_the_verdict_is_the_estimate_s_where_fragmentation_decides() -> None:
+    step: dict[str, Any] = {"gpu": "a100-40g", "gpus": 48, "sharding": "fsdp2", "precision": "mixed"}
+    report = timeline("llama-3.1-70b", checkpointing="full", **step)
+    assert report.peak_allocated_bytes < report.gpu.usable_bytes
+    assert report.fits is False
+    assert report.notes[0] == (
+        "the step fits by bytes, but fragmentation leaves no room for a request of 448.00 MiB: 4.02 GiB are cached in "
+        "segments that cannot be given back"
+    )
+    assert timeline("llama-3.2-1b", gpu="a100-40g", seq_len=512).fits is True
+
+
 def test_every_change_is_an_estimate_that_one_can_ask_for() -> None:
     step: dict[str, Any] = {"seq_len": 2048, "batch_size": 4, "attention": "eager"}
     report = timeline("llama-3.2-1b", gpu="a100-40g", options=["implementation=foreach"], **step)

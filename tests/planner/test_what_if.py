@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 import optplan
@@ -54,6 +56,33 @@ def test_a_cell_equals_the_estimate(index: int) -> None:
     assert cell.peak_reserved_bytes == row.peak_reserved_bytes
     assert cell.peak_categories == row.peak_categories
     assert (cell.headroom_bytes, cell.fits, cell.peak_phase) == (row.headroom_bytes, row.fits, row.peak_phase)
+
+
+def test_a_cell_of_several_gpus_equals_the_estimate() -> None:
+    sharded: Any = {"gpus": 2, "sharding": "fsdp2"}
+    request = check_request(load_model("gpt2"), gpu="a100-40g", **sharded)
+    grid = what_if(request, [build_optimizer("adamw")], work=180_000)
+    assert grid is not None
+    for gpu in ("a100-40g", "a100-80g", "h100-80g"):
+        cell = next(cell for cell in grid.cells if cell.gpu == gpu and cell.checkpointing == "none")
+        report = optplan.estimate("gpt2", gpu=gpu, optimizer="adamw", **sharded)
+        # The communication library has its part of each GPU.
+        alone = optplan.estimate("gpt2", gpu=gpu, optimizer="adamw")
+        assert cell.usable_bytes == report.gpu.usable_bytes < alone.gpu.usable_bytes
+        assert cell.headroom_bytes == report.estimates[0].headroom_bytes
+
+
+@pytest.mark.parametrize(("work", "fits"), [(80_000, False), (60_000, None)], ids=["simulated", "not simulated"])
+def test_a_cell_near_the_limit_has_the_estimate_s_verdict_where_there_is_time(work: int, fits: bool | None) -> None:
+    request = check_request(load_model("llama-7b"), gpu="a100-80g")
+    grid = what_if(request, [build_optimizer("adam-mini")], work=work)
+    (row,) = optplan.estimate("llama-7b", gpu="a100-40g", optimizer="adam-mini").estimates
+    assert grid is not None
+    assert grid.cells[0].fits is True
+    cell = next(cell for cell in grid.cells if (cell.gpu, cell.checkpointing) == ("a100-40g", "none"))
+    assert cell.headroom_bytes == row.headroom_bytes
+    assert cell.headroom_bytes > 0
+    assert (row.fits, cell.fits) == (False, fits)
 
 
 def test_less_work_means_fewer_cells() -> None:

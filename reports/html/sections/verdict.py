@@ -5,6 +5,7 @@ from __future__ import annotations
 from optplan.planner.estimate_details import focus_of
 from optplan.planner.records import Estimate, EstimateReport
 from optplan.planner.units import format_gib
+from optplan.reports.advice import why_nothing
 from optplan.reports.html.figures.memory import memory_bar
 from optplan.reports.html.parts import Column, Drawing, Fact, Facts, Part, Section, Table, Value
 from optplan.reports.labels import CATEGORY_NAMES
@@ -30,7 +31,7 @@ def lead(report: EstimateReport) -> str:
     rows, advice = report.estimates, report.recommendation
     count = f"{sum(bool(row.fits) for row in rows)} of {len(rows)} optimizers fit" if len(rows) > 1 else ""
     if advice is None:
-        rest = "none has room to spare, not even with full checkpointing" if rows and rows[0].phases else ""
+        rest = f"recommended: {why_nothing(report)}" if rows and rows[0].phases else ""
     else:
         extra = "" if advice.config == report.config else f" with {advice.config.checkpointing} checkpointing"
         rest = f"run {advice.optimizer}{extra}"

@@ -18,6 +18,7 @@ _LEAD = (
     "Every combination was worked out by the planner when this page was written; the page looks it up and calculates"
     " nothing."
 )
+_FITS = {True: "yes", False: "no", None: "by bytes"}
 
 
 def what_if(report: EstimateReport, grid: WhatIf) -> Section:
@@ -38,10 +39,10 @@ def what_if(report: EstimateReport, grid: WhatIf) -> Section:
         ],
         rows=[
             [*(getattr(cell, name) for name in LABELS), cell.peak_allocated_bytes, cell.peak_phase,
-             cell.peak_reserved_bytes, cell.headroom_bytes, "yes" if cell.fits else "no"]
+             cell.peak_reserved_bytes, cell.headroom_bytes, _FITS[cell.fits]]
             for cell in grid.cells
         ],
-        tones=["" if cell.fits else "bad" for cell in grid.cells],
+        tones=["bad" if cell.fits is False else "" for cell in grid.cells],
         source=source,
     )  # fmt: skip
     switches = Switches(

@@ -100,16 +100,19 @@
   });
 
   const gib = (bytes) => (bytes / 2 ** 30).toFixed(2);
+  const verdictOf = ({ optimizer, gpu, fits, headroom_bytes: headroom }) => {
+    if (fits === null) return `${optimizer} has room on ${gpu} by bytes, so little that the command below has to decide`;
+    if (fits) return `${optimizer} fits on ${gpu}`;
+    return `${optimizer} does not fit on ${gpu}${headroom >= 0 ? ": fragmentation takes the room that bytes leave" : ""}`;
+  };
   const answer = () => {
     const selects = [...document.querySelectorAll("select[data-axis]")];
     const wanted = Object.fromEntries(selects.map((select) => [select.dataset.axis, select.value]));
     const cell = records.what_if.cells.find((found) =>
       Object.entries(wanted).every(([axis, value]) => String(found[axis]) === value));
     const verdict = document.getElementById("what-if-verdict");
-    verdict.className = `answer ${cell ? (cell.fits ? "good" : "bad") : ""}`;
-    verdict.textContent = cell
-      ? `${cell.optimizer} ${cell.fits ? "fits" : "does not fit"} on ${cell.gpu}`
-      : "This combination cannot run";
+    verdict.className = `answer ${cell?.fits ? "good" : cell?.fits === false ? "bad" : ""}`;
+    verdict.textContent = cell ? verdictOf(cell) : "This combination cannot run";
     for (const field of document.querySelectorAll("#switches [data-field]")) {
       const value = cell?.[field.dataset.field];
       field.textContent = value === undefined ? "–" : typeof value === "number" ? gib(value) : value;

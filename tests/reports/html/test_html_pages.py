@@ -9,6 +9,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import msgspec
 import pytest
 from plotly.graph_objects import Figure
 
@@ -21,7 +22,9 @@ from optplan.planner.search.recommend import recommend
 from optplan.reports.html.accuracy_page import accuracy_page
 from optplan.reports.html.documents import files_page
 from optplan.reports.html.estimate_page import estimate_page
+from optplan.reports.html.parts import Switches
 from optplan.reports.html.recommendation_page import recommendation_page
+from optplan.reports.html.sections.what_if import what_if
 
 ROOT = Path(__file__).resolve().parents[3]
 RECORD = str(ROOT / "docs" / "examples" / "h200_step.json.gz")
@@ -150,6 +153,17 @@ def test_sections_answer_in_their_order() -> None:
         "Does it fit?", "What should I run?", "Why?", "When is the peak?", "What does the optimizer keep?", "What if?",
         "How sure are we?",
     ]  # fmt: skip
+
+
+def test_a_switch_s_answer_that_bytes_alone_gave_says_so() -> None:
+    details = details_of(REPORT)
+    assert details is not None
+    assert details.what_if is not None
+    cells = [msgspec.structs.replace(details.what_if.cells[0], fits=fits) for fits in (True, False, None)]
+    (switches,) = what_if(REPORT, msgspec.structs.replace(details.what_if, cells=cells)).parts
+    assert isinstance(switches, Switches)
+    assert [values[-1] for values in switches.table.rows] == ["yes", "no", "by bytes"]
+    assert switches.table.tones == ["", "bad", ""]
 
 
 def test_an_estimate_without_rows_still_has_a_page() -> None:

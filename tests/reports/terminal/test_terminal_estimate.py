@@ -142,7 +142,21 @@ def test_names_from_outside_are_not_markup() -> None:
 def test_nothing_fits() -> None:
     text = render(report(row("adamw", state_gib=8, peak_gib=24, fits=False)))
     assert text.splitlines()[0] == "toy with adamw does not fit on gpu-20g, 4.00 GiB too much"
-    assert "Recommended: none of these has room" in text
+    expected = "Recommended: none of these has room, not even with full checkpointing; try a shorter --seq-len, other "
+    assert expected + "optimizers or a larger GPU" in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "as_well"), [("none", ", and with full checkpointing too"), ("selective", ""), ("full", "")]
+)
+def test_what_fits_without_a_margin_is_not_said_to_have_no_room(checkpointing: str, as_well: str) -> None:
+    config = msgspec.structs.replace(CONFIG, checkpointing=checkpointing)
+    text = render(msgspec.structs.replace(report(row("adamw", state_gib=8, peak_gib=18)), config=config))
+    assert text.splitlines()[0] == "toy with adamw fits on gpu-20g, 2.00 GiB to spare"
+    assert (
+        "Recommended: none of these with a margin: what fits reserves more than 98% of the usable memory"
+        f"{as_well}; try a shorter --seq-len, other optimizers or a larger GPU"
+    ) in " ".join(text.split())
 
 
 def test_what_fits_by_bytes_alone_says_so() -> None:
