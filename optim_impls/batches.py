@@ -72,6 +72,9 @@ class Batch:
         """Where the members are."""
         return self.parts[0].parameter.device
 
+    def prepare(self) -> None:
+        """Do what every step needs before its kernels or the reference run, whatever of the last step was kept."""
+
     def release(self) -> None:
         """Let go of the gradients."""
         self._members = None

@@ -207,6 +207,7 @@ class KernelOptimizer(Optimizer):
             run = self._step_triton if batch.triton else self._step_torch
             try:
                 with on_device(batch.device):
+                    batch.prepare()
                     run(batch, group, as_scale(grad_scale, batch.device))
             finally:
                 batch.release()

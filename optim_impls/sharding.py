@@ -169,9 +169,17 @@ class GatheredBatch(Batch):
     @property
     def members(self) -> list[Member]:
         """The whole tensors; the other ranks' rows of the parameters hold nothing."""
+        self.prepare()
+        assert self._members is not None
+        return self._members
+
+    def prepare(self) -> None:
+        """Gather, also for a launch that is kept: it reads where the last step's tensors lay, which are gone.
+
+        Ranks keep launches each for itself, by where its own tensors lie, so that all must meet here at every step.
+        """
         if self._members is None:
             self._members = self._gather()
-        return self._members
 
     def release(self) -> None:
         """Store this rank's rows, and let go of everything gathered."""

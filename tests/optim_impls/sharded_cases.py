@@ -43,8 +43,8 @@ class Case(NamedTuple):
     names: Sequence[str] = tuple(SHARDED | WHOLE)
 
 
-def _micro(**options: Any) -> Callable[..., torch.optim.Optimizer]:
-    return lambda params: MicroAdam(params, lr=0.05, block=256, density=0.04, window=3, backend="torch", **options)
+def _micro(*, backend: str = "torch", **options: Any) -> Callable[..., torch.optim.Optimizer]:
+    return lambda params: MicroAdam(params, lr=0.05, block=256, density=0.04, window=3, backend=backend, **options)
 
 
 def _mini(params: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -61,6 +61,7 @@ CASES = {
     "adamw": Case(lambda params: AdamW(params, lr=0.05, backend="torch"), torch.float32),
     "micro-adam": Case(_micro(weight_decay=0.1), torch.float32, 0.5),
     "micro-adam-bf16": Case(_micro(alpha=0.25), torch.bfloat16),
+    "micro-adam-kernels": Case(_micro(backend="triton"), torch.bfloat16, names=FEW),
     "adapprox": Case(lambda params: Adapprox(params, lr=0.05, rank=5, backend="torch"), torch.float64),
     "adapprox-fp32": Case(
         lambda params: Adapprox(params, lr=0.05, rank=5, betas=(0.0, 0.99), backend="torch"), torch.float32, 0.5
@@ -110,11 +111,12 @@ class Training:
         self.optimizer = case.build(list(self.model.values()))
 
     def run(self, first: int, last: int) -> None:
-        """Steps first to last - 1."""
+        """Steps first to last - 1; gradients stay where they are, as a GPU's allocator leaves them from step to step."""
         for step in range(first, last):
             gradients = tensors(1 + step, self.case.dtype)
             for name, parameter in self.model.items():
-                parameter.grad = self.place(name, gradients[name])
+                gradient = self.place(name, gradients[name])
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.copy_(gradient)
             self.optimizer.step(grad_scale=self.case.grad_scale)  # type: ignore[call-arg]
         self.optimizer.zero_grad()
 
