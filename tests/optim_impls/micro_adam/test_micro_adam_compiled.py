@@ -26,8 +26,10 @@ update = dict(
 types = {"rows": "*i64", "scratch": "*i32", "chunk_offset": "*i64", "chunk_row": "*i32"}
 types |= dict.fromkeys(("seed", "step", "slot", "filled"), "i32")
 jobs = [("select", select_kernel, select, {"maxnreg": 128}),
+        ("select_tail", select_kernel, select | {"TAIL": True}, {}),
         ("select_fp32", select_kernel, select | {"G_DTYPE": tl.float32}, {"maxnreg": 128}),
         ("update", update_kernel, update, {}),
+        ("update_unaligned", update_kernel, update | {"ALIGNED": False}, {}),
         ("decay", update_kernel, update | {"DECAY": True}, {}),
         ("dense", update_kernel, update | {"DENSE": True}, {}),
         ("dense_on_sm80", update_kernel, update | {"DENSE": True, "BULK": False}, {"arch": 80}),
@@ -88,6 +90,14 @@ def test_parameters_are_asked_for_before_the_window_is_there(kernels: Any, name:
 )
 def test_pairs_are_computed_at_once(kernels: Any, operations: tuple[str, ...], at_least: int) -> None:
     assert CODE["count"](kernels["select"], *operations) >= at_least
+
+
+# A tensor that ranks share is in another launch than on one GPU, and may be aligned otherwise. The last bits agree
+# where no variant fuses a product with a sum that another rounds apart.
+@pytest.mark.parametrize(("name", "variant"), [("select", "select_tail"), ("update", "update_unaligned")])
+@pytest.mark.parametrize("operation", ["FFMA", "FMUL", "FADD"])
+def test_variants_round_alike(kernels: Any, name: str, variant: str, operation: str) -> None:
+    assert CODE["count"](kernels[variant], operation) == CODE["count"](kernels[name], operation) > 0
 
 
 # 64 elements a thread: the rare searches over all elements and their ties are two fifths of these.
