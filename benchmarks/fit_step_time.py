@@ -6,7 +6,8 @@
 
 The honest error is that of models left out: the steps of each model are predicted by a fit to those of all others.
 Printed beside it: the same by optimizer, and how far steps are from their like that differ in the optimizer alone,
-which is as near as any model of the work can come. No record is left out.
+which is as near as any model of the work can come. Records that are not fitted to (`fitted = false`) have their errors
+printed and written too.
 
 Hosts differ. Where a record says how fast its own launched, that is held against the median of all that do; of the
 others each set of records has a factor that is fitted.
@@ -103,11 +104,14 @@ def update_of(case: Case, model: TimeModel) -> Update:
 
 
 def host_factor(case: Case, model: TimeModel) -> float:
-    """How much longer than the table's the case's host takes: as its record found, or as is fitted to its like."""
-    reference = model.host.launch_reference_seconds
+    """How much longer than the table's the case's host takes: as its records found, or as is fitted to its like.
+
+    Of several processes that took the step it is the mean.
+    """
+    reference, fitted = model.host.launch_reference_seconds, model.records[case.records].host_factor
     if reference is None or case.host_launch_seconds is None:
-        return model.records[case.records].host_factor
-    return case.host_launch_seconds / reference
+        return fitted
+    return (1 - case.untold) * case.host_launch_seconds / reference + case.untold * fitted
 
 
 def _on_host(model: TimeModel, factor: float) -> TimeModel:
@@ -203,7 +207,7 @@ def _moved(start: TimeModel, logs: Sequence[float]) -> TimeModel:
 
 def _fitted_hosts(model: TimeModel) -> list[str]:
     """The hosts of the records that have a factor of their own."""
-    hosts = list(dict.fromkeys(row.host for row in model.records))
+    hosts = list(dict.fromkeys(row.host for row in model.records if row.fitted))
     return hosts[1:] if model.host.launch_reference_seconds is None else hosts
 
 
@@ -251,7 +255,13 @@ def summary(errors: Sequence[float]) -> FitError:
     return FitError(round(median(sizes), 3), round(max(sizes), 3))
 
 
-def fit_errors(fitted: Sequence[float], found: Sequence[HeldOut]) -> FitErrors:
+def divided(cases: Sequence[Case], model: TimeModel) -> tuple[list[Case], list[Case]]:
+    """The steps that are fitted to, and the others."""
+    fitted = [case for case in cases if model.records[case.records].fitted]
+    return fitted, [case for case in cases if not model.records[case.records].fitted]
+
+
+def fit_errors(fitted: Sequence[float], found: Sequence[HeldOut], unfitted: Sequence[float]) -> FitErrors:
     """What the table states."""
     alone = [one for one in found if one.gpus == 1]
     return FitErrors(
@@ -261,6 +271,8 @@ def fit_errors(fitted: Sequence[float], found: Sequence[HeldOut]) -> FitErrors:
         held_out_gpu=summary([one.error for one in alone if one.bound != "host"]),
         held_out_host=summary([one.error for one in alone if one.bound == "host"]),
         held_out_sharded=summary([one.error for one in found if one.gpus > 1]),
+        unfitted=summary(unfitted),
+        num_unfitted_steps=len(unfitted),
     )
 
 
@@ -288,8 +300,9 @@ def written(text: str, model: TimeModel, links: dict[str, LinkRates]) -> str:
         text = _set(text, one.part, one.name, _text(getattr(getattr(model, one.part), one.name)))
     if model.host.launch_reference_seconds is not None:
         text = _set(text, "host", "launch_reference_seconds", _text(model.host.launch_reference_seconds))
-    text = _set(text, "errors", "num_steps", str(model.errors.num_steps))
-    for name in ("fitted", "held_out", "held_out_gpu", "held_out_host", "held_out_sharded"):
+    for name in ("num_steps", "num_unfitted_steps"):
+        text = _set(text, "errors", name, str(getattr(model.errors, name)))
+    for name in ("fitted", "held_out", "held_out_gpu", "held_out_host", "held_out_sharded", "unfitted"):
         found = getattr(model.errors, name)
         text = _set(text, "errors", name, f"{{ median = {found.median}, largest = {found.largest} }}")
     for records in model.records:
@@ -312,16 +325,17 @@ def _set(text: str, part: str, name: str, value: str) -> str:
     return text[:start] + entry + ("" if found else f"\n{name} = {value}") + text[end:]
 
 
-def _refitted(cases: Sequence[Case], committed: TimeModel) -> TimeModel:
-    """The fit to all steps with its errors, each printed."""
+def _refitted(all_cases: Sequence[Case], committed: TimeModel) -> TimeModel:
+    """The fit to all steps that are to be fitted, with its errors, each printed."""
+    cases, unfitted = divided(all_cases, committed)
     start = with_reference(committed, cases)
     by_optimizer = held_out(cases, start, optimizer_of)
     show_errors("optimizers left out", cases, [one.error for one in by_optimizer])
     found, model = held_out(cases, start), fit(cases, start)
     show_errors("models left out", cases, [one.error for one in found])
-    counts = [sum(case.records == index for case in cases) for index in range(len(model.records))]
+    counts = [sum(case.records == index for case in all_cases) for index in range(len(model.records))]
     records = [msgspec.structs.replace(row, num_steps=count) for row, count in zip(model.records, counts, strict=True)]
-    errors = fit_errors(errors_of(cases, model), found)
+    errors = fit_errors(errors_of(cases, model), found, errors_of(unfitted, model))
     return msgspec.structs.replace(model, records=records, errors=errors)
 
 
@@ -334,7 +348,8 @@ def main() -> None:
     committed = load_time_model()
     cases = read_cases(committed.records)
     model = committed if arguments.check else _refitted(cases, committed)
-    show_errors("all", cases, errors_of(cases, model))
+    for title, some in zip(("fitted", "not fitted"), divided(cases, model), strict=True):
+        show_errors(title, some, errors_of(some, model))
     _show_summary("from the median of their like", list(repeated_errors(cases).values()))
     print(model.gpu, model.host, model.records, model.errors, sep="\n")
     if arguments.write:

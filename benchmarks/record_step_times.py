@@ -1,11 +1,13 @@
 """Time steps that were measured once in more processes, as they differ from process to process; save JSON lines.
 
     python benchmarks/record_step_times.py --out FILE --records tests/records/h200_profiles [--rounds 2] [--seconds N]
+    python benchmarks/record_step_times.py --out FILE --records tests/records/h200_profiles --earlier FOLDER
 
 Each round is a process on each GPU, and takes the steps of all records (or those named) that are shorter than
 `--shorter-than`: those in which the host has a part. Models are built once a round and stepped by one optimizer after
 the other, in another order in every round, so that what slows the host for a while meets other steps each time. A row
-is one process's median of one step, whose settings are those of the record it names.
+is one process's median of one step, whose settings are those of the record it names. With `--earlier` nothing is run:
+the times are those of records of the same steps that have been replaced by newer ones.
 
 `fit_step_time.py` takes the median over the processes for the time of such a step.
 """
@@ -26,6 +28,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+import msgspec
 import torch
 from train_study_record import environment
 
@@ -54,6 +57,8 @@ class Case(NamedTuple):
 def main() -> int:
     """Run the rounds; 1 if none got through."""
     options = parse_arguments()
+    if options.earlier is not None:
+        return keep_earlier(options)
     if options.round is not None:
         return run_round(options)
     begin, statuses = time.monotonic(), []
@@ -77,10 +82,40 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2, help="processes a GPU, one after the other")
     parser.add_argument("--gpus", type=int, default=max(1, torch.cuda.device_count()), help="GPUs that work at once")
     parser.add_argument("--seconds", type=float, default=600.0, help="no round is begun that would end later")
+    parser.add_argument("--earlier", type=Path, help="folder of older records of the same names, whose times are kept")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is for trying")
     parser.add_argument("--commit", default="", help="commit to record where the tree is no repository")
     parser.add_argument("--round", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def keep_earlier(options: argparse.Namespace) -> int:
+    """The times of older records that newer ones of the same steps have replaced; 1 if there are none."""
+    num_kept = 0
+    for path in sorted(options.earlier.glob("*.json.gz")):
+        newer, record = options.records / path.name, load_record(path)
+        assert isinstance(record, Measurement)
+        is_replaced = newer.exists() and newer.read_bytes() != path.read_bytes()
+        if not is_replaced or record.time is None or record.time.step_seconds is None:
+            continue
+        time_of = record.time
+        save(options.out, {
+            "schema": SCHEMA, "record": path.name.removesuffix(".json.gz"), "step_seconds": time_of.step_seconds,
+            "phases": time_of.phases, "num_steps": time_of.num_steps,
+            "host_launch_seconds": [time_of.host_launch_seconds], "environment": environment_of(record),
+        })  # fmt: skip
+        num_kept += 1
+    print(f"{num_kept} times of earlier records kept")
+    return 0 if num_kept else 1
+
+
+def environment_of(record: Measurement) -> dict[str, str]:
+    """Where an older record was made."""
+    place = msgspec.to_builtins(record.environment)
+    words = [Path(word).name if "/" in word else word for word in place["command"].split()]
+    return {name: place[name] for name in ("gpu", "driver", "torch", "triton", "date", "commit")} | {
+        "command": " ".join(words)
+    }
 
 
 def start_worker(gpu: int, number: int) -> subprocess.Popen[bytes]:
@@ -168,9 +203,10 @@ def timed(case: Case, model: Any, device: torch.device) -> dict[str, Any]:
         step.take()
     whole, rest = clock.read()
     launches.append(launching_seconds(device))
+    seconds, until_step = median(whole[NUM_WARM_UPS:]), median(rest[NUM_WARM_UPS:])
     return {
-        "step_seconds": median(whole[NUM_WARM_UPS:]), "rest_seconds": median(rest[NUM_WARM_UPS:]),
-        "num_steps": NUM_STEPS, "host_launch_seconds": launches,
+        "step_seconds": seconds, "phases": {"step": seconds - until_step}, "num_steps": NUM_STEPS,
+        "host_launch_seconds": launches,
     }  # fmt: skip
 
 

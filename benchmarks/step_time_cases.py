@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
+
+import msgspec
 
 from optplan.planner.candidates import Candidate, OptimizerChoice, choose_optimizers
 from optplan.planner.catalog import load_model
@@ -21,6 +24,7 @@ from optplan.planner.step_time_work import StepWork, step_work
 from optplan.planner.workload import Workload
 
 ROOT = Path(__file__).resolve().parent.parent
+TIMES = ROOT / "tests" / "records" / "h200_step_times.jsonl"
 OPTIMIZERS = {
     "adamw": ("adamw", "fused"),
     "adamw_foreach": ("adamw", "foreach"),
@@ -42,7 +46,8 @@ class Case(NamedTuple):
         work: Its forward and backward.
         candidate: Its optimizer, which moves `moved_bytes`.
         records: Number of its records in the table.
-        host_launch_seconds: What its host took to launch one operation, None where the record does not say.
+        host_launch_seconds: What its host took to launch one operation, None where no record of it says.
+        untold: Share of the processes of which no record says that, the others being told by `host_launch_seconds`.
         phase_seconds: Its forward and its backward, None where they were not recorded.
     """
 
@@ -56,6 +61,7 @@ class Case(NamedTuple):
     records: int
     host_launch_seconds: float | None = None
     phase_seconds: tuple[float, float] | None = None
+    untold: float = 0.0
 
 
 def read_cases(records: Sequence[FittedRecords]) -> list[Case]:
@@ -70,13 +76,32 @@ def _cases(path: Path, records: int) -> list[Case]:
 
 
 def _case_of_measurement(path: Path, records: int) -> Case:
+    """A record, with the times of other processes that took the same step."""
     record = load_record(path)
     assert isinstance(record, Measurement) and record.time is not None and record.time.step_seconds is not None
     request, choices = asked_of(record)
-    name, seconds = path.name.removesuffix(".json.gz"), record.time.step_seconds
-    case = _case(name, (seconds, seconds - record.time.phases["step"]), request, choices, records)
-    phases = record.time.phases["forward"], record.time.phases["backward"]
-    return case._replace(host_launch_seconds=record.time.host_launch_seconds, phase_seconds=phases)
+    name, time = path.name.removesuffix(".json.gz"), msgspec.to_builtins(record.time)
+    times = [{**time, "host_launch_seconds": [time["host_launch_seconds"]]}, *_times_by_record().get(name, [])]
+    seconds, in_step = (
+        median(each) for each in ([t["step_seconds"] for t in times], [t["phases"]["step"] for t in times])
+    )
+    told = [fmean(launches) for t in times if None not in (launches := t["host_launch_seconds"])]
+    passes = [t["phases"] for t in times if "forward" in t["phases"]]
+    return _case(name, (seconds, seconds - in_step), request, choices, records)._replace(
+        host_launch_seconds=fmean(told) if told else None,
+        phase_seconds=(median(p["forward"] for p in passes), median(p["backward"] for p in passes)),
+        untold=1 - len(told) / len(times),
+    )
+
+
+@cache
+def _times_by_record() -> dict[str, list[dict[str, Any]]]:
+    """The rows of `record_step_times.py` by the record that has their step."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for line in TIMES.read_text("utf-8").splitlines():
+        row = json.loads(line)
+        found.setdefault(row["record"], []).append(row)
+    return found
 
 
 def _case_of_row(row: dict[str, Any], records: int) -> Case:

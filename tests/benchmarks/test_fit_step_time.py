@@ -51,7 +51,7 @@ def _told(fitting: ModuleType, cases: list[Any], model: TimeModel) -> list[Any]:
     speeds, small = [0.5, 0.8, 1.0, 1.3, 2.1], [case for case in cases if fitting.model_of(case) == "gpt2"]
     found = []
     for index, case in enumerate(small):
-        told = case._replace(host_launch_seconds=8e-6 * speeds[index % 5], phase_seconds=None)
+        told = case._replace(host_launch_seconds=8e-6 * speeds[index % 5], phase_seconds=None, untold=0.0)
         found.append(told._replace(seconds=fitting.predicted_seconds(told, model)))
     return found
 

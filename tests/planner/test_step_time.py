@@ -33,6 +33,7 @@ from optplan.planner.step_time import (
 from optplan.planner.step_time_links import link_basis, link_seconds, link_traffic
 from optplan.planner.step_time_rates import load_time_model
 from optplan.planner.step_time_work import PhaseWork, StepWork, product_flops, step_work
+from optplan.profilers.live.profile import MIN_TIMED_STEPS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,54 +54,72 @@ def fitting() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def cases(fitting: ModuleType) -> list[Any]:
-    """The measured steps."""
-    found: list[Any] = fitting.read_cases(load_time_model().records)
+    """The measured steps that the model is fitted to."""
+    model = load_time_model()
+    found: list[Any] = fitting.divided(fitting.read_cases(model.records), model)[0]
     return found
 
 
-def test_every_record_is_fitted_to() -> None:
+def test_every_record_of_ours_is_fitted_to() -> None:
     folders = [
         len(list((ROOT / "tests/records" / name).glob("*.json.gz"))) for name in ("h200_profiles", "h200x2_profiles")
     ]
     rows = len((ROOT / "tests/records/public_h200_times.jsonl").read_text("utf-8").splitlines())
     model = load_time_model()
     assert [row.num_steps for row in model.records] == [*folders, rows]
-    assert model.errors.num_steps == sum(folders) + rows
+    assert [row.fitted for row in model.records] == [True, True, False]
+    assert (model.errors.num_steps, model.errors.num_unfitted_steps) == (sum(folders), rows)
+
+
+def test_what_is_not_fitted_to_has_fewer_timed_steps_than_a_profile_takes() -> None:
+    rows = (ROOT / "tests/records/public_h200_times.jsonl").read_text("utf-8").splitlines()
+    assert max(len(json.loads(row)["step_seconds"]) - 1 for row in rows) < MIN_TIMED_STEPS
 
 
 def test_times_are_near_the_measured_ones(fitting: ModuleType, cases: list[Any]) -> None:
     model = load_time_model()
     errors = [abs(error) for error in fitting.errors_of(cases, model)]
-    assert median(errors) < 0.08
-    assert sum(error > 0.25 for error in errors) <= 4
+    assert median(errors) < 0.06
+    assert max(errors) < 0.25
     assert model.errors.fitted.median == pytest.approx(median(errors), abs=0.002)
     assert model.errors.fitted.largest == pytest.approx(max(errors), abs=0.002)
 
 
 def test_steps_of_models_left_out(fitting: ModuleType, cases: list[Any]) -> None:
-    """Named are those beyond a quarter: each was run by one process, whose host was quicker or slower than others."""
+    """Named are those beyond a quarter: each was taken by one process, of which nobody knows how fast its host was."""
     model = load_time_model()
     found = fitting.held_out(cases, model)
-    assert fitting.fit_errors(fitting.errors_of(cases, model), found) == model.errors
+    unfitted = fitting.divided(fitting.read_cases(model.records), model)[1]
+    errors = [fitting.errors_of(some, model) for some in (cases, unfitted)]
+    assert fitting.fit_errors(errors[0], found, errors[1]) == model.errors
+    assert model.errors.unfitted.median < 0.10
     assert model.errors.held_out.median < 0.10
     assert model.errors.held_out_gpu.largest < 0.25
     assert model.errors.held_out_sharded.largest < 0.25
     beyond = {case.name for case, one in zip(cases, found, strict=True) if abs(one.error) > 0.25}
     assert beyond == {
-        "gemma-2-2b bf16 adamw 1 x 1024 eager",
-        "gpt2 amp adamw 4 x 1024",
         "llama-3.2-1b_micro-adam_batch_size=1_seq_len=2048_checkpointing=full",
         "llama-3.2-1b_micro-adam_batch_size=1_seq_len=2048_checkpointing=none",
-        "qwen3-0.6b_adamw-8bit_batch_size=2_seq_len=1024",
     }
 
 
-def test_alike_steps_of_single_processes_differ_by_two_fifths(fitting: ModuleType, cases: list[Any]) -> None:
-    # pythia-1b with AdamW: 38.9 ms, 33.3 of them besides the optimizer's step. The same work took eight other
-    # processes 37.1, 39.0, 47.0, 49.2, 49.7, 50.3, 51.0 and 51.8 ms.
+def test_alike_steps_differ_though_two_processes_took_them(fitting: ModuleType, cases: list[Any]) -> None:
+    # pythia-1b with AdamW: 42.5 ms, 36.3 of them besides the optimizer's step, each the mean of two processes'. The
+    # same work took pairs of others 39.0, 41.7, 41.8, 42.3, 42.5, 42.6, 44.7 and 44.8 ms.
     repeated = fitting.repeated_errors(cases)
-    assert repeated["pythia-1b_adamw_batch_size=2_seq_len=1024"] == pytest.approx((49.45 - 33.3) / 38.9, abs=0.003)
-    assert max(map(abs, repeated.values())) > 0.4
+    assert repeated["pythia-1b_adamw_batch_size=2_seq_len=1024"] == pytest.approx((42.4 - 36.3) / 42.5, abs=0.003)
+    assert max(map(abs, repeated.values())) > 0.2
+
+
+def test_a_step_has_the_median_time_of_its_processes(fitting: ModuleType, cases: list[Any]) -> None:
+    # gpt2 with AdamW took 33.0 ms in one process, whose host launched an operation in 21.8 us, and 23.2 in an older one
+    # that does not tell.
+    case = next(case for case in cases if case.name == "gpt2_adamw_batch_size=2_seq_len=1024")
+    assert case.seconds == pytest.approx((33.0e-3 + 23.2e-3) / 2, abs=1e-4)
+    assert (case.host_launch_seconds, case.untold) == (pytest.approx(21.81e-6, abs=1e-8), 0.5)
+    model = load_time_model()
+    told, fitted = case.host_launch_seconds / model.host.launch_reference_seconds, model.records[0].host_factor
+    assert fitting.host_factor(case, model) == pytest.approx((told + fitted) / 2)
 
 
 def test_the_committed_coefficients_are_the_fit(fitting: ModuleType, cases: list[Any]) -> None:
@@ -234,10 +253,9 @@ def test_gradients_are_added_up_in_every_micro_step_but_the_first() -> None:
     ("name", "measured"),
     [
         ("llama-2-7b-recommended", 0.8070),
-        ("llama-2-7b-runner-up", 0.9993),
-        ("llama-2-7b-40gib-recommended", 0.8842),
         ("llama-2-7b-40gib-runner-up", 0.9322),
         ("llama-3.2-1b-24gib-recommended", 0.3765),
+        ("llama-3.2-1b-24gib-runner-up", 0.4646),
     ],
 )
 def test_steps_of_several_micro_steps_that_nothing_was_fitted_to(name: str, measured: float) -> None:
