@@ -282,15 +282,39 @@ def combine(micro: MicroSteps, update: Update, *, exponent: float) -> StepSecond
     return StepSeconds(step, share * forward, share * backward, share * spans[-1], _bound(busy))
 
 
+class BeforeUpdate(msgspec.Struct, frozen=True):
+    """What of a step passes before its optimizer's.
+
+    Attributes:
+        seconds: Until GPU and host last waited for each other; zero where they never do.
+        device: Since then, on the GPU and its links; likewise `host`.
+    """
+
+    seconds: float
+    device: float
+    host: float
+
+    def step_seconds(self, update: Update, *, exponent: float) -> float:
+        """From the end of one step to the end of the next."""
+        device, host = self.device + update.device_seconds, self.host + update.busy.host
+        return self.seconds + whole_step(device, host, exponent)
+
+
+def before_update(micro: MicroSteps, *, exponent: float) -> BeforeUpdate:
+    """How long forward and backward of all micro-steps take, whatever optimizer follows."""
+    if not micro.waits:
+        return BeforeUpdate(0.0, micro.device_seconds(exponent), micro.host_seconds)
+    few = msgspec.structs.replace(micro, count=min(micro.count, 3))
+    ends = [0.0, *phase_ends(few, Update(Busy(0.0, 0.0)), num_steps=1, exponent=exponent)]
+    begin, end = ends[2 * few.count - 2], ends[2 * few.count]
+    others = (micro.count - few.count) * (ends[4] - ends[2]) if micro.count > few.count else 0.0
+    host = micro.forward.host + micro.backward.host + micro.reduction.host
+    return BeforeUpdate(begin + others, end - begin, host + (micro.accumulation.host if micro.count > 1 else 0.0))
+
+
 def step_length(micro: MicroSteps, update: Update, *, exponent: float) -> float:
     """Seconds from the end of one step to the end of the next."""
-    if not micro.waits:
-        device = micro.device_seconds(exponent) + update.device_seconds
-        return whole_step(device, micro.host_seconds + update.busy.host, exponent)
-    few = msgspec.structs.replace(micro, count=min(micro.count, 3))
-    ends = phase_ends(few, update, num_steps=1, exponent=exponent)
-    others = (micro.count - few.count) * (ends[3] - ends[1]) if micro.count > few.count else 0.0
-    return ends[-1] + others
+    return before_update(micro, exponent=exponent).step_seconds(update, exponent=exponent)
 
 
 def phase_ends(micro: MicroSteps, update: Update, *, num_steps: int, exponent: float) -> list[float]:

@@ -17,13 +17,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import msgspec
+
 from optplan.planner.gpus import Gpu
 from optplan.planner.request import StepRequest
 from optplan.planner.search.evidence import EvidenceKey
 from optplan.planner.search.pool import BoundMember, Frame, Pool
 from optplan.planner.search.space import Layout, Manner, Space
 from optplan.planner.search.steps import StepPoint, StepRecorder, accumulated_batches, manner_refused
-from optplan.planner.step_time import MicroSteps, Update, micro_steps, whole_step
+from optplan.planner.step_time import BeforeUpdate, Update, before_update, micro_steps
 from optplan.planner.step_time_rates import TimeModel, load_time_model
 from optplan.planner.step_time_work import StepWork
 
@@ -62,15 +64,14 @@ class Beaten(NamedTuple):
 
 
 class Micro(NamedTuple):
-    """One way of running forward and backward, with its batch and what it takes for a whole step on GPU and host."""
+    """One way of running forward and backward, with its batch and what passes before the optimizer's step."""
 
     manner: Manner
     micro_batch: int
     accumulated: int
     share: float
     point: StepPoint
-    device_seconds: float
-    host_seconds: float
+    before: BeforeUpdate
 
 
 _ROOMY = 0.9
@@ -168,10 +169,9 @@ class Exploration:
 
     def _micro(self, frame: Frame, manner: Manner, size: int, accumulated: int, point: StepPoint) -> Micro:
         one = micro_steps(point.work, frame.request, self.gpu, model=self.model)
-        steps = MicroSteps(one.forward, one.backward, accumulated, one.reduction, one.accumulation)
-        device = steps.device_seconds(self.model.overlap.exponent)
+        before = before_update(msgspec.structs.replace(one, count=accumulated), exponent=self.model.overlap.exponent)
         share = size * accumulated * frame.layout.gpus / self.space.sequences
-        return Micro(manner, size, accumulated, share, point, device, steps.host_seconds)
+        return Micro(manner, size, accumulated, share, point, before)
 
     def _note_least(self, frame: Frame, manner: Manner, point: StepPoint) -> None:
         for member in frame.members:
@@ -197,9 +197,7 @@ class Exploration:
 
     def _found(self, member: BoundMember, micro: Micro, resident: int, update: Update, key: EvidenceKey) -> Found:
         """A configuration with its peak as it would be without the optimizer's temporaries."""
-        device = micro.device_seconds + update.device_seconds
-        host = micro.host_seconds + update.busy.host
-        seconds = whole_step(device, host, self.model.overlap.exponent) / micro.share
+        seconds = micro.before.step_seconds(update, exponent=self.model.overlap.exponent) / micro.share
         bound = resident + micro.point.least_bytes
         return Found(member, micro.manner, micro.micro_batch, micro.accumulated, bound, seconds, key)
 
