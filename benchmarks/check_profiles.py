@@ -66,6 +66,7 @@ def figures_of(peaks: StepPeaks) -> dict[str, Any]:
     return {
         "phases": {name: phase.peak_allocated_bytes for name, phase in peaks.phases.items()},
         "peak_bytes": peaks.peak_bytes,
+        "categories": dict(sorted(peaks.categories.items())),
         "reserved_bytes": peaks.reserved_bytes,
     }
 
