@@ -109,11 +109,10 @@ def measure_together(launch: Launch, device: torch.device, measure: Callable[[],
 def _process_group(launch: Launch, device: torch.device) -> Iterator[Any]:
     """The ranks' group; what is yielded is a store that all of them see."""
     from torch._C._distributed_c10d import PrefixStore
-    from torch.distributed.rendezvous import rendezvous
 
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store, rank, num_ranks = next(rendezvous("env://", timeout=datetime.timedelta(seconds=_PATIENCE_SECONDS)))
+    store, rank, num_ranks = _meet(launch)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=_TIMEOUT)
     own = PrefixStore("optplan", store)
@@ -126,6 +125,32 @@ def _process_group(launch: Launch, device: torch.device) -> Iterator[Any]:
             raise OtherRankError from error
         raise _with_rank(error, launch) from error
     dist.destroy_process_group()
+
+
+def _meet(launch: Launch) -> tuple[Any, int, int]:
+    """The store by which the ranks meet, this rank's number and how many there are.
+
+    Raises:
+        ConfigError: They do not meet where the launch says.
+    """
+    from torch.distributed.rendezvous import rendezvous
+
+    try:
+        store, rank, num_ranks = next(rendezvous("env://", timeout=datetime.timedelta(seconds=_PATIENCE_SECONDS)))
+    except (dist.DistError, ValueError) as error:
+        raise ConfigError(_why_apart(launch, str(error))) from error
+    return store, rank, num_ranks
+
+
+def _why_apart(launch: Launch, reason: str) -> str:
+    rank, port = f"rank {launch.rank} of {launch.num_ranks}", os.environ.get("MASTER_PORT")
+    if "EADDRINUSE" in reason:
+        return (
+            f"{rank} cannot listen on port {port}, where the ranks are to meet: another program does; give them "
+            "another MASTER_PORT, or start them with torchrun --standalone, which takes a free one"
+        )
+    place = f" at port {port} (MASTER_PORT)" if port is not None else ""
+    return f"{rank} did not meet the others{place}: {' '.join(reason.split())[:400]}"
 
 
 class OtherRankError(OptplanError):

@@ -110,12 +110,21 @@ def launching(preload: Sequence[Sequence[str]], *, probe: str | None = None) -> 
 def end(processes: Sequence[Process]) -> None:
     """Interrupt processes as Ctrl-C would, and kill those that go on."""
     for number in (signal.SIGINT, signal.SIGKILL):
-        deadline = time.monotonic() + _GRACE_SECONDS
-        for process in processes:
-            if process.status is None:
-                process.signal(number)
-        for process in processes:
-            process.wait(deadline - time.monotonic())
+        _signal_all(processes, number)
+
+
+def kill(processes: Sequence[Process]) -> None:
+    """End processes at once."""
+    _signal_all(processes, signal.SIGKILL)
+
+
+def _signal_all(processes: Sequence[Process], number: int) -> None:
+    deadline = time.monotonic() + _GRACE_SECONDS
+    for process in processes:
+        if process.status is None:
+            process.signal(number)
+    for process in processes:
+        process.wait(deadline - time.monotonic())
 
 
 def paths_of(folder: Path, number: int) -> tuple[Path, Path]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -19,9 +17,12 @@ from optplan.profilers.live.measure import INTERRUPTED
 from optplan.profilers.validation import launching
 from optplan.profilers.validation.launching import Launcher, Process
 from optplan.profilers.validation.matrix import ValidationCase
+from optplan.profilers.validation.ranks import arrange_meeting, has_failed, last_words
 
 CASE_SECONDS = 300.0
 """After which a case that has not ended is ended."""
+_PEER_SECONDS = 10.0
+"""How long the others may take to end after a rank that failed: one that waits for it could wait for minutes."""
 _POLL_SECONDS = 0.02
 
 
@@ -110,14 +111,22 @@ def _make(folder: Path) -> None:
         raise OptplanError(f"cannot make {shorten(str(folder))}: {error.strerror or error}") from None
 
 
-class _Running(NamedTuple):
-    """A case whose processes run."""
+class _Running(msgspec.Struct):
+    """A case whose processes run.
+
+    Attributes:
+        begin: When it was started.
+        meeting: What is to be kept until its processes have ended.
+        failed: When one of them was first seen to have failed while others went on, None if not yet.
+    """
 
     case: ValidationCase
     path: Path
     places: list[int]
     processes: list[Process]
     begin: float
+    meeting: Any = None
+    failed: float | None = None
 
 
 class _Matrix:
@@ -188,23 +197,35 @@ class _Matrix:
         words = ["profile", *case.arguments, "--device", self._device, "--steps", str(self._limits.num_steps)]
         words += ["--out", str(path), "--json"]
         places = [self._free.pop(0)] if case.num_gpus == 1 else []
-        variables = [dict(self._places[places[0]])] if places else _variables_of_ranks(case.num_gpus)
+        meeting = None if places else arrange_meeting(case.num_gpus)
+        variables = meeting.variables if meeting else [dict(self._places[places[0]])]
         processes = [self._launcher.start("optplan", words, variable) for variable in variables]
-        self._running.append(_Running(case, path, places, processes, time.monotonic()))
+        self._running.append(_Running(case, path, places, processes, time.monotonic(), meeting))
 
     def _wait(self) -> None:
         """Look after what runs, once."""
         time.sleep(_POLL_SECONDS)
         for running in list(self._running):
             if all(process.status is not None for process in running.processes):
-                self._running.remove(running)
-                self._free += running.places
-                self._finish(running, None)
+                self._close(running, None)
             elif time.monotonic() - running.begin > self._limits.case_seconds:
                 launching.end(running.processes)
-                self._running.remove(running)
-                self._free += running.places
-                self._finish(running, f"it did not end within {self._limits.case_seconds:.0f} s")
+                self._close(running, f"it did not end within {self._limits.case_seconds:.0f} s")
+            elif self._waits_in_vain(running):
+                failure = last_words(running.processes)
+                launching.kill(running.processes)
+                self._close(running, failure)
+
+    def _waits_in_vain(self, running: _Running) -> bool:
+        """Whether a rank has failed and the others have had their time to end."""
+        if running.failed is None and has_failed(running.processes):
+            running.failed = time.monotonic()
+        return running.failed is not None and time.monotonic() - running.failed > _PEER_SECONDS
+
+    def _close(self, running: _Running, failure: str | None) -> None:
+        self._running.remove(running)
+        self._free += running.places
+        self._finish(running, failure)
 
     def _finish(self, running: _Running, failure: str | None) -> None:
         name, first = running.case.name, running.processes[0]
@@ -213,7 +234,7 @@ class _Matrix:
         elif first.status == launching.INTERRUPTED and failure is None:
             raise KeyboardInterrupt
         else:
-            self._outcome.failed[name] = failure or _last_words(running.processes)
+            self._outcome.failed[name] = failure or last_words(running.processes)
 
     def _keeps(self, running: _Running) -> bool:
         """Whether the record is complete; one cut short is taken away, so that its case is measured again."""
@@ -238,24 +259,3 @@ class _Matrix:
     def _tell(self, case: str) -> None:
         done = sum(map(len, (self._outcome.measured, self._outcome.kept, self._outcome.failed, self._outcome.skipped)))
         self._progress(Progress(done, self._total, case))
-
-
-def _last_words(processes: Sequence[Process]) -> str:
-    """Of the first process that said why; of several ranks one tells."""
-    told = [process.last_words() for process in processes]
-    return next((words for words in told if words.startswith("optplan:")), told[0])
-
-
-def _variables_of_ranks(num_ranks: int) -> list[dict[str, str]]:
-    """What `torchrun` would tell the processes of one machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {
-        "WORLD_SIZE": str(num_ranks),
-        "LOCAL_WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-    }
-    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]

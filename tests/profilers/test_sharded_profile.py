@@ -12,6 +12,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from optplan.app import app
+from optplan.boundary import run
 from optplan.planner.errors import ConfigError
 from optplan.planner.measured.measurement import Measurement
 from optplan.profilers.live.sharded import Launch, check_launch, find_launch
@@ -141,6 +143,46 @@ def test_a_failure_is_told_once_and_running_out_of_memory_is_a_row(launcher, tmp
             "fail: rank 1 of 2 failed: RuntimeError: the disk of this rank is gone",
         ],
     ]
+
+
+LISTENS = (
+    "rank 0 of 2 cannot listen on port {port}, where the ranks are to meet: another program does; give them "
+    "another MASTER_PORT, or start them with torchrun --standalone, which takes a free one"
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ("{port}", LISTENS),
+        (
+            "http",
+            "rank 0 of 2 did not meet the others at port http (MASTER_PORT): invalid literal for int() with base 10: "
+            "'http'",
+        ),
+        (
+            None,
+            "rank 0 of 2 did not meet the others: Error initializing torch.distributed using env:// rendezvous: "
+            "environment variable MASTER_PORT expected, but not set",
+        ),
+    ],
+    ids=["taken", "malformed", "missing"],
+)
+def test_ranks_that_cannot_meet_are_told_so_in_one_sentence(given, sentence, tmp_path, monkeypatch, capsys):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(TINY))
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        if given is not None:
+            monkeypatch.setenv("MASTER_PORT", given.format(port=port))
+        step = ["--optimizer", "adamw", "--sharding", "ddp", "--seq-len", "8", "--device", "cpu"]
+        status = run(app, ["profile", "--model", str(config), *step])
+    assert (status, capsys.readouterr().err.splitlines()[-1]) == (2, f"optplan: {sentence.format(port=port)}")
 
 
 def test_a_launch_is_read_from_torchruns_variables():

@@ -118,6 +118,8 @@ def test_several_processes_of_a_step_run_alone(play: Callable[..., tuple[Stage, 
         ("1", "1", "2"),
     ]
     assert ranks[0]["MASTER_PORT"] == ranks[1]["MASTER_PORT"]
+    # Neither rank is to listen there: the store is validate's own.
+    assert {rank["TORCHELASTIC_USE_AGENT_STORE"] for rank in ranks} == {"True"}
     assert len(outcome.measured) == 3
 
 
