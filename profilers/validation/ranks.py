@@ -28,7 +28,7 @@ class Meeting(NamedTuple):
 
 def arrange_meeting(num_ranks: int) -> Meeting:
     """A meeting of so many processes of this machine."""
-    from torch.distributed import TCPStore
+    from torch._C._distributed_c10d import TCPStore
 
     store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
     shared = {
@@ -54,8 +54,8 @@ def last_words(processes: Sequence[Process]) -> str:
     told = [process.last_words() for process in processes]
     words = next((words for words in told if words.startswith("optplan:")), None)
     # What a rank says whose peer is gone is that it is gone.
-    signals = {rank: -process.status for rank, process in enumerate(processes) if (process.status or 0) < 0}
-    ended = [f"rank {rank} of {len(processes)} was ended by signal {number}" for rank, number in signals.items()]
+    statuses = [process.status or 0 for process in processes]
+    ended = [f"rank {rank} of {len(statuses)} was ended by signal {-n}" for rank, n in enumerate(statuses) if n < 0]
     if len(processes) == 1 or not ended:
         return words or told[0]
     return "; ".join([*ended, *([words] if words else [])])
