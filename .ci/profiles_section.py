@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
@@ -128,8 +128,9 @@ def _command(place: Environment) -> str:
 
 def _note(records: Iterable[Measurement]) -> str:
     """What the measuring person had to say of the circumstances."""
-    notes = dict.fromkeys(note for record in records for note in record.notes if note.startswith("measured "))
-    return f" They were {'; '.join(notes)}." if notes else ""
+    kept = list(records)
+    notes = Counter(note for record in kept for note in record.notes if note.startswith("measured "))
+    return "".join(f" {count if count < len(kept) else 'They all'} were {note}." for note, count in notes.items())
 
 
 def _claims(name: str, folder: Folder) -> list[str]:
@@ -138,6 +139,7 @@ def _claims(name: str, folder: Folder) -> list[str]:
     lines.append(_claim("Rules, peak allocated", (row.peak_error for row in rows)))
     traced = _traced_errors(name, folder)
     lines += [_claim("Trace, peak allocated", traced)] if traced else []
+    lines += _same_categories(name, folder)
     phases = [error for row in rows for error in row.phase_errors.values()]
     lines.append(_claim("Rules, each phase's peak", phases, "phases"))
     lines.append(_claim("Rules, peak reserved", (row.reserved_error for row in rows)))
@@ -152,16 +154,37 @@ def _claims(name: str, folder: Folder) -> list[str]:
 
 def _claim(what: str, errors: Iterable[float | None], unit: str = "steps") -> str:
     sizes = _sizes(errors)
+    exact, near = sizes.count(0), _near(sizes)
+    found = [f"{exact} to the byte"] * bool(exact) + [f"{near} within 0.01 %"] * (near > exact)
     return (
-        f"- **{what}**: of {len(sizes)} {unit}, {_near(sizes)} within 0.01 %; median error {median(sizes):.4%},"
-        f" largest {max(sizes):.3%}."
+        f"- **{what}**: of {len(sizes)} {unit}, {' and '.join(found) or 'none within 0.01 %'}; median error"
+        f" {median(sizes):.4%}, largest {max(sizes):.3%}."
     )
 
 
-def _traced_errors(name: str, folder: Folder) -> list[float]:
-    """Of the steps that `benchmarks/check_profiles.py` has traced."""
+def _traced(name: str) -> dict[str, Any]:
+    """The figures of the steps of a folder that `benchmarks/check_profiles.py` has traced."""
     rows = json.loads((RECORDS / "traced_profiles.json").read_text(encoding="utf-8"))["rows"]
-    found = {row["record"].removeprefix(f"{name}/"): row["trace"] for row in rows if row["trace"]}
+    return {row["record"].removeprefix(f"{name}/"): row["trace"] for row in rows if row["trace"]}
+
+
+def _same_categories(name: str, folder: Folder) -> list[str]:
+    """In how many of the steps in whose records nothing is unexplained the trace has each category to the byte."""
+    traced = _traced(name)
+    records = {
+        key: record
+        for key, record in folder.records.items()
+        if key in traced and record.peak_categories and "unexplained" not in record.peak_categories
+    }
+    same = sum(traced[key]["categories"] == record.peak_categories for key, record in records.items())
+    return [
+        f"- **What is alive at the peak**: nothing is unexplained in the records of {len(records)} of these steps; in"
+        f" {same} of them the trace has every category to the byte."
+    ] * bool(records)
+
+
+def _traced_errors(name: str, folder: Folder) -> list[float]:
+    found = _traced(name)
     return [
         found[key]["peak_bytes"] / record.peak_allocated_bytes - 1
         for key, record in folder.records.items()

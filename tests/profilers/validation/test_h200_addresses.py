@@ -1,6 +1,6 @@
 """Measured steps that the trace engine misses by some MiB, run with segments that lie elsewhere than it assumes.
 
-Which of equally large free blocks is cut, and so what remains of it, hangs on their addresses; the driver chooses these.
+Which of equally large free blocks is cut, and so what remains of it, hangs on their addresses, and the driver chooses.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from optplan.planner.allocator.driver import Driver
 from optplan.planner.allocator.settings import AllocatorSettings
 from optplan.planner.measured.measurement import Measurement
 from optplan.planner.measured.record_files import load_record
+from optplan.planner.timeline import Phase
 from optplan.profilers.tracing import runs
 from optplan.profilers.validation.record_tracing import RecordTracer
 
@@ -46,7 +47,7 @@ class Scattered:
         """No range ends."""
 
 
-Figures = tuple[dict[str, int], int]
+Figures = tuple[dict[Phase, int], int]
 
 
 def traced(record: Measurement, *, tracer: RecordTracer) -> Figures:
@@ -61,7 +62,7 @@ def measured(record: Measurement) -> Figures:
     That is a loss while the optimizer steps, and in old records a tensor of losses all along.
     """
     losses = 512 if "unexplained" in record.peak_categories else 0
-    own = {"forward": losses, "backward": losses, "step": losses + 512}
+    own: dict[Phase, int] = {"forward": losses, "backward": losses, "step": losses + 512}
     assert record.peak_reserved_bytes
     phases = {phase: record.phases[phase].peak_allocated_bytes - size for phase, size in own.items()}
     return phases, record.peak_reserved_bytes

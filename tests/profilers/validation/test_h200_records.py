@@ -84,16 +84,16 @@ def judged(name: str) -> Judgement:
 def nearest(name: str) -> Judgement:
     """The judgement by the nearer of the ends of what may stay reserved."""
     (row,) = estimated(name).estimates
-    reserved, device, record = row.peak_reserved_bytes, row.device_bytes, measured(name)
-    ends = row.peak_reserved_range_bytes
-    if ends is None or not (reserved and device and record.peak_reserved_bytes and record.device_bytes):
-        return judged(name)
-    end = min(ends, key=lambda size: abs(size - record.peak_reserved_bytes))
-    return msgspec.structs.replace(
-        judged(name),
-        reserved_error=end / record.peak_reserved_bytes - 1,
-        device_error=(device + end - reserved) / record.device_bytes - 1,
-    )
+    found, record = judged(name), measured(name)
+    ends, shown, reserved, device = (
+        row.peak_reserved_range_bytes, row.peak_reserved_bytes, record.peak_reserved_bytes, record.device_bytes,
+    )  # fmt: skip
+    if ends is None:
+        return found
+    assert shown and reserved and device and found.device_error is not None
+    end = min(ends, key=lambda size: abs(size - reserved))
+    device_error = found.device_error + (end - shown) / device
+    return msgspec.structs.replace(found, reserved_error=end / reserved - 1, device_error=device_error)
 
 
 def sizes(row: Judgement) -> dict[str, float]:
