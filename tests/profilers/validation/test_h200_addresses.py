@@ -123,6 +123,7 @@ def test_a_step_with_segments_where_cuda_s_driver_puts_them_is_the_measured_one(
 @pytest.mark.parametrize(
     ("name", "seed", "share_above"),
     [
+        ("gpt2_adam-mini_precision=amp_batch_size=2_seq_len=1024", 3, 0.1),
         ("gpt2_micro-adam_precision=amp_batch_size=2_seq_len=1024", 90, 0.1),
     ],
 )
