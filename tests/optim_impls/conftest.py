@@ -8,9 +8,11 @@ from __future__ import annotations
 import gc
 import io
 import os
+import runpy
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +27,16 @@ if not torch.cuda.is_available():
 
 Build = Callable[[list[torch.nn.Parameter], str], torch.optim.Optimizer]
 """Makes the optimizer for parameters, on a backend (`triton` or `torch`)."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_interpreter() -> Iterator[None]:
+    """Interpreted launches prepare the language once."""
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            runpy.run_path(str(Path(__file__).with_name("quick_interpreter.py")))["prepare_once"](patch)
+        yield
+
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES: tuple[tuple[int, ...], ...] = ((1,), (63,), (255,), (4097,), (37, 101), (3, 5, 7), (1, 65), (65, 1), (), (0,))

@@ -255,10 +255,9 @@ def watched(tensors: Callable[[], Mapping[str, torch.Tensor]] | None = None) -> 
 
     builder, launches = interpreter.interpreter_builder, []
     log = _record["Log"](builder)
-    plain, prepared = interpreter.GridExecutor.__call__, set[int]()
+    plain = interpreter.GridExecutor.__call__
 
     def launch(self: Any, *arguments: Any, **more: Any) -> None:
-        prepared.clear()
         log.clear()
         plain(self, *arguments, **more)
         if log.accesses:
@@ -270,24 +269,6 @@ def watched(tensors: Callable[[], Mapping[str, torch.Tensor]] | None = None) -> 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter.GridExecutor, "__call__", launch)
-        patch.setattr(interpreter.InterpretedFunction, "__call__", _call_of_function(prepared))
         for name, function in _record["watching"](builder, log).items():
             patch.setattr(builder, name, function)
         yield launches
-
-
-def _call_of_function(prepared: set[int]) -> Callable[..., Any]:
-    """The interpreter's call of a device function, which prepares the whole language once for each module, not always.
-
-    Args:
-        prepared: Modules for which it has been in this launch. To do so for every call takes a third of a test.
-    """
-    from triton.runtime import interpreter
-
-    def call(self: Any, *arguments: Any, **more: Any) -> Any:
-        if id(self.fn.__globals__) not in prepared:
-            prepared.add(id(self.fn.__globals__))
-            interpreter._patch_lang(self.fn)
-        return self.rewrite()(*arguments, **more)
-
-    return call
