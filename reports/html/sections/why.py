@@ -40,10 +40,19 @@ def _peaks(report: EstimateReport, rows: list[Estimate]) -> Drawing:
         id="optimizers",
         title="Alive at each optimizer's peak",
         summary=f"The smallest peak is {least.optimizer} with {format_gib(least.peak_allocated_bytes or 0)}; "
-        f"{sum(bool(row.fits) for row in rows)} of {len(rows)} stay below the usable memory.",
+        + _how_many_fit(report, rows),
         figure=optimizer_bars(rows, gpu=report.gpu, chosen=chosen),
         table=_table(report),
     )
+
+
+def _how_many_fit(report: EstimateReport, rows: list[Estimate]) -> str:
+    """How many fit, and how many more have room by bytes alone."""
+    fitting = sum(bool(row.fits) for row in rows)
+    below = sum((row.peak_allocated_bytes or 0) <= report.gpu.usable_bytes for row in rows)
+    stay = "stays" if below - fitting == 1 else "stay"
+    by_bytes = f"; {below - fitting} more {stay} below the usable memory, but fragmentation leaves no room"
+    return f"{fitting} of {len(rows)} fit{by_bytes if below > fitting else ''}."
 
 
 def _table(report: EstimateReport) -> Table:

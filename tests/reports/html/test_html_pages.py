@@ -8,6 +8,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -22,9 +23,10 @@ from optplan.planner.search.recommend import recommend
 from optplan.reports.html.accuracy_page import accuracy_page
 from optplan.reports.html.documents import files_page
 from optplan.reports.html.estimate_page import estimate_page
-from optplan.reports.html.parts import Switches
+from optplan.reports.html.parts import Drawing, Switches
 from optplan.reports.html.recommendation_page import recommendation_page
 from optplan.reports.html.sections.what_if import what_if
+from optplan.reports.html.sections.why import why
 
 ROOT = Path(__file__).resolve().parents[3]
 RECORD = str(ROOT / "docs" / "examples" / "h200_step.json.gz")
@@ -164,6 +166,23 @@ def test_a_switch_s_answer_that_bytes_alone_gave_says_so() -> None:
     assert isinstance(switches, Switches)
     assert [values[-1] for values in switches.table.rows] == ["yes", "no", "by bytes"]
     assert switches.table.tones == ["", "bad", ""]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        # AdamW needs 50 GiB; Adam-mini's 37.7 of 38.7 GiB are lost to fragmentation.
+        (
+            {"model": "llama-7b", "optimizer": ["adamw", "adam-mini", "micro-adam"]},
+            "1 of 3 fit; 1 more stays below the usable memory, but fragmentation leaves no room.",
+        ),
+        ({"model": "gpt2", "optimizer": ["adamw", "lion"]}, "2 of 2 fit."),
+    ],
+)
+def test_what_is_below_the_line_and_does_not_fit_is_told_apart(options: dict[str, Any], said: str) -> None:
+    report = optplan.estimate(**options, gpu="a100-40g")
+    (drawing,) = [part for part in why(report).parts if isinstance(part, Drawing) and part.id == "optimizers"]
+    assert drawing.summary.partition("; ")[2] == said
 
 
 def test_an_estimate_without_rows_still_has_a_page() -> None:
