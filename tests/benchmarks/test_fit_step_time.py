@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 import tomllib
-from importlib import util
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,20 +15,6 @@ import pytest
 from optplan.planner.step_time_rates import TimeModel, load_time_model
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def fitting() -> ModuleType:
-    """The script that fits the coefficients."""
-    folder = str(ROOT / "benchmarks")
-    sys.path.insert(0, folder)
-    spec = util.spec_from_file_location("fit_step_time", ROOT / "benchmarks" / "fit_step_time.py")
-    assert spec is not None and spec.loader is not None
-    module = util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    sys.path.remove(folder)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 import tomllib
-from importlib import util
 from pathlib import Path
 from statistics import median
 from types import ModuleType
@@ -36,20 +34,6 @@ from optplan.planner.step_time_work import PhaseWork, StepWork, product_flops, s
 from optplan.profilers.live.profile import MIN_TIMED_STEPS
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def fitting() -> ModuleType:
-    """The script that fits the coefficients."""
-    folder = str(ROOT / "benchmarks")
-    sys.path.insert(0, folder)
-    spec = util.spec_from_file_location("fit_step_time", ROOT / "benchmarks" / "fit_step_time.py")
-    assert spec is not None and spec.loader is not None
-    module = util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    sys.path.remove(folder)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +77,13 @@ def test_steps_of_models_left_out(fitting: ModuleType, cases: list[Any]) -> None
     errors = [fitting.errors_of(some, model) for some in (cases, unfitted)]
     assert fitting.fit_errors(errors[0], found, errors[1]) == model.errors
     assert model.errors.unfitted.median < 0.10
+    assert model.errors.unfitted.largest < 0.52
+    far = {case.name for case, error in zip(unfitted, errors[1], strict=True) if abs(error) > 0.25}
+    assert far <= {
+        "gemma-2-2b bf16 adamw 1 x 1024 eager",
+        "tinyllama-1.1b bf16 adam_mini 2 x 1024",
+        "gpt2 amp adamw 4 x 1024",
+    }
     assert model.errors.held_out.median < 0.10
     assert model.errors.held_out_gpu.largest < 0.25
     assert model.errors.held_out_sharded.largest < 0.25
@@ -253,12 +244,14 @@ def test_gradients_are_added_up_in_every_micro_step_but_the_first() -> None:
     ("name", "measured"),
     [
         ("llama-2-7b-recommended", 0.8070),
+        ("llama-2-7b-runner-up", 0.9298),
+        ("llama-2-7b-40gib-recommended", 0.8995),
         ("llama-2-7b-40gib-runner-up", 0.9322),
         ("llama-3.2-1b-24gib-recommended", 0.3765),
         ("llama-3.2-1b-24gib-runner-up", 0.4646),
     ],
 )
-def test_steps_of_several_micro_steps_that_nothing_was_fitted_to(name: str, measured: float) -> None:
+def test_situations_that_nothing_was_fitted_to(name: str, measured: float) -> None:
     record = load_record(ROOT / "benchmarks" / "records" / "h200_situations" / f"{name}.json.gz")
     assert isinstance(record, Measurement) and record.time is not None
     assert record.time.step_seconds == pytest.approx(measured, rel=1e-3)
