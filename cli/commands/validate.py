@@ -19,7 +19,7 @@ def validate(
     records: Annotated[
         str, typer.Option("--records", metavar="FOLDER", help="Where the records are kept; those there already count.")
     ],
-    matrix: Annotated[str, typer.Option(help="Which steps: quick, full, families or sharded.")] = "quick",
+    matrix: Annotated[str, typer.Option(help="Which steps: quick, full, families, public or sharded.")] = "quick",
     minutes: Annotated[float, typer.Option(help="Begin no step after so many minutes.")] = 30,
     steps: options.Steps = 8,
     device: Annotated[str, typer.Option(help="Where to run: cuda, cuda:1 ..., or cpu.")] = "cuda",

@@ -10,6 +10,7 @@ import pytest
 from optplan.app import app
 from optplan.boundary import run
 from optplan.planner.errors import ConfigError
+from optplan.planner.estimate import estimate
 from optplan.planner.measured.measurement import Measurement
 from optplan.planner.measured.record_files import load_record
 from optplan.profilers.validation.command import _preloaded
@@ -29,6 +30,7 @@ TINY = {
     "max_position_embeddings": 64,
 }
 STEP = {"batch_size": 1, "seq_len": 8}
+RECORDS = Path(__file__).parents[2] / "records"
 
 
 @pytest.fixture
@@ -58,6 +60,25 @@ def test_the_full_matrix_has_what_is_promised() -> None:
     assert len({case.model for case in cases}) >= 8
     assert {case.step.get("precision", "bf16") for case in cases} >= {"bf16", "fp32", "amp"}
     assert {case.step.get("checkpointing", "none") for case in cases} == {"none", "full"}
+
+
+def test_the_public_matrix_has_the_steps_that_public_libraries_measured() -> None:
+    names = {"adamw_foreach": ("adamw", "foreach"), "adam_mini": ("adam-mini", "official")}
+    names["adafactor"] = ("adafactor", "transformers")
+    expected = []
+    for line in (RECORDS / "public_h200_times.jsonl").read_text("utf-8").splitlines():
+        row = json.loads(line)
+        optimizer, implementation = names.get(row["optimizer"], (row["optimizer"], "fused"))
+        checkpointing = "full" if row["checkpointing"] else "none"
+        step = (row["precision"], row["batch"], row["seq"], checkpointing, row["attention"])
+        expected.append((row["model"], optimizer, implementation, *step))
+    found = []
+    for case in read_matrix("public"):
+        report = estimate(case.model, gpu="h200", optimizer=case.optimizer, options=list(case.settings), **case.step)
+        config, entry = report.config, report.estimates[0]
+        step = (config.precision, config.batch_size, config.seq_len, config.checkpointing, config.attention)
+        found.append((case.model, entry.optimizer, entry.implementation, *step))
+    assert sorted(found) == sorted(expected)
 
 
 def test_an_unknown_matrix() -> None:
