@@ -111,13 +111,16 @@ def _adam_mini_official(
     query = next(p for p in spec.unique_parameters if p.heads is not None and p.heads.num_query_heads)
     assert query.heads is not None
     named = [(p.name, tensor) for p, tensor in zip(spec.unique_parameters, parameters, strict=True)]
-    return import_module("adam_mini").Adam_mini(  # type: ignore[no-any-return]
+    optimizer = import_module("adam_mini").Adam_mini(
         named,
         lr=LEARNING_RATE,
         dim=options.get("dim") or query.numel // query.num_output_neurons,
         n_heads=options.get("n_heads") or query.heads.num_query_heads,
         verbose=False,
     )
+    # The package takes the GPUs it sees for ranks, and asks the others of them although there is no group of ranks.
+    optimizer.world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    return optimizer  # type: ignore[no-any-return]
 
 
 def _muon(_: nn.Module, parameters: Parameters, given: Mapping[str, Any], spec: ModelSpec) -> torch.optim.Optimizer:
