@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 import msgspec
@@ -58,6 +59,18 @@ _HOOKS_IN_BACKWARD = 2
 """Calls of a hook for each such tensor in backward: when it is made again, and when it is asked for."""
 
 
+class HeadWork(msgspec.Struct, frozen=True):
+    """What of a phase's work on the GPU comes after all layers in forward, before them in backward: head and loss.
+
+    Attributes:
+        product_flops: As in `PhaseWork`; likewise the others.
+    """
+
+    product_flops: float = 0.0
+    written_bytes: float = 0.0
+    num_launches: int = 0
+
+
 class PhaseWork(msgspec.Struct, frozen=True):
     """What one phase of one micro-step does on a GPU.
 
@@ -70,6 +83,7 @@ class PhaseWork(msgspec.Struct, frozen=True):
         num_collectives: Gathers and reductions of fully sharded groups; a group that runs again is asked once more.
         calls: What it asks of the host: in backward also what runs again; `kept` are the tensors handed to
             checkpointing's hooks.
+        head: Its part in the output head and the loss.
     """
 
     product_flops: float
@@ -79,6 +93,7 @@ class PhaseWork(msgspec.Struct, frozen=True):
     num_launches: int
     num_collectives: float = 0.0
     calls: HostCalls = HostCalls()
+    head: HeadWork = HeadWork()
 
 
 class StepWork(msgspec.Struct, frozen=True):
@@ -131,9 +146,9 @@ def step_work(spec: ModelSpec, options: StepOptions, program: Program) -> StepWo
     again, products = RECOMPUTED_SHARE[options.checkpointing], sum(flops.values())
     forward, backward = _sums(program, "forward"), _sums(program, "backward")
     calls = _host_calls(spec, options, (forward.num_launches, backward.num_launches))
-    backward_products = 2 * products + (_recomputed_flops(program, flops) if again else 0.0)
-    if options.fused_loss == "chunked":
-        backward_products += head_flops(spec, num_tokens=num_tokens)
+    head = head_flops(spec, num_tokens=num_tokens)
+    heads_backward = (3 if options.fused_loss == "chunked" else 2) * head
+    recomputed = _recomputed_flops(program, flops) if again else 0.0
     return StepWork(
         PhaseWork(
             products,
@@ -143,17 +158,31 @@ def step_work(spec: ModelSpec, options: StepOptions, program: Program) -> StepWo
             forward.num_launches,
             forward.num_collectives,
             calls.forward,
+            _head_work(program, "forward", head),
         ),
         PhaseWork(
-            backward_products,
+            2 * (products - head) + heads_backward + recomputed,
             (2.5 + again) * attention,
             backward.written_bytes,
             backward.copied_bytes,
             backward.num_launches,
             backward.num_collectives + again * forward.num_collectives,
             calls.backward,
+            _head_work(program, "backward", heads_backward),
         ),
     )
+
+
+def _head_work(program: Program, phase: Phase, product_flops: float) -> HeadWork:
+    """What a phase does after its last layer, or before the first that it comes to in backward."""
+    segments = program.tape.segments
+    in_order = [index for index, _ in program.stretches() if segments[index].phase == phase]
+    in_order = in_order[::-1] if phase == "forward" else in_order
+    beyond = list(takewhile(lambda index: segments[index].layer is None, in_order))
+    if len(beyond) == len(in_order):
+        return HeadWork()
+    sums = [_sums_of(_records_of(program, index)) for index in beyond]
+    return HeadWork(product_flops, sum(one.written_bytes for one in sums), sum(one.num_launches for one in sums))
 
 
 class _PhaseCalls(NamedTuple):
@@ -232,11 +261,17 @@ def _sums(program: Program, phase: Phase) -> _Sums:
 
 def _stretches(program: Program, phase: Phase) -> Iterator[tuple[Sequence[Record], int | None, int]]:
     """The recorded stretches of a phase: their records, their layer, and how often they occur in the model."""
-    tape = program.tape
-    starts = [segment.first_id - 1 for segment in tape.segments] + [len(tape.records)]
+    segments = program.tape.segments
     for index, count in Counter(index for index, _ in program.stretches()).items():
-        if tape.segments[index].phase == phase:
-            yield tape.records[starts[index] : starts[index + 1]], tape.segments[index].layer, count
+        if segments[index].phase == phase:
+            yield _records_of(program, index), segments[index].layer, count
+
+
+def _records_of(program: Program, index: int) -> Sequence[Record]:
+    """The records of one of the tape's segments."""
+    segments, records = program.tape.segments, program.tape.records
+    end = segments[index + 1].first_id - 1 if index + 1 < len(segments) else len(records)
+    return records[segments[index].first_id - 1 : end]
 
 
 def _sums_of(records: Sequence[Record]) -> _Sums:

@@ -14,7 +14,8 @@ from optplan.planner.search.explore import Exploration, Found
 from optplan.planner.search.question import Question
 from optplan.planner.search.records import Configuration, Time, TimeBasis, Verdict
 from optplan.planner.search.steps import request_of
-from optplan.planner.step_time import basis_of, combine, micro_steps, timed_gpu
+from optplan.planner.step_time import basis_of, micro_steps, timed_gpu
+from optplan.planner.step_time_overlap import combine
 from optplan.planner.step_time_links import link_basis
 from optplan.planner.workload import StepPeaks, Workload
 

@@ -25,7 +25,8 @@ from optplan.planner.search.evidence import EvidenceKey
 from optplan.planner.search.pool import BoundMember, Frame, Pool
 from optplan.planner.search.space import Layout, Manner, Space
 from optplan.planner.search.steps import StepPoint, StepRecorder, accumulated_batches, manner_refused
-from optplan.planner.step_time import BeforeUpdate, Update, before_update, micro_steps
+from optplan.planner.step_time import micro_steps
+from optplan.planner.step_time_overlap import BeforeUpdate, Update, before_update
 from optplan.planner.step_time_rates import TimeModel, load_time_model
 from optplan.planner.step_time_work import StepWork
 

@@ -17,7 +17,8 @@ from optplan.planner.search.evidence import EvidenceKey, evidence_key
 from optplan.planner.search.space import Layout, Member, Space
 from optplan.planner.search.steps import frame_of
 from optplan.planner.step.optimizer_step import temporary_bytes, write_optimizer_step
-from optplan.planner.step_time import Update, optimizer_update
+from optplan.planner.step_time import optimizer_update
+from optplan.planner.step_time_overlap import Update
 from optplan.planner.step_time_rates import TimeModel
 from optplan.planner.tensors import Parameter
 from optplan.planner.timeline import TimelineBuilder

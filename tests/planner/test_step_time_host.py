@@ -7,7 +7,8 @@ import pytest
 
 from optplan.planner.gpus import load_gpu
 from optplan.planner.host_work import HostCalls
-from optplan.planner.step_time import Busy, MicroSteps, Update, combine, longer, phase_busy, phase_ends, step_length
+from optplan.planner.step_time import phase_busy
+from optplan.planner.step_time_overlap import Busy, MicroSteps, Update, combine, longer, phase_ends, step_length
 from optplan.planner.step_time_rates import load_time_model
 from optplan.planner.step_time_work import PhaseWork
 
