@@ -154,7 +154,7 @@ def _reasons(best: _Option, asked: Workload, candidates: Sequence[Candidate]) ->
     assert peaks is not None
     reasons = [
         f"peak allocated {format_gib(peaks.peak_bytes)}, reserved {format_gib(peaks.reserved_bytes)},"
-        f" of {format_gib(usable)} usable",
+        f" of {format_gib(usable)} usable{' on each GPU' if asked.request.config.gpus > 1 else ''}",
         f"{best.candidate.id}: {class_of(best.candidate.id).reason}",
         f"evidence: {facts.evidence}",
         f"limits: {facts.limits}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from optplan.planner.estimate_details import EstimateDetails
 from optplan.planner.records import EstimateReport
+from optplan.reports.gpu_words import gpus_in_words, per_copy
 from optplan.reports.html.page import render
 from optplan.reports.html.parts import Page, Section
 from optplan.reports.html.sections.certainty import certainty, evidence
@@ -55,11 +56,11 @@ def _setting(report: EstimateReport) -> str:
         [
             f"{report.model.num_parameters:,} parameters",
             config.precision,
-            f"micro-batch {config.batch_size} × {config.seq_len} tokens",
+            f"micro-batch {config.batch_size} × {config.seq_len} tokens{per_copy(config)}",
             *([f"{config.grad_accum} accumulated"] if config.grad_accum > 1 else []),
             f"checkpointing {config.checkpointing}",
             f"{config.attention} attention",
             *([config.alloc_conf] if config.alloc_conf else []),
-            "one GPU",
+            gpus_in_words(config) + ("; memory is that of each GPU" if config.gpus > 1 else ""),
         ]
     )

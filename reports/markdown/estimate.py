@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from optplan.planner.records import Estimate, EstimateReport
 from optplan.planner.units import GIB, format_gib
+from optplan.reports.gpu_words import gpus_in_words, per_copy
 from optplan.reports.markdown.tables import code, escaped, table
 
 
@@ -34,7 +35,8 @@ def _setting(report: EstimateReport) -> str:
     config = report.config
     return (
         f"{report.model.num_parameters:,} parameters, {config.precision}, micro-batch {config.batch_size} x"
-        f" {config.seq_len} tokens, checkpointing {config.checkpointing}, {config.attention} attention;"
+        f" {config.seq_len} tokens{per_copy(config)}, checkpointing {config.checkpointing}, {config.attention}"
+        f" attention; {gpus_in_words(config)}{'; each' if config.gpus > 1 else ''}:"
         f" {format_gib(report.gpu.usable_bytes)} usable of {format_gib(report.gpu.total_bytes)}"
     )
 

@@ -15,6 +15,7 @@ from optplan.planner.records import Estimate, EstimateReport
 from optplan.planner.timeline import Category
 from optplan.planner.units import format_gib
 from optplan.reports.advice import why_nothing
+from optplan.reports.gpu_words import gpus_in_words
 from optplan.reports.terminal.bars import legend, stacked_bar
 from optplan.reports.terminal.console import Glyphs, glyphs_of
 
@@ -72,26 +73,12 @@ def _setting(report: EstimateReport, glyphs: Glyphs) -> str:
         f"checkpointing {config.checkpointing}",
         f"{config.attention} attention",
         *([config.alloc_conf] if config.alloc_conf else []),
-        f"{_gpus(report)}: {format_gib(gpu.usable_bytes)} usable of {format_gib(gpu.total_bytes)}"
+        f"{gpus_in_words(config)}{'; each' if config.gpus > 1 else ''}: "
+        f"{format_gib(gpu.usable_bytes)} usable of {format_gib(gpu.total_bytes)}"
         + (f", {format_gib(gpu.context_bytes)} context" if gpu.context_bytes else "")
         + (f", {format_gib(gpu.communication_bytes)} NCCL" if gpu.communication_bytes else ""),
     ]
     return f" {glyphs.dot} ".join(parts)
-
-
-def _gpus(report: EstimateReport) -> str:
-    """How many GPUs, how they divide the work, and that figures are for each."""
-    config = report.config
-    if config.gpus == 1:
-        return "one GPU"
-    ways = [
-        *([config.sharding] if config.sharding != "none" else []),
-        *([f"tensor parallel {config.tensor_parallel}"] if config.tensor_parallel > 1 else []),
-        *(["sequence parallel"] if config.sequence_parallel else []),
-        *([f"{config.pipeline_parallel} stages, {config.pipeline_schedule}"] if config.pipeline_parallel > 1 else []),
-    ]
-    nodes = f" on {config.nodes} nodes" if config.nodes > 1 else ""
-    return f"{config.gpus} GPUs{nodes}, {', '.join(ways)}; each"
 
 
 def _print_recommendation(report: EstimateReport, console: Console, glyphs: Glyphs) -> None:

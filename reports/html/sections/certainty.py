@@ -11,6 +11,7 @@ from optplan.planner.accuracy import Evidence
 from optplan.planner.explanation import ExplainedPart
 from optplan.planner.records import Estimate, EstimateReport
 from optplan.planner.units import format_gib
+from optplan.reports.gpu_words import per_gpu
 from optplan.reports.html.parts import Column, Part, Points, Section, Table
 from optplan.reports.html.text import percent
 
@@ -58,9 +59,10 @@ def _levels(report: EstimateReport) -> list[str]:
 
 
 def _sources(report: EstimateReport, parts: list[ExplainedPart]) -> Table:
+    each = per_gpu(report.config)
     return Table(
         id="sources",
-        caption="Where each number comes from",
+        caption=f"Where each number comes from{each and f'; bytes{each}'}",
         columns=[Column("Part"), Column("Size", "bytes"), Column("Largest term", "code"), Column("Source")],
         rows=[[part.title, part.bytes, part.lines[0].formula if part.lines else "", part.source] for part in parts],
         source=f"the formulas in full: optplan explain, version {report.version}",

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import shlex
 
-from optplan.planner.records import EstimateReport, Recommendation
+import msgspec
+
+from optplan.planner.records import EstimateReport, Recommendation, StepConfig
 from optplan.planner.trainers.export import export
 from optplan.planner.trainers.job import Export
+from optplan.reports.gpu_words import gpus_in_words, per_copy
 from optplan.reports.html.parts import Code, Column, Download, Part, Section, Table, Value
 from optplan.reports.html.sections.exports import exports
+
+_SELDOM: dict[str, object] = {"gpus": 1, "sharding": "none"}
+_SELDOM |= {
+    field.name: field.default for field in msgspec.structs.fields(StepConfig) if field.default is not msgspec.NODEFAULT
+}
+"""Settings of a step that are written only where they are not the usual ones."""
 
 
 def run(report: EstimateReport) -> Section:
@@ -36,11 +45,12 @@ def _configuration(report: EstimateReport, advice: Recommendation) -> Table:
     allocator: list[list[Value]] = [["allocator settings", config.alloc_conf]] if config.alloc_conf else []
     rows: list[list[Value]] = [
         ["model", report.model.name],
-        ["GPU", report.gpu.name],
+        ["GPU", f"{config.gpus} × {report.gpu.name}" if config.gpus > 1 else report.gpu.name],
+        *([["work divided", gpus_in_words(config)]] if config.gpus > 1 else []),
         ["optimizer", f"{advice.optimizer}, implementation {advice.implementation}"],
         *options,
         ["precision", config.precision],
-        ["micro-batch", f"{config.batch_size} × {config.seq_len} tokens"],
+        [f"micro-batch{per_copy(config)}", f"{config.batch_size} × {config.seq_len} tokens"],
         ["accumulated micro-batches", str(config.grad_accum)],
         ["checkpointing", config.checkpointing],
         ["attention", config.attention],
@@ -85,6 +95,7 @@ def _python(report: EstimateReport, advice: Recommendation) -> str:
         "grad_accum": config.grad_accum,
         "checkpointing": config.checkpointing,
         "attention": config.attention,
+        **{name: getattr(config, name) for name, usual in _SELDOM.items() if getattr(config, name) != usual},
     }
     lines = "".join(f"    {name}={_literal(value)},\n" for name, value in settings.items())
     return f"import optplan\n\nreport = optplan.estimate(\n    {_model(report, advice)!r},\n{lines})\n"

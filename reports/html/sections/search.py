@@ -5,6 +5,7 @@ from __future__ import annotations
 from optplan.planner.search.records import Configuration, SearchReport
 from optplan.planner.trainers.recommended import export_recommendation
 from optplan.planner.units import format_gib
+from optplan.reports.gpu_words import gpus_in_words, per_gpu
 from optplan.reports.html.figures.trade_off import Point, name_of, trade_off
 from optplan.reports.html.parts import (
     Code,
@@ -29,21 +30,20 @@ def fit(report: SearchReport) -> Section:
     found = report.recommendation
     if found is None:
         return Section("fit", "Does it fit?", "Nothing of the space searched fits.", _what_would_fit(report))
-    time = found.time
+    time, each = found.time, per_gpu(found.config)
     tone = "good" if found.verdict == "fits" else "bad"
     basis = "simulated, rules" if found.is_simulated else "sum of rounded requests, rules"
     facts = [
-        Fact("peak allocated", found.peak_allocated_bytes, basis),
-        Fact("margin", found.margin_bytes, "limit less peak", tone=tone),
-        Fact("peak reserved", found.peak_reserved_bytes, "allocator simulated"),
-        Fact("limit", report.limit_bytes, "usable or budget, less reserve"),
+        Fact(f"peak allocated{each}", found.peak_allocated_bytes, basis),
+        Fact(f"margin{each}", found.margin_bytes, "limit less peak", tone=tone),
+        Fact(f"peak reserved{each}", found.peak_reserved_bytes, "allocator simulated"),
+        Fact(f"limit{each}", report.limit_bytes, "usable or budget, less reserve"),
         Fact(
             "time of a step", time.step_seconds if time else None, time.basis if time else "no time model", "duration"
         ),
         Fact("tokens a second", time.tokens_per_second if time else None, "all GPUs", "int"),
     ]
-    count = f"{found.config.gpus} GPUs" if found.config.gpus > 1 else "one GPU"
-    text = f"{name_of(found)}; {found.tokens_per_step:,} tokens a step on {count}."
+    text = f"{name_of(found)}; {found.tokens_per_step:,} tokens a step on {gpus_in_words(found.config)}."
     return Section("fit", "Does it fit?", text, [Facts(facts)])
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from optplan.planner.estimate_details import focus_of
-from optplan.planner.records import Estimate, EstimateReport
+from optplan.planner.records import Estimate, EstimateReport, GpuRow
 from optplan.planner.units import format_gib
 from optplan.reports.advice import why_nothing
+from optplan.reports.gpu_words import per_copy, per_gpu
 from optplan.reports.html.figures.memory import memory_bar
 from optplan.reports.html.parts import Column, Drawing, Fact, Facts, Part, Section, Table, Value
 from optplan.reports.labels import CATEGORY_NAMES
@@ -13,7 +14,8 @@ from optplan.reports.labels import CATEGORY_NAMES
 
 def headline(report: EstimateReport) -> tuple[str, str]:
     """The answer in one sentence, and its tone."""
-    model, gpu, rows = report.model.name, report.gpu.name, report.estimates
+    model, rows, count = report.model.name, report.estimates, report.config.gpus
+    gpu = f"{count} × {report.gpu.name}" if count > 1 else report.gpu.name
     fitting = [row for row in rows if row.fits]
     if not rows:
         return f"No optimizer can run this step of {model}", "bad"
@@ -44,40 +46,51 @@ def verdict(report: EstimateReport, estimate: Estimate | None) -> Section:
     row = estimate or (focus_of(report)[0] if report.estimates else None)
     if row is None:
         return Section("fit", "Does it fit?", "No optimizer was left to estimate.", [])
-    gpu, parts = report.gpu, [_facts(report, row)]
+    gpu, parts, count = report.gpu, [_facts(report, row)], report.config.gpus
     if row.peak_categories:
         parts.append(_bar(report, row))
-    context = f" The context takes {format_gib(gpu.context_bytes)} before." if gpu.context_bytes else ""
+    each = f" on each of {count} GPUs" if count > 1 else ""
     text = (
-        f"{row.optimizer} at the peak of a steady step, beside what {gpu.name} leaves to torch's allocator:"
-        f" {format_gib(gpu.usable_bytes)} of {format_gib(gpu.total_bytes)}.{context}"
+        f"{row.optimizer} at the peak of a steady step{each}, beside what {gpu.name} leaves to torch's allocator:"
+        f" {format_gib(gpu.usable_bytes)} of {format_gib(gpu.total_bytes)}.{_taken_before(gpu)}"
     )
     return Section("fit", "Does it fit?", text, parts)
 
 
+def _taken_before(gpu: GpuRow) -> str:
+    """What of the memory torch's allocator never has."""
+    if not gpu.context_bytes:
+        return ""
+    if not gpu.communication_bytes:
+        return f" The context takes {format_gib(gpu.context_bytes)} before."
+    return f" The context takes {format_gib(gpu.context_bytes)} and NCCL {format_gib(gpu.communication_bytes)} before."
+
+
 def _facts(report: EstimateReport, row: Estimate) -> Part:
-    engine = report.engine
+    engine, each = report.engine, per_gpu(report.config)
     tone = {True: "good", False: "bad", None: ""}[row.fits]
     return Facts(
         [
             Fact(
-                f"peak allocated{f', in {row.peak_phase}' if row.peak_phase else ''}", row.peak_allocated_bytes, engine
+                f"peak allocated{each}{f', in {row.peak_phase}' if row.peak_phase else ''}",
+                row.peak_allocated_bytes,
+                engine,
             ),
-            Fact("headroom", row.headroom_bytes, f"usable less peak, {engine}", tone=tone),
-            Fact("peak reserved", row.peak_reserved_bytes, f"allocator simulated, {engine}"),
-            Fact("usable", report.gpu.usable_bytes, "GPU catalogue"),
-            _third(row),
-            Fact("largest micro-batch", row.max_batch_size, engine, kind="int"),
+            Fact(f"headroom{each}", row.headroom_bytes, f"usable less peak, {engine}", tone=tone),
+            Fact(f"peak reserved{each}", row.peak_reserved_bytes, f"allocator simulated, {engine}"),
+            Fact(f"usable{each}", report.gpu.usable_bytes, "GPU catalogue"),
+            _third(row, each),
+            Fact(f"largest micro-batch{per_copy(report.config)}", row.max_batch_size, engine, kind="int"),
         ]
     )
 
 
-def _third(row: Estimate) -> Fact:
+def _third(row: Estimate, each: str) -> Fact:
     """The time of a step where the record has one, else what is resident."""
     seconds = (row.step_seconds or {}).get("step")
     if seconds is None:
-        return Fact("resident", row.bytes.total, "exact, inventory")
-    return Fact("time of a step", seconds, "analytic model", "duration")
+        return Fact(f"resident{each}", row.bytes.total, "exact, inventory")
+    return Fact("time of a step", seconds, f"analytic model{', all GPUs' if each else ''}", "duration")
 
 
 def _bar(report: EstimateReport, row: Estimate) -> Drawing:
@@ -87,14 +100,14 @@ def _bar(report: EstimateReport, row: Estimate) -> Drawing:
     largest = max(present, key=lambda name: categories[name])
     table = Table(
         id="memory-data",
-        caption=f"Allocated at the peak by category, {row.optimizer}",
+        caption=f"Allocated{per_gpu(report.config)} at the peak by category, {row.optimizer}",
         columns=[Column("Category"), Column("At the peak", "bytes"), Column("Share", "percent")],
         rows=[*rows, ["peak allocated", peak, 1.0]],
         source=f"{report.engine}, optplan {report.version}",
     )
     return Drawing(
         id="memory",
-        title="The GPU's memory at the peak",
+        title=f"{'Each' if report.config.gpus > 1 else 'The'} GPU's memory at the peak",
         summary=f"Peak {format_gib(peak)} of {format_gib(report.gpu.usable_bytes)} usable; the largest part is "
         f"{CATEGORY_NAMES[largest]} with {format_gib(categories[largest])}.",
         figure=memory_bar(categories, reserved_bytes=row.peak_reserved_bytes, gpu=report.gpu),

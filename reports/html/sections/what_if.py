@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from optplan.planner.records import EstimateReport
 from optplan.planner.what_if import WhatIf
+from optplan.reports.gpu_words import per_gpu
 from optplan.reports.html.figures.memory import switch_bar
 from optplan.reports.html.parts import Column, Section, Switches, Table
 
@@ -23,11 +24,12 @@ _FITS = {True: "yes", False: "no", None: "by bytes"}
 
 def what_if(report: EstimateReport, grid: WhatIf) -> Section:
     """The section."""
+    each = per_gpu(report.config)
     source = f"rules, one simulated step each, optplan {report.version}"
     most = max(max(cell.usable_bytes, cell.peak_allocated_bytes) for cell in grid.cells)
     table = Table(
         id="what-if-data",
-        caption="All answers of the switches",
+        caption=f"All answers of the switches{each and f', bytes{each}'}",
         columns=[
             *(Column(label, "text" if name in ("optimizer", "checkpointing", "gpu") else "int")
               for name, label in LABELS.items()),
@@ -52,4 +54,5 @@ def what_if(report: EstimateReport, grid: WhatIf) -> Section:
         table=table,
         source=source,
     )
-    return Section("what-if", "What if?", _LEAD, [switches])
+    lead = f"{_LEAD} Memory is that of each of {report.config.gpus} GPUs." if each else _LEAD
+    return Section("what-if", "What if?", lead, [switches])

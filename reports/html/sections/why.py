@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from optplan.planner.records import Estimate, EstimateReport
 from optplan.planner.units import format_gib
+from optplan.reports.gpu_words import per_gpu
 from optplan.reports.html.figures.memory import optimizer_bars
 from optplan.reports.html.figures.pareto import front, pareto, step_seconds, why_not
 from optplan.reports.html.figures.savings import savings
@@ -38,7 +39,7 @@ def _peaks(report: EstimateReport, rows: list[Estimate]) -> Drawing:
     least = min(rows, key=lambda row: row.peak_allocated_bytes or 0)
     return Drawing(
         id="optimizers",
-        title="Alive at each optimizer's peak",
+        title=f"Alive{per_gpu(report.config)} at each optimizer's peak",
         summary=f"The smallest peak is {least.optimizer} with {format_gib(least.peak_allocated_bytes or 0)}; "
         + _how_many_fit(report, rows),
         figure=optimizer_bars(rows, gpu=report.gpu, chosen=chosen),
@@ -94,7 +95,7 @@ def _savings(report: EstimateReport, rows: list[Estimate]) -> Drawing:
         cells.append([row.optimizer, saving.state_bytes, saving.peak_bytes, saving.surviving])
     table = Table(
         id="savings-data",
-        caption="Less than AdamW",
+        caption=f"Less than AdamW{per_gpu(report.config)}",
         columns=[
             Column("Optimizer"),
             Column("Saved in state", "bytes"),
@@ -107,7 +108,7 @@ def _savings(report: EstimateReport, rows: list[Estimate]) -> Drawing:
     lost = [row.optimizer for row in rows if _is_lost(row)]
     return Drawing(
         id="savings",
-        title="What survives of each saving",
+        title=f"What survives of each saving{per_gpu(report.config)}",
         summary=f"Less than half of the saving is left at the peak for {', '.join(lost)}."
         if lost
         else "At least half of every saving in state is left at the peak.",
@@ -126,12 +127,12 @@ def _pareto(report: EstimateReport, rows: list[Estimate]) -> Drawing:
     members = ", ".join(row.optimizer for row in front(rows))
     return Drawing(
         id="pareto",
-        title="Peak memory against the time of a step",
+        title=f"Peak memory{per_gpu(report.config)} against the time of a step",
         summary=f"No other is both smaller and faster than {members}.",
         figure=pareto(rows, gpu=report.gpu),
         table=Table(
             id="pareto-data",
-            caption="Memory and time; why each loser lost",
+            caption=f"Memory{per_gpu(report.config)} and time; why each loser lost",
             columns=[
                 Column("Optimizer"),
                 Column("Peak allocated", "bytes"),
