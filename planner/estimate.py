@@ -14,7 +14,7 @@ from optplan.planner.recommend import recommend
 from optplan.planner.records import Estimate, EstimateReport, ModelRow, Recommendation, Skipped, TensorRow
 from optplan.planner.request import StepFlags, StepRequest, check_request
 from optplan.planner.sharding.search_note import fewest_gpus_note
-from optplan.planner.step_timer import StepTimer
+from optplan.planner.step_timer import StepTimer, host_note
 from optplan.planner.units import MIB, format_bytes
 from optplan.planner.version import VERSION
 from optplan.planner.workload import Workload
@@ -54,6 +54,7 @@ def estimate_request(
     *,
     per_tensor: bool = False,
     workload: Workload | None = None,
+    host_launch_seconds: float | None = None,
 ) -> EstimateReport:
     """The report for a checked request and the optimizers chosen for it.
 
@@ -62,9 +63,11 @@ def estimate_request(
         choices: The optimizers.
         per_tensor: Whether each estimate lists the state of every parameter.
         workload: What answers the request; the step rules when None.
+        host_launch_seconds: What the host of the step takes to launch one operation, where it was measured.
 
     Raises:
-        ConfigError: An optimizer that was named cannot run this step, or the rules are to answer for the trace engine.
+        ConfigError: An optimizer that was named cannot run this step, the rules are to answer for the trace engine, or
+            `host_launch_seconds` is no time.
     """
     if workload is None and request.engine == "trace":
         raise ConfigError("engine trace runs the model itself: call optplan.profilers.estimation.traced_estimate")
@@ -73,11 +76,12 @@ def estimate_request(
     chosen = {choice.id: choice.optimizer.implementation for choice in choices}
     advice = recommend(workload, candidates)
     ordered = candidates if all(choice.explicit for choice in choices) else _recommended_first(candidates, advice)
-    gpu, timer = request.gpu, StepTimer(workload)
+    gpu, timer = request.gpu, StepTimer(workload, host_launch_seconds=host_launch_seconds)
     estimates = [
         _estimate(workload, timer, candidate, chosen[candidate.id], per_tensor=per_tensor) for candidate in ordered
     ]
     fewest = fewest_gpus_note(workload, ordered[0]) if [row.fits for row in estimates] == [False] else None
+    host = host_note(host_launch_seconds) if any(row.step_seconds for row in estimates) else None
     return EstimateReport(
         version=VERSION,
         engine=request.engine,
@@ -87,7 +91,7 @@ def estimate_request(
         estimates=estimates,
         recommendation=advice,
         skipped=[Skipped(name, reason) for name, reason in skipped],
-        notes=[*request.notes, *workload.findings(), *([fewest] if fewest else [])],
+        notes=[*request.notes, *workload.findings(), *(note for note in (fewest, host) if note)],
     )
 
 

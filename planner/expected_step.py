@@ -6,9 +6,9 @@ import msgspec
 
 from optplan.planner.candidates import bind_candidate
 from optplan.planner.estimate import estimate_request
-from optplan.planner.measured.expectation import asked_of
+from optplan.planner.measured.expectation import asked_of, measured_host, predicted_side
 from optplan.planner.measured.measurement import Measurement
-from optplan.planner.measured.sides import Side, side_of_estimate
+from optplan.planner.measured.sides import Side
 from optplan.planner.workload import Workload
 
 
@@ -21,6 +21,6 @@ def expected_side(record: Measurement, *, label: str = "predicted by rules") -> 
     """
     request, (choice,) = asked_of(record)
     workload = Workload(request)
-    report = estimate_request(request, [choice], workload=workload)
+    report = estimate_request(request, [choice], workload=workload, host_launch_seconds=measured_host(record))
     history = workload.history(bind_candidate(request, choice.optimizer))
-    return msgspec.structs.replace(side_of_estimate(report, report.estimates[0], label=label), history=history)
+    return msgspec.structs.replace(predicted_side(report, record, label=label), history=history)

@@ -44,7 +44,8 @@ ERROR_NAMES = {
     "reserved_error": "peak reserved",
     "device_error": "device, context included",
     "step_seconds_error": "time of the whole step",
+    "step_seconds_spread": "time of one process, from its step's median",
     "trace_peak_error": "peak allocated, traced",
     "trace_reserved_error": "peak reserved, traced",
 }
-"""Errors of a validation, but for those of its phases."""
+"""Errors of a validation, but for those of its phases; and how far processes are from each other."""

@@ -10,21 +10,26 @@ from optplan.planner.errors import ConfigError
 from optplan.planner.estimate import estimate_request
 from optplan.planner.measured.comparison import Comparison, compare
 from optplan.planner.measured.measurement import Measurement
-from optplan.planner.measured.sides import side_of_estimate, side_of_measurement
+from optplan.planner.measured.sides import Side, side_of_estimate, side_of_measurement
 from optplan.planner.records import EstimateReport, StepConfig
 from optplan.planner.request import StepRequest, check_request
+from optplan.planner.step_timer import host_note
 from optplan.planner.workload import Workload
 
 
-def expect(record: Measurement) -> EstimateReport:
-    """The estimate of the step that the record is of, with the same optimizer, options and settings.
+def expect(record: Measurement, *, host_launch_seconds: float | None = None) -> EstimateReport:
+    """The estimate of the step that the record is of, with the same optimizer, options and settings, on its host.
+
+    Args:
+        record: The step.
+        host_launch_seconds: What the host takes to launch one operation; as the record found it when None.
 
     Raises:
         ConfigError: The step cannot be estimated: its model is none of the catalogue's, its GPU is unknown or there is
             none.
     """
     request, choices = asked_of(record)
-    return estimate_request(request, choices)
+    return estimate_request(request, choices, host_launch_seconds=host_launch_seconds or measured_host(record))
 
 
 def hold_against_rules(record: Measurement, *, label: str = "measured") -> Comparison:
@@ -34,13 +39,25 @@ def hold_against_rules(record: Measurement, *, label: str = "measured") -> Compa
         ConfigError: As `expect` does.
     """
     request, choices = asked_of(record)
-    report = estimate_request(request, choices)
-    predicted = side_of_estimate(report, report.estimates[0], label="predicted by rules")
+    report = estimate_request(request, choices, host_launch_seconds=measured_host(record))
+    predicted = predicted_side(report, record, label="predicted by rules")
     if record.history is not None:
         workload = Workload(request)
         (candidate,), _ = workload.candidates(choices)
         predicted = msgspec.structs.replace(predicted, history=workload.history(candidate))
     return compare([side_of_measurement(record, label=label), predicted])
+
+
+def predicted_side(report: EstimateReport, record: Measurement, *, label: str) -> Side:
+    """What `expect` says of a record as one side of a comparison, with a note on the host that it is timed for."""
+    (row,) = report.estimates
+    note = host_note(measured_host(record)) if row.step_seconds else None
+    return msgspec.structs.replace(side_of_estimate(report, row, label=label), notes=[note] if note else [])
+
+
+def measured_host(record: Measurement) -> float | None:
+    """What the record's host took to launch one operation, in seconds; None where that was not measured."""
+    return record.time.host_launch_seconds if record.time else None
 
 
 def asked_of(record: Measurement) -> tuple[StepRequest, list[OptimizerChoice]]:

@@ -17,6 +17,7 @@ import msgspec
 
 from optplan.planner.errors import ConfigError, OptplanError, shorten
 from optplan.planner.measured.measurement import Measurement
+from optplan.planner.measured.step_times import SCHEMA as STEP_TIMES_SCHEMA
 from optplan.planner.records import EstimateReport
 
 Record = EstimateReport | Measurement
@@ -132,6 +133,8 @@ def load_answer(path: str | Path) -> msgspec.Struct:
     try:
         fields = json.loads(content)
     except (ValueError, RecursionError):
+        if STEP_TIMES_SCHEMA.encode() in content.partition(b"\n")[0]:
+            raise _step_times(shown) from None
         raise ConfigError(f"{shown} is not a record: it is no JSON document, or was cut short") from None
     schema = fields.get("schema") if isinstance(fields, dict) else None
     if not isinstance(schema, str) or schema not in ANSWERS:
@@ -189,10 +192,19 @@ def _unpack(content: bytes, shown: str) -> bytes:
     return text
 
 
+def _step_times(shown: str) -> ConfigError:
+    return ConfigError(
+        f"{shown} is no record but times of recorded steps in further processes, a line each; "
+        "`optplan validate --check --records` on their folder judges the records by them"
+    )
+
+
 def _unknown_schema(shown: str, schema: object) -> ConfigError:
     known = ", ".join(STEPS)
     if not isinstance(schema, str):
         return ConfigError(f"{shown} is not a record of optplan: it names no schema; known: {known}")
+    if schema == STEP_TIMES_SCHEMA:
+        return _step_times(shown)
     family, _, version = schema.rpartition("/")
     ours = next((name for name in ANSWERS if name.rpartition("/")[0] == family), None)
     if ours is not None and version.isascii() and version.isdigit():

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -18,6 +18,8 @@ from optplan.planner.measured.measurement import StepTime
 
 FILE_NAME = "step_times.jsonl"
 """Of the file, in the folder of the records."""
+SCHEMA: Literal["optplan.step-times/1"] = "optplan.step-times/1"
+_Seconds = Annotated[float, msgspec.Meta(gt=0)]
 
 
 class ProcessTime(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,12 +36,12 @@ class ProcessTime(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     record: str
-    step_seconds: float
+    step_seconds: _Seconds
     phases: dict[str, float]
     num_steps: int
-    host_launch_seconds: tuple[float | None, ...]
+    host_launch_seconds: tuple[_Seconds | None, ...]
     environment: dict[str, str]
-    schema: Literal["optplan.step-times/1"] = "optplan.step-times/1"
+    schema: Literal["optplan.step-times/1"] = SCHEMA
 
 
 class PooledTime(msgspec.Struct, frozen=True, kw_only=True):

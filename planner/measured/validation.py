@@ -13,6 +13,7 @@ from optplan.planner.errors import ConfigError, shorten
 from optplan.planner.measured.expectation import expect
 from optplan.planner.measured.measurement import Measurement
 from optplan.planner.measured.record_files import load_record
+from optplan.planner.measured.step_times import FILE_NAME, PooledTime, ProcessTime, pooled, read_process_times
 from optplan.planner.records import EstimateReport
 from optplan.planner.timeline import Phase
 from optplan.planner.version import VERSION
@@ -31,6 +32,11 @@ class Judgement(msgspec.Struct, frozen=True, kw_only=True):
         peak_allocated_bytes: Measured.
         peak_error: Error of peak allocated; likewise `reserved_error`, `device_error`, `step_seconds_error`, None
             where one of the two sides does not say.
+        step_seconds: Measured time of the step: the median over all processes that took it.
+        num_processes: How many they are, or 0 if no time was measured; `step_seconds_spread` says how far each is from
+            their median, the record's own first, where they are several.
+        host_launch_seconds: What launching one operation took on the hosts of those processes, in the mean: the host
+            that the time is predicted for. None where nobody measured it, and the model's own host is taken.
         phase_errors: Error of the peak of each phase that both sides know.
         trace_peak_error: Error of peak allocated by the trace engine, None where it was not asked; likewise
             `trace_reserved_error`.
@@ -60,10 +66,19 @@ class Judgement(msgspec.Struct, frozen=True, kw_only=True):
     trace_reserved_error: float | None = None
     out_of_memory: bool = False
     verdict_right: bool | None = None
+    step_seconds: float | None = None
+    num_processes: int = 0
+    step_seconds_spread: list[float] = []
+    host_launch_seconds: float | None = None
 
 
 class Spread(msgspec.Struct, frozen=True):
-    """How large one error is over all records, regardless of its sign."""
+    """How large one error is over all records, regardless of its sign.
+
+    Attributes:
+        metric: Which; `step_seconds_spread` is how far single processes are from the median of their step.
+        count: Of how many records it is known.
+    """
 
     metric: str
     count: int
@@ -103,17 +118,19 @@ def validate_records(paths: Iterable[str | Path], *, trace: Trace | None = None)
     """Hold saved measurements against today's rules; a file that cannot be is told of and keeps no other from it.
 
     Args:
-        paths: The files.
+        paths: The files; times of further processes are read from a `step_times.jsonl` beside them.
         trace: Asks the trace engine too.
     """
-    records, judgements, skipped = dict[str, Measurement](), dict[str, Judgement](), dict[str, str]()
-    for path in sorted(map(Path, paths)):
+    records, judgements = dict[str, Measurement](), dict[str, Judgement]()
+    kept = sorted(path for path in map(Path, paths) if path.name != FILE_NAME)
+    others, skipped = _further_times(path.parent for path in kept)
+    for path in kept:
         name = path.name.removesuffix(".gz").removesuffix(".json")
         try:
             record = load_record(path)
             if not isinstance(record, Measurement):
                 raise ConfigError(f"{shorten(str(path))} is no measurement but {record.schema}")
-            judgements[path.name] = judge(record, name=name)
+            judgements[path.name] = judge(record, name=name, others=others[path.parent].get(name, ()))
             records[path.name] = record
         except ConfigError as error:
             skipped[path.name] = str(error)
@@ -129,6 +146,17 @@ def validate_records(paths: Iterable[str | Path], *, trace: Trace | None = None)
         judgements=rows,
         skipped=skipped,
     )
+
+
+def _further_times(folders: Iterable[Path]) -> tuple[dict[Path, dict[str, list[ProcessTime]]], dict[str, str]]:
+    """The times of further processes in each folder, by record, and what kept one from being read."""
+    found, damaged = dict[Path, dict[str, list[ProcessTime]]](), dict[str, str]()
+    for folder in dict.fromkeys(folders):
+        try:
+            found[folder] = read_process_times(folder)
+        except ConfigError as error:
+            found[folder], damaged[FILE_NAME] = {}, str(error)
+    return found, damaged
 
 
 def _add_traces(judgements: dict[str, Judgement], records: Mapping[str, Measurement], trace: Trace) -> dict[str, str]:
@@ -148,19 +176,24 @@ def _add_traces(judgements: dict[str, Judgement], records: Mapping[str, Measurem
     return untraced
 
 
-def judge(record: Measurement, *, name: str, report: EstimateReport | None = None) -> Judgement:
+def judge(
+    record: Measurement, *, name: str, report: EstimateReport | None = None, others: Sequence[ProcessTime] = ()
+) -> Judgement:
     """One measurement beside today's estimate.
 
     Args:
         record: The measurement.
         name: What the judgement calls it.
-        report: The estimate, where the caller has it.
+        report: The estimate, where the caller has it, for the mean host of all processes.
+        others: Times of further processes that took the step.
 
     Raises:
         ConfigError: The step cannot be estimated.
     """
-    row = (report or expect(record)).estimates[0]
-    config, time = record.config, record.time
+    time = pooled(record.time, others)
+    host = time.host_launch_seconds if time else None
+    row = (report or expect(record, host_launch_seconds=host)).estimates[0]
+    config = record.config
     stopped = record.out_of_memory is not None
     phases: dict[Phase, float] = {}
     for phase, peak in ({} if stopped else record.phases).items():
@@ -186,10 +219,19 @@ def judge(record: Measurement, *, name: str, report: EstimateReport | None = Non
         reserved_error=None if stopped else _error(row.peak_reserved_bytes, record.peak_reserved_bytes),
         device_error=None if stopped else _error(row.device_bytes, record.device_bytes),
         step_seconds_error=_error((row.step_seconds or {}).get("step"), time.step_seconds if time else None),
+        step_seconds=time.step_seconds if time else None,
+        num_processes=len(time.all_seconds) if time else 0,
+        step_seconds_spread=_spread_of(time) if time else [],
+        host_launch_seconds=host,
         phase_errors=phases,
         out_of_memory=stopped,
         verdict_right=row.fits is False if stopped else None,
     )
+
+
+def _spread_of(time: PooledTime) -> list[float]:
+    """How far each process is from the median of all; nothing where there is but one."""
+    return [one / time.step_seconds - 1 for one in time.all_seconds] if len(time.all_seconds) > 1 else []
 
 
 def _error(predicted: float | None, measured: float | None) -> float | None:
@@ -200,6 +242,7 @@ def _spreads(rows: Sequence[Judgement]) -> list[Spread]:
     metrics = ["peak_error", "reserved_error", "device_error", "step_seconds_error"]
     metrics += ["trace_peak_error", "trace_reserved_error"]
     values = {metric: [(row, getattr(row, metric)) for row in rows] for metric in metrics}
+    values["step_seconds_spread"] = [(row, error) for row in rows for error in row.step_seconds_spread]
     for phase in dict.fromkeys(phase for row in rows for phase in row.phase_errors):
         values[f"{phase}_error"] = [(row, row.phase_errors.get(phase)) for row in rows]
     return [spread for metric, pairs in values.items() if (spread := _spread(metric, pairs)) is not None]
@@ -210,4 +253,5 @@ def _spread(metric: str, pairs: Sequence[tuple[Judgement, float | None]]) -> Spr
     if not known:
         return None
     worst, name = max(known)
-    return Spread(metric, len(known), median(error for error, _ in known), worst, name)
+    count = len({id(row) for row, error in pairs if error is not None})
+    return Spread(metric, count, median(error for error, _ in known), worst, name)

@@ -11,6 +11,7 @@ from optplan.planner.measured.validation import Judgement, Spread, ValidationRep
 from optplan.planner.units import format_bytes, format_gib
 from optplan.reports.labels import ERROR_NAMES
 from optplan.reports.terminal.console import Glyphs, glyphs_of
+from optplan.reports.validated_times import has_several_processes, how_timed
 
 
 def render_validation(report: ValidationReport, console: Console) -> None:
@@ -19,6 +20,9 @@ def render_validation(report: ValidationReport, console: Console) -> None:
     console.print(_headline(report))
     console.print()
     console.print(_spreads(report.spreads, glyphs))
+    timed = how_timed(report.judgements)
+    if timed:
+        console.print(Text(timed, "dim"))
     console.print()
     console.print(_records(report.judgements, console.width, glyphs))
     for name, reason in report.skipped.items():
@@ -58,15 +62,19 @@ def _records(rows: list[Judgement], width: int, glyphs: Glyphs) -> Table:
     if traced:
         table.add_column("by\ntrace", justify="right", no_wrap=True)
     wide = width >= 100
+    several = wide and has_several_processes(rows)
     if wide:
         table.add_column("Reserved\nerror", justify="right", no_wrap=True)
         table.add_column("Step time\nerror", justify="right", no_wrap=True)
+    if several:
+        table.add_column("over\nprocesses", justify="right", no_wrap=True)
     for row in rows:
         peak = "-" if row.peak_allocated_bytes is None else format_gib(row.peak_allocated_bytes)
         cells = [printable(row.record), _state(row), peak, _verdict(row)]
         cells += [_percent(row.trace_peak_error)] if traced else []
         if wide:
             cells += [_percent(row.reserved_error), _percent(row.step_seconds_error)]
+        cells += [str(row.num_processes or "-")] if several else []
         table.add_row(*cells)
     return table
 
