@@ -86,5 +86,6 @@ def _report(workload: Workload, candidate: Candidate, history: StepHistory) -> T
         curve=curve(history),
         changes=peak_changes(workload, candidate, peak_bytes=peak_bytes),
         fits=workload.fits(candidate) is True,
+        headroom_bytes=workload.usable_bytes - peaks.peak_bytes,
         notes=[*([f"the step {shortage}"] if shortage else []), *request.notes, *workload.findings()],
     )

@@ -66,6 +66,7 @@ class TimelineReport(msgspec.Struct, frozen=True, kw_only=True):
         curve: The step from its first moment to its last, the peak among its points.
         changes: What would lower the peak, most first; none that leaves it as it is.
         fits: Whether an estimate says that the step fits; near the limit fragmentation can refuse what bytes allow.
+        headroom_bytes: Usable bytes less the peak, as the estimate has them; None in records of earlier versions.
     """
 
     schema: Literal["optplan.timeline/1"] = "optplan.timeline/1"
@@ -89,6 +90,7 @@ class TimelineReport(msgspec.Struct, frozen=True, kw_only=True):
     curve: list[CurvePoint]
     changes: list[PeakChange]
     fits: bool
+    headroom_bytes: int | None = None
     notes: list[str] = []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from optplan.planner.records import Estimate, EstimateReport
 from optplan.planner.units import GIB, format_gib
 from optplan.reports.gpu_words import gpus_in_words, per_copy
+from optplan.reports.margin import lost_in_words
 from optplan.reports.markdown.tables import code, escaped, table
 
 
@@ -26,7 +27,9 @@ def _verdict(report: EstimateReport) -> str:
     if all(row.fits is None for row in rows):
         return f"{model} on {gpu}: the resident bytes fit, the peak is not predicted"
     if len(rows) == 1:
-        return f"{model} with {rows[0].optimizer} {'fits' if fitting else 'does not fit'} on {gpu}"
+        row = rows[0]
+        lost = lost_in_words(fits=row.fits, headroom_bytes=row.headroom_bytes)
+        return f"{model} with {row.optimizer} {'fits' if fitting else 'does not fit'} on {gpu}{lost}"
     count = f"{len(fitting)} of {len(rows)}" if fitting else f"any of {len(rows)}"
     return f"{model} {'fits' if fitting else 'does not fit'} on {gpu} with {count} optimizers"
 

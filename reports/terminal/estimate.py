@@ -16,6 +16,7 @@ from optplan.planner.timeline import Category
 from optplan.planner.units import format_gib
 from optplan.reports.advice import why_nothing
 from optplan.reports.gpu_words import gpus_in_words
+from optplan.reports.margin import margin_in_words
 from optplan.reports.terminal.bars import legend, stacked_bar
 from optplan.reports.terminal.console import Glyphs, glyphs_of
 
@@ -55,12 +56,7 @@ def _verdict(report: EstimateReport) -> Text:
 
 
 def _margin(row: Estimate) -> str:
-    if row.headroom_bytes is None:
-        return ""
-    if row.fits is False and row.headroom_bytes >= 0:
-        return f": {format_gib(row.headroom_bytes)} to spare by bytes, lost to fragmentation"
-    word = "to spare" if row.headroom_bytes >= 0 else "too much"
-    return f", {format_gib(abs(row.headroom_bytes))} {word}"
+    return margin_in_words(fits=row.fits, headroom_bytes=row.headroom_bytes)
 
 
 def _setting(report: EstimateReport, glyphs: Glyphs) -> str:

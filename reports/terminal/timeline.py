@@ -11,6 +11,8 @@ from rich.text import Text
 from optplan.planner.errors import printable
 from optplan.planner.timeline_report import CurvePoint, TimelineReport
 from optplan.planner.units import GIB, format_bytes, format_gib
+from optplan.reports.gpu_words import gpus_in_words, per_copy
+from optplan.reports.margin import margin_in_words
 from optplan.reports.terminal.bars import LABELS, legend
 from optplan.reports.terminal.console import Glyphs, glyphs_of
 
@@ -37,9 +39,11 @@ def render_timeline(report: TimelineReport, console: Console) -> None:
 
 def _headline(report: TimelineReport) -> Text:
     name, verb = printable(report.model.name), "fits" if report.fits else "does not fit"
+    margin = margin_in_words(fits=report.fits, headroom_bytes=report.headroom_bytes)
+    peak = f"{format_gib(report.peak_allocated_bytes)} allocated, in {report.peak_phase}"
     return Text(
-        f"{name} with {report.optimizer} ({report.implementation}) {verb} on {report.gpu.name}: "
-        f"peak {format_gib(report.peak_allocated_bytes)} allocated, in {report.peak_phase}",
+        f"{name} with {report.optimizer} ({report.implementation}) {verb} on {report.gpu.name}{margin}"
+        f"{';' if ':' in margin else ':'} peak {peak}",
         "bold green" if report.fits else "bold red",
     )
 
@@ -47,8 +51,9 @@ def _headline(report: TimelineReport) -> Text:
 def _setting(report: TimelineReport, glyphs: Glyphs) -> str:
     config = report.config
     parts = [
+        *([f"{gpus_in_words(config)}; memory is that of each GPU"] if config.gpus > 1 else []),
         config.precision,
-        f"micro-batch {config.batch_size} {glyphs.times} {config.seq_len} tokens",
+        f"micro-batch {config.batch_size} {glyphs.times} {config.seq_len} tokens{per_copy(config)}",
         f"checkpointing {config.checkpointing}",
         f"{config.attention} attention",
         f"{report.num_events:,} allocations and frees in a steady step",

@@ -43,10 +43,11 @@ def _configuration(report: EstimateReport, advice: Recommendation) -> Table:
     config = advice.config
     options: list[list[Value]] = [[f"option {name}", str(value)] for name, value in advice.options.items()]
     allocator: list[list[Value]] = [["allocator settings", config.alloc_conf]] if config.alloc_conf else []
+    divided: list[list[Value]] = [["work divided", gpus_in_words(config)]] if config.gpus > 1 else []
     rows: list[list[Value]] = [
         ["model", report.model.name],
         ["GPU", f"{config.gpus} × {report.gpu.name}" if config.gpus > 1 else report.gpu.name],
-        *([["work divided", gpus_in_words(config)]] if config.gpus > 1 else []),
+        *divided,
         ["optimizer", f"{advice.optimizer}, implementation {advice.implementation}"],
         *options,
         ["precision", config.precision],

@@ -10,6 +10,7 @@ from optplan.reports.gpu_words import per_copy, per_gpu
 from optplan.reports.html.figures.memory import memory_bar
 from optplan.reports.html.parts import Column, Drawing, Fact, Facts, Part, Section, Table, Value
 from optplan.reports.labels import CATEGORY_NAMES
+from optplan.reports.margin import lost_in_words
 
 
 def headline(report: EstimateReport) -> tuple[str, str]:
@@ -22,7 +23,9 @@ def headline(report: EstimateReport) -> tuple[str, str]:
     if all(row.fits is None for row in rows):
         return f"{model} on {gpu}: the resident bytes fit, the peak is not predicted", ""
     if not fitting:
-        return f"{model} does not fit on {gpu}", "bad"
+        row = rows[0]
+        lost = lost_in_words(fits=row.fits, headroom_bytes=row.headroom_bytes) if len(rows) == 1 else ""
+        return f"{model} does not fit on {gpu}{lost}", "bad"
     if len(rows) == 1:
         return f"{model} with {rows[0].optimizer} fits on {gpu}", "good"
     return f"{model} fits on {gpu}", "good"

@@ -88,6 +88,15 @@ def test_the_call_in_python_makes_the_same_estimate() -> None:
     assert made.estimates[0].peak_allocated_bytes == REPORT.estimates[0].peak_allocated_bytes
 
 
+def test_the_headline_names_fragmentation_where_it_refuses_the_only_step() -> None:
+    refused = optplan.estimate("llama-7b", gpu="a100-40g", optimizer="adam-mini")
+    (headline,) = texts(estimate_page(refused), "h1")
+    assert headline == "llama-1-7b does not fit on a100-40g: 1.04 GiB to spare by bytes, lost to fragmentation"
+    assert estimate_markdown(refused).splitlines()[0] == (
+        "### llama-1-7b with adam-mini does not fit on a100-40g: 1.04 GiB to spare by bytes, lost to fragmentation"
+    )
+
+
 def test_markdown_names_them_too() -> None:
     assert estimate_markdown(REPORT).splitlines()[2] == (
         "1,235,814,400 parameters, mixed, micro-batch 1 x 2048 tokens per GPU, checkpointing full, sdpa attention; "

@@ -2,6 +2,7 @@
 
 import io
 
+import msgspec
 import pytest
 from rich.console import Console
 
@@ -14,7 +15,7 @@ from optplan.reports.terminal.timeline import render_timeline
 GIB = 2**30
 
 
-def report(*, usable_bytes: int = 8 * GIB, name: str = "toy") -> TimelineReport:
+def report(*, usable_bytes: int = 8 * GIB, fits: bool = True, name: str = "toy") -> TimelineReport:
     return TimelineReport(
         version="0.1.0",
         engine="rules",
@@ -40,7 +41,8 @@ def report(*, usable_bytes: int = 8 * GIB, name: str = "toy") -> TimelineReport:
             CurvePoint(4, "backward", "layers.0 output", 3 * GIB, {"parameters": 3 * GIB}),
         ],
         changes=[PeakChange("--checkpointing full", "activations", "computes again", 5 * GIB, GIB)],
-        fits=usable_bytes >= 6 * GIB,
+        fits=fits,
+        headroom_bytes=usable_bytes - 6 * GIB,
     )
 
 
@@ -51,9 +53,39 @@ def render(record: TimelineReport, *, width: int = 120, encoding: str = "utf-8")
     return stream.buffer.getvalue().decode(encoding)
 
 
+def headline(record: TimelineReport) -> str:
+    return render(record, width=200).splitlines()[0]
+
+
 def test_the_verdict_comes_first() -> None:
-    assert render(report()).startswith("toy with adamw (fused) fits on gpu-9g: peak 6.00 GiB allocated, in forward\n")
-    assert "does not fit on gpu-9g" in render(report(usable_bytes=5 * GIB))
+    assert headline(report()) == (
+        "toy with adamw (fused) fits on gpu-9g, 2.00 GiB to spare: peak 6.00 GiB allocated, in forward"
+    )
+    assert headline(report(usable_bytes=5 * GIB, fits=False)) == (
+        "toy with adamw (fused) does not fit on gpu-9g, 1.00 GiB too much: peak 6.00 GiB allocated, in forward"
+    )
+
+
+def test_the_verdict_names_fragmentation_where_it_refuses_the_step() -> None:
+    assert headline(report(fits=False)) == (
+        "toy with adamw (fused) does not fit on gpu-9g: 2.00 GiB to spare by bytes, lost to fragmentation; peak 6.00 "
+        "GiB allocated, in forward"
+    )
+
+
+def test_a_record_without_headroom_has_the_verdict_alone() -> None:
+    assert headline(msgspec.structs.replace(report(fits=False), headroom_bytes=None)) == (
+        "toy with adamw (fused) does not fit on gpu-9g: peak 6.00 GiB allocated, in forward"
+    )
+
+
+def test_several_gpus_are_counted() -> None:
+    config = msgspec.structs.replace(report().config, gpus=16, nodes=2, sharding="fsdp2")
+    setting = render(msgspec.structs.replace(report(), config=config), width=200).splitlines()[1]
+    assert setting.startswith(
+        "16 GPUs on 2 nodes, fsdp2; memory is that of each GPU · bf16 · micro-batch 2 × 1024 tokens per GPU · "
+    )
+    assert "GPU" not in render(report(), width=200).splitlines()[1]
 
 
 def test_the_chart_is_as_high_as_what_is_allocated() -> None:
