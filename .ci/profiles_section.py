@@ -144,12 +144,25 @@ def _claims(name: str, folder: Folder) -> list[str]:
     lines.append(_claim("Rules, each phase's peak", phases, "phases"))
     lines.append(_claim("Rules, peak reserved", (row.reserved_error for row in rows)))
     lines.append(_claim("Rules, memory of the device, context included", (row.device_error for row in rows)))
-    times = _sizes(row.step_seconds_error for row in rows)
-    lines += [
-        f"- **Time of a step**: median error {median(times):.0%}, largest {max(times):.0%}. It is an estimate for"
-        " ranking; the steps of small models wait for the host."
-    ] * bool(times)
-    return lines + _in_40_gb(folder)
+    return [*lines, *_time_claim(rows), *_in_40_gb(folder)]
+
+
+def _time_claim(rows: list[Judgement]) -> list[str]:
+    times, spread = _sizes(row.step_seconds_error for row in rows), _sizes(_spread(rows))
+    if not times:
+        return []
+    line = (
+        f"- **Time of a step**, the median over the processes that took it, predicted for their hosts: median error"
+        f" {median(times):.0%}, largest {max(times):.0%}."
+    )
+    if spread:
+        line += f" Single processes are {median(spread):.0%} from that median in the median, {max(spread):.0%} at most."
+    return [f"{line} It is an estimate for ranking; the steps of small models wait for the host."]
+
+
+def _spread(rows: list[Judgement]) -> list[float]:
+    """How far each process is from the median of its step."""
+    return [error for row in rows for error in row.step_seconds_spread]
 
 
 def _claim(what: str, errors: Iterable[float | None], unit: str = "steps") -> str:

@@ -6,7 +6,8 @@ median over all that took it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from statistics import fmean, median
 from typing import Annotated, Literal
@@ -82,12 +83,13 @@ def pooled(time: StepTime | None, others: Sequence[ProcessTime]) -> PooledTime |
     if time is None or time.step_seconds is None:
         return None
     seconds = (time.step_seconds, *(other.step_seconds for other in others))
-    phases: list[Mapping[str, float]] = [time.phases, *(other.phases for other in others)]
+    own = {str(name): seconds for name, seconds in time.phases.items()}
+    phases = [own, *(other.phases for other in others)]
     launches = [(time.host_launch_seconds,), *(other.host_launch_seconds for other in others)]
     told = [fmean(known) for each in launches if (known := [one for one in each if one is not None])]
     return PooledTime(
         step_seconds=median(seconds),
-        phases={name: median(p[name] for p in phases if name in p) for name in {name for p in phases for name in p}},
+        phases={name: median(p[name] for p in phases if name in p) for name in dict.fromkeys(chain(*phases))},
         all_seconds=seconds,
         host_launch_seconds=fmean(told) if told else None,
     )

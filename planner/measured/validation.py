@@ -33,8 +33,9 @@ class Judgement(msgspec.Struct, frozen=True, kw_only=True):
         peak_error: Error of peak allocated; likewise `reserved_error`, `device_error`, `step_seconds_error`, None
             where one of the two sides does not say.
         step_seconds: Measured time of the step: the median over all processes that took it.
-        num_processes: How many they are, or 0 if no time was measured; `step_seconds_spread` says how far each is from
-            their median, the record's own first, where they are several.
+        num_processes: How many they are, or 0 if no time was measured; of processes that took it together on several
+            GPUs the first alone counts. `step_seconds_spread` says how far each is from their median, the record's own
+            first, where they are more than two.
         host_launch_seconds: What launching one operation took on the hosts of those processes, in the mean: the host
             that the time is predicted for. None where nobody measured it, and the model's own host is taken.
         phase_errors: Error of the peak of each phase that both sides know.
@@ -230,8 +231,8 @@ def judge(
 
 
 def _spread_of(time: PooledTime) -> list[float]:
-    """How far each process is from the median of all; nothing where there is but one."""
-    return [one / time.step_seconds - 1 for one in time.all_seconds] if len(time.all_seconds) > 1 else []
+    """How far each process is from the median of all; nothing for two, which are equally far from it."""
+    return [one / time.step_seconds - 1 for one in time.all_seconds] if len(time.all_seconds) > 2 else []
 
 
 def _error(predicted: float | None, measured: float | None) -> float | None:
