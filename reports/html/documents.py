@@ -12,6 +12,7 @@ from optplan.planner.estimate_details import details_of
 from optplan.planner.measured.measurement import Measurement
 from optplan.planner.measured.record_files import Record, load_record
 from optplan.planner.measured.sides import sides_of
+from optplan.planner.measured.step_times import FILE_NAME as STEP_TIMES
 from optplan.reports.html.comparison_page import comparison_page, measurement_page
 from optplan.reports.html.estimate_page import estimate_page
 from optplan.reports.html.training_page import training_page
@@ -33,7 +34,7 @@ def files_page(paths: Sequence[str]) -> str:
     Raises:
         ConfigError: A file cannot be read or is no record, or training runs are mixed with others.
     """
-    lines = [path for path in paths if path.endswith(_MANY_LINES)]
+    lines = [path for path in paths if path.endswith(_MANY_LINES) and Path(path).name != STEP_TIMES]
     if lines and len(lines) < len(paths):
         raise ConfigError(f"{shorten(lines[0])} holds training runs, which are not compared with other records")
     if lines:

@@ -66,6 +66,35 @@ def test_what_is_no_step_is_no_page_and_not_compared(
     assert not Path("page.html").exists()
 
 
+@pytest.mark.parametrize("num_lines", [1, 2])
+@pytest.mark.parametrize(
+    "command",
+    [["show"], ["compare", RECORD], ["report", RECORD], ["report"]],
+    ids=lambda command: f"{command[0]}{len(command)}",
+)
+def test_times_of_further_processes_are_no_record(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: list[str],
+    num_lines: int,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("step_times.jsonl").write_text('{"schema":"optplan.step-times/1","record":"step"}\n' * num_lines)
+    assert run(app, [*command, "step_times.jsonl"]) == 2
+    assert capsys.readouterr().err == (
+        "optplan: 'step_times.jsonl' is no record but times of recorded steps in further processes, a line each; "
+        "`optplan validate --check --records` on their folder judges the records by them\n"
+    )
+
+
+def test_times_of_further_processes_are_no_damaged_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "step.json.gz").write_bytes(Path(RECORD).read_bytes())
+    (tmp_path / "step_times.jsonl").write_text("")
+    answer = json.loads(_printed(capsys, "validate", "--records", str(tmp_path), "--check", "--json"))
+    assert ([row["record"] for row in answer["judgements"]], answer["skipped"]) == (["step"], {})
+
+
 def test_a_time_that_no_clock_can_show_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
     # An early record says that its whole step took -1.28 microseconds; its phases are right.
     text = _printed(capsys, "show", RECORD)
