@@ -43,9 +43,9 @@ def validate(
     """Measure a matrix of steps and judge the estimates by them.
 
     Each step runs in a process of its own; a validation that was stopped goes on where it ended. Then every record is
-    held against today's rules: state bytes, peak, reserved and device memory, times; with --trace also against the
-    trace engine, which runs each model again without a GPU. The exit status is 0 if all state
-    bytes are predicted exactly, 1 if not, 2 for bad input.
+    held against today's rules: state bytes, peak, reserved and device memory, and times, to which a step_times.jsonl
+    beside the records adds those of further processes; with --trace also against the trace engine, which runs each
+    model again without a GPU. The exit status is 0 if all state bytes are predicted exactly, 1 if not, 2 for bad input.
     """
     output.check_targets(html, md)
     if check and measure_only:
