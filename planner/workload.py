@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import msgspec
@@ -13,29 +13,26 @@ from optplan.planner.candidates import (
     OptimizerChoice,
     bind_candidates,
     bind_runnable,
-    optimizer_context,
 )
 from optplan.planner.dtypes import ITEMSIZE_BYTES
 from optplan.planner.errors import ConfigError
-from optplan.planner.footprint import optimizer_footprint
+from optplan.planner.largest_batch import largest_batch
 from optplan.planner.optimizers.base import OptimizerModel
 from optplan.planner.optimizers.registry import build_optimizer
+from optplan.planner.rank_optimizers import RankOptimizers
 from optplan.planner.records import PhasePeak, ResidentBytes, Saving
 from optplan.planner.request import StepRequest, at_stage
-from optplan.planner.requested_step import largest_stage, num_in_flight, resident_bytes, sharded_view, step_options
-from optplan.planner.sharding.rank import rank_footprint, updated_parameters, write_rank_step
+from optplan.planner.requested_step import largest_stage, num_in_flight, resident_bytes, sharded_view
 from optplan.planner.sharding.report import rank_notes, resident_sizes
 from optplan.planner.shortage import LimitedSteps, Shortage
-from optplan.planner.step.micro_steps import MicroSteps, record_micro_steps
 from optplan.planner.step.optimizer_step import temporary_bytes
-from optplan.planner.step.rules import StepMemory, has_rules, step_memory
+from optplan.planner.step.rules import has_rules
 from optplan.planner.step.simulated_device import SimulatedStep
-from optplan.planner.step.simulation import ParameterStep, StepSimulator
+from optplan.planner.step.simulation import StepSimulator
 from optplan.planner.step_history import StepHistory
-from optplan.planner.tensors import Parameter
-from optplan.planner.timeline import Category, Phase, Timeline, TimelineBuilder
+from optplan.planner.step_simulators import StepSimulators, makes_same_micro_steps, takes_same_optimizer_step
+from optplan.planner.timeline import Category, Phase, Timeline
 
-_LARGEST_BATCH = 2**20
 _TRUSTED_ROOM = 0.1
 """Share of the usable bytes that a peak of rounded sums must leave for the simulation not to be asked: measured steps
 allocate up to 3.6 % more than the sums of their rounded requests, and a tenth can be cached where nothing fits in."""
@@ -77,28 +74,25 @@ class Workload:
             request = at_stage(request, largest_stage(request))
         self.request = request
         self.has_rules = has_rules(request.model)
-        self._simulators: dict[int, StepSimulator] = {}
         self._peaks: dict[tuple[OptimizerModel, int], StepPeaks] = {}
         self._limited: dict[int, LimitedSteps] = {}
         self._failures: dict[tuple[OptimizerModel, int], Shortage | None] = {}
         self._shortages: dict[tuple[OptimizerModel, int], Shortage | None] = {}
-        self._recorded: dict[int, MicroSteps] = {}
-        self._memories: dict[int, StepMemory] = {}
-        self._steps: dict[OptimizerModel, Timeline] = {}
         self._temporary_bytes: dict[OptimizerModel, int] = {}
-        self._parameter_step_cache: dict[OptimizerModel, dict[str, ParameterStep]] = {}
         self._baseline: Candidate | None = None
         self._strategy = request.strategy
-        self._parameters = updated_parameters(request.rank_model.trained_parameters, self._strategy)
-        self._context = optimizer_context(request)
+        self._optimizers = RankOptimizers(request)
+        self._parameters = self._optimizers.parameters
+        self._simulators = StepSimulators(request, self._parameters)
 
     def at(self, request: StepRequest) -> Workload:
         """Another request answered in the same way; what both have in common is not worked out again."""
         other = Workload(request)
-        if _makes_same_requests(request, self.request):
-            other._recorded = self._recorded
-        if _takes_same_optimizer_step(request, self.request):
-            other._steps, other._temporary_bytes = self._steps, self._temporary_bytes
+        if makes_same_micro_steps(request, self.request):
+            other._simulators.share_records(self._simulators)
+        if takes_same_optimizer_step(request, self.request):
+            other._optimizers.share_steps(self._optimizers)
+            other._temporary_bytes = self._temporary_bytes
         return other
 
     def notes(self, candidate: Candidate) -> list[str]:
@@ -139,7 +133,7 @@ class Workload:
             return None
         key = (candidate.optimizer, batch_size or self.request.config.batch_size)
         if key not in self._peaks:
-            step = self._simulated(candidate, self._simulator(key[1]))
+            step = self._simulated(candidate, self._simulators.without_limit(key[1]))
             phases = {phase: PhasePeak(num_bytes) for phase, num_bytes in step.phases.items()}
             reserved = (step.reserved_bytes, step.reserved_range_bytes)
             self._peaks[key] = StepPeaks(phases, step.peak_phase, step.categories, *reserved)
@@ -152,39 +146,22 @@ class Workload:
     @property
     def num_events(self) -> int:
         """Events of the forward and backward of a step's micro-batches, of those that differ."""
-        return self._simulator(self.request.config.batch_size).num_events
+        return self._simulators.without_limit(self.request.config.batch_size).num_events
 
     def _simulated(self, candidate: Candidate, simulator: StepSimulator) -> SimulatedStep:
         if self.request.config.step_in_backward:
-            return simulator.simulate_in_backward(self._parameter_steps(candidate))
-        return simulator.simulate(candidate.footprint.device_sizes(self._parameters), self.step_timeline(candidate))
+            return simulator.simulate_in_backward(self._optimizers.parameter_steps(candidate))
+        return simulator.simulate(self._optimizers.state_sizes(candidate), self.step_timeline(candidate))
 
     def history(self, candidate: Candidate) -> StepHistory | None:
         """The steady step event by event, None for a family without step rules."""
         if not self.has_rules:
             return None
-        simulator = self._simulator(self.request.config.batch_size)
+        simulator = self._simulators.without_limit(self.request.config.batch_size)
         if self.request.config.step_in_backward:
-            return simulator.history_in_backward(self._parameter_steps(candidate))
-        footprint = candidate.footprint
-        return simulator.history(
-            footprint.device_sizes(self._parameters),
-            self.step_timeline(candidate),
-            names=footprint.device_names(self._parameters),
-        )
-
-    def _parameter_steps(self, candidate: Candidate) -> dict[str, ParameterStep]:
-        """What an optimizer of each parameter's own keeps and allocates."""
-        key = candidate.optimizer
-        if key not in self._parameter_step_cache:
-            self._parameter_step_cache[key] = {
-                parameter.name: ParameterStep(
-                    optimizer_footprint(key, [parameter], self._context).device_sizes([parameter]),
-                    self._step_of(key, [parameter]),
-                )
-                for parameter in self._parameters
-            }
-        return self._parameter_step_cache[key]
+            return simulator.history_in_backward(self._optimizers.parameter_steps(candidate))
+        sizes, names = self._optimizers.state_sizes(candidate), self._optimizers.state_names(candidate)
+        return simulator.history(sizes, self.step_timeline(candidate), names=names)
 
     @property
     def usable_bytes(self) -> int:
@@ -196,7 +173,7 @@ class Workload:
 
     def rounded_peak_bytes(self, candidate: Candidate, *, batch_size: int | None = None) -> int:
         """The peak as a sum of requests rounded up to 512 bytes: quick, and a few percent too low at worst."""
-        memory = self._memory(batch_size or self.request.config.batch_size)
+        memory = self._simulators.memory(batch_size or self.request.config.batch_size)
         step = sum(memory.after_backward.values()) + self.temporary_bytes(candidate)
         waiting = (num_in_flight(self.request) - 1) * memory.saved
         highest = max(sum(memory.forward.values()) + waiting, sum(memory.backward.values()) + waiting, step)
@@ -230,9 +207,9 @@ class Workload:
         """The request that fails in steps on a device of this size, None if they come through."""
         if (key := (candidate.optimizer, batch_size)) not in self._failures:
             if batch_size not in self._limited:
-                make = partial(self._make_simulator, batch_size)
+                make = partial(self._simulators.make, batch_size)
                 self._limited[batch_size] = LimitedSteps(make, allowed_bytes=self.request.gpu.usable_bytes)
-            sizes = candidate.footprint.device_sizes(self._parameters)
+            sizes = self._optimizers.state_sizes(candidate)
             self._failures[key] = self._limited[batch_size].shortage(sizes, self.step_timeline(candidate))
         return self._failures[key]
 
@@ -256,20 +233,11 @@ class Workload:
         """
         if not self.has_rules:
             return None
-        usable = self.usable_bytes
-
-        def fits(batch_size: int) -> bool:
-            return self.rounded_peak_bytes(candidate, batch_size=batch_size) <= usable
-
-        low, high = 0, 1
-        while high <= _LARGEST_BATCH and fits(high):
-            low, high = high, high * 2
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        if self.request.allocator_settings.follows_sums:
-            return _largest(low, partial(self.surely_fits, candidate))
-        return _largest(low, partial(self._comes_through, candidate))
+        usable, follows_sums = self.usable_bytes, self.request.allocator_settings.follows_sums
+        return largest_batch(
+            fits_by_sums=lambda size: self.rounded_peak_bytes(candidate, batch_size=size) <= usable,
+            fits=partial(self.surely_fits if follows_sums else self._comes_through, candidate),
+        )
 
     def leaves_room(self, num_bytes: int) -> bool:
         """Whether a peak of rounded sums leaves so much that no simulation is needed."""
@@ -284,11 +252,7 @@ class Workload:
 
     def state_variants(self, candidate: Candidate) -> dict[str, int]:
         """Bytes of device state under each of the optimizer's variants, such as the ends of Adapprox's rank."""
-        parameters = self.request.rank_model.trained_parameters
-        return {
-            name: rank_footprint(variant, parameters, self._context, self._strategy).device_bytes
-            for name, variant in candidate.optimizer.variants().items()
-        }
+        return self._optimizers.state_variants(candidate)
 
     def saving(self, candidate: Candidate) -> Saving | None:
         """What the optimizer saves against AdamW, None for AdamW itself or where AdamW cannot run."""
@@ -307,41 +271,9 @@ class Workload:
                 return None
         return self._baseline
 
-    def _memory(self, batch_size: int) -> StepMemory:
-        if batch_size not in self._memories:
-            options = step_options(self.request, batch_size=batch_size)
-            self._memories[batch_size] = step_memory(self.request.rank_model, options, self._strategy)
-        return self._memories[batch_size]
-
-    def _simulator(self, batch_size: int) -> StepSimulator:
-        if batch_size not in self._simulators:
-            self._simulators[batch_size] = self._make_simulator(batch_size)
-        return self._simulators[batch_size]
-
-    def _make_simulator(self, batch_size: int, *, allowed_bytes: int | None = None) -> StepSimulator:
-        dtype, model = self.request.policy.master_dtype, self.request.rank_model
-        options = step_options(self.request, batch_size=batch_size)
-        if batch_size not in self._recorded:
-            self._recorded[batch_size] = record_micro_steps(model, options, self._strategy)
-        return StepSimulator(
-            model,
-            options,
-            master_bytes=[p.numel * ITEMSIZE_BYTES[dtype] for p in self._parameters] if dtype else [],
-            clips=self.request.config.clip_grad_norm is not None,
-            empties_cache=self.request.config.empty_cache,
-            settings=self.request.allocator_settings,
-            strategy=self._strategy,
-            num_in_flight=num_in_flight(self.request),
-            allowed_bytes=allowed_bytes,
-            recorded=self._recorded[batch_size],
-        )
-
     def moved_bytes(self, candidate: Candidate) -> int:
         """Bytes that the optimizer's `step()` must at least read and write: each tensor once, each result once."""
-        return sum(
-            len(group.parameters) * candidate.optimizer.moved_bytes(self._local(group.parameters[0]), self._context)
-            for group in candidate.footprint.groups
-        )
+        return self._optimizers.moved_bytes(candidate)
 
     def temporary_bytes(self, candidate: Candidate) -> int:
         """Most bytes that the optimizer's `step()` has allocated at once besides its state, rounded."""
@@ -349,49 +281,10 @@ class Workload:
         if key not in self._temporary_bytes:
             steps = [self.step_timeline(candidate)]
             if self.request.config.step_in_backward:
-                steps = [step.timeline for step in self._parameter_steps(candidate).values()]
+                steps = [step.timeline for step in self._optimizers.parameter_steps(candidate).values()]
             self._temporary_bytes[key] = max(map(temporary_bytes, steps))
         return self._temporary_bytes[key]
 
     def step_timeline(self, candidate: Candidate) -> Timeline:
         """What the optimizer's `step()` allocates and frees besides its state."""
-        key = candidate.optimizer
-        if key not in self._steps:
-            self._steps[key] = self._step_of(key, self._parameters)
-        return self._steps[key]
-
-    def _step_of(self, optimizer: OptimizerModel, parameters: Sequence[Parameter]) -> Timeline:
-        timeline, master = TimelineBuilder("step"), self.request.policy.master_dtype
-        write_rank_step(timeline, optimizer, parameters, self._context, master=master, strategy=self._strategy)
-        return timeline.events
-
-    def _local(self, parameter: Parameter) -> Parameter:
-        shard = None if self._strategy is None else self._strategy.shard()
-        return parameter if shard is None else shard.local(parameter)
-
-
-def _largest(most: int, fits: Callable[[int], bool]) -> int:
-    """Largest number up to `most` that fits while the next does not, found by bisection; 0 if none does."""
-    if most == 0 or fits(most):
-        return most
-    low, high = 0, most
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
-def _takes_same_optimizer_step(request: StepRequest, other: StepRequest) -> bool:
-    """Whether two requests for a model differ in no more than what forward and backward see."""
-    ours = request.config
-    theirs = msgspec.structs.replace(
-        other.config, batch_size=ours.batch_size, seq_len=ours.seq_len, checkpointing=ours.checkpointing
-    )
-    return ours == theirs and request.model is other.model and request.state_dtype == other.state_dtype
-
-
-def _makes_same_requests(request: StepRequest, other: StepRequest) -> bool:
-    """Whether two requests differ in no more than in the allocator's settings, or in GPUs that take the same step."""
-    config = msgspec.structs.replace(request.config, alloc_conf=other.config.alloc_conf)
-    alike = msgspec.structs.replace(request, config=config, gpu=other.gpu)
-    return alike == other and step_options(request) == step_options(other)
+        return self._optimizers.step(candidate)

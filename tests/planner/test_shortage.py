@@ -78,7 +78,7 @@ def test_one_sequence_leaves_reserved_what_was_measured():
 def test_within_the_limit_the_third_step_reserves_at_most_what_was_measured(optimizer, reserved):
     workload = capped(1 if optimizer == "adamw" else 2)
     candidate = candidate_of(workload, optimizer)
-    simulator = workload._make_simulator(workload.request.config.batch_size, allowed_bytes=CAP)
+    simulator = workload._simulators.make(workload.request.config.batch_size, allowed_bytes=CAP)
     optimizer = simulated_events(workload.step_timeline(candidate))
     device = simulator._after_first_step(candidate.footprint.device_sizes(workload._parameters), optimizer)
     simulator._run_step(device, optimizer, replaces=False, keeps_replaced=False)
