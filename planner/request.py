@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict, Unpack
 
@@ -15,6 +14,7 @@ from optplan.planner.gpus import Gpu, custom_gpu, load_gpu
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.precision import FULLY_SHARDED_MIXED, PRECISIONS, PrecisionPolicy
 from optplan.planner.records import StepConfig
+from optplan.planner.request_checks import allocator_notes, check_contradictions, hardware_notes, length_notes
 from optplan.planner.sharding.base import Ranks, Strategy
 from optplan.planner.sharding.checks import check_sharding, data_ranks
 from optplan.planner.sharding.clusters import usual_num_nodes
@@ -154,11 +154,11 @@ def check_request(model: ModelSpec, **flags: Unpack[StepFlags]) -> StepRequest:
         _in_range(name, asked[name])
     config = StepConfig(**{name: asked[name] for name in StepConfig.__struct_fields__})
     target = _target(asked["gpu"], asked["memory"])
-    _no_contradiction(config)
+    check_contradictions(config)
     check_sharding(config, model, engine=asked["engine"])
     target = _with_communication(target, config)
     notes = () if flags.get("attention") is not None else _attention_note(model)
-    notes = (*notes, *_check_length(model, config.seq_len), *_check_hardware(config, target), *_check_allocator(config))
+    notes = (*notes, *length_notes(model, config.seq_len), *hardware_notes(config, target), *allocator_notes(config))
     return at_stage(StepRequest(model, target, config, asked["engine"], _state_dtype(asked["state_dtype"]), notes), 0)
 
 
@@ -195,9 +195,8 @@ def change_request(request: StepRequest, settings: Mapping[str, Any]) -> StepReq
         ConfigError: Two settings contradict each other now, or the GPU cannot run them.
     """
     config = msgspec.structs.replace(request.config, **settings)
-    _no_contradiction(config)
+    check_contradictions(config)
     check_sharding(config, request.model, engine=request.engine)
-    _check_hardware(config, request.gpu)
     request = msgspec.structs.replace(request, config=config, gpu=_with_communication(request.gpu, config))
     return at_stage(request, request.stage)
 
@@ -267,65 +266,6 @@ def _with_communication(gpu: Gpu, config: StepConfig) -> Gpu:
     taken = nccl_memory(Ranks(config.gpus, config.nodes), num_communicators=groups, gpu=gpu.id)
     basis: Any = taken.basis if taken.bytes else ""
     return msgspec.structs.replace(gpu, communication_bytes=taken.bytes, communication_basis=basis)
-
-
-def _no_contradiction(config: StepConfig) -> None:
-    _check_step_in_backward(config)
-    norm = config.clip_grad_norm
-    if norm is not None and not 0 < norm < math.inf:
-        raise ConfigError(f"--clip-grad-norm must be above 0, got {shorten(norm)}")
-    if config.attention == "flash" and config.padding_mask:
-        raise ConfigError(
-            "--attention flash and --padding-mask contradict each other: flash attention takes the padding out of the "
-            "batch, which is not modelled; use --attention sdpa"
-        )
-    if config.attention == "flash" and config.precision == "fp32":
-        raise ConfigError(
-            "--attention flash and --precision fp32 contradict each other: flash attention needs bf16, amp or fp16-amp"
-        )
-
-
-def _check_step_in_backward(config: StepConfig) -> None:
-    """A step that is taken as the gradients come leaves none for what needs all of them."""
-    if not config.step_in_backward:
-        return
-    for flag, is_set, why in (
-        ("--clip-grad-norm", config.clip_grad_norm is not None, "the norm of all gradients needs all of them"),
-        (f"--grad-accum {config.grad_accum}", config.grad_accum > 1, "gradients that are used up cannot be added to"),
-        ("--keep-grads", config.keep_grads, "gradients that are used up are not kept"),
-    ):
-        if is_set:
-            raise ConfigError(f"--step-in-backward and {flag} contradict each other: {why}")
-
-
-def _check_hardware(config: StepConfig, gpu: Gpu) -> tuple[str, ...]:
-    if config.precision not in ("bf16", "amp", "mixed") or gpu.supports_bf16:
-        return ()
-    return (f"{gpu.id} has no bf16 arithmetic: torch emulates it slowly; --precision fp16-amp or fp32 runs natively",)
-
-
-def _check_allocator(config: StepConfig) -> tuple[str, ...]:
-    """What of the allocator's settings does nothing on a device with room for all that is asked for."""
-    settings = parse_alloc_conf(config.alloc_conf)
-    idle = list(settings.ignored)
-    idle += ["garbage_collection_threshold"] if settings.garbage_collection_threshold else []
-    idle += ["per_process_memory_fraction"] if settings.memory_fraction < 1 else []
-    return tuple(f"{key} in --alloc-conf has no effect on an estimate" for key in idle)
-
-
-def _check_length(model: ModelSpec, seq_len: int) -> tuple[str, ...]:
-    if seq_len <= model.max_seq_len:
-        return ()
-    if any(p.role == "position_embedding" and _holds_positions(p.shape, model.max_seq_len) for p in model.parameters):
-        raise ConfigError(
-            f"--seq-len {seq_len} is beyond the {model.max_seq_len} positions that {model.name} has embeddings for"
-        )
-    return (f"sequence length {seq_len} is beyond the {model.max_seq_len} tokens that {model.name} was trained for",)
-
-
-def _holds_positions(shape: tuple[int, ...], max_seq_len: int) -> bool:
-    # Learned positions are stored one row each, at most two rows more (OPT, RoBERTa); T5's relative buckets are fewer.
-    return any(max_seq_len <= size <= max_seq_len + 2 for size in shape)
 
 
 def _state_dtype(text: str | None) -> Dtype | None:
