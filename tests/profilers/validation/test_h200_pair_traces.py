@@ -13,7 +13,7 @@ from optplan.planner.workload import StepPeaks
 from optplan.profilers.validation.record_tracing import RecordTracer
 
 FOLDER = Path(__file__).parents[2] / "records" / "h200x2_profiles"
-ALL = {path.name.removesuffix(".json.gz"): load_record(path) for path in sorted(FOLDER.iterdir())}
+ALL = {path.name.removesuffix(".json.gz"): load_record(path) for path in sorted(FOLDER.glob("*.json.gz"))}
 RECORDS: dict[str, Measurement] = {
     name: record
     for name, record in ALL.items()

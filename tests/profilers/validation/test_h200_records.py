@@ -27,7 +27,7 @@ FOLDERS = [name for name in BOUNDS if (RECORDS / name).is_dir()]
 NAMES = [
     f"{folder}/{path.name.removesuffix('.json.gz')}"
     for folder in FOLDERS
-    for path in sorted((RECORDS / folder).iterdir())
+    for path in sorted((RECORDS / folder).glob("*.json.gz"))
 ]
 GPU = "NVIDIA H200"
 
