@@ -6,11 +6,10 @@
 
 The honest error is that of models left out: the steps of each model are predicted by a fit to those of all others.
 Printed beside it: the same by optimizer, and how far steps are from their like that differ in the optimizer alone,
-which is as near as any model of the work can come. Records that are not fitted to (`fitted = false`) have their errors
-printed and written too.
+which is as near as any model of the work can come, and how far single processes are from the median of all that took
+their step, which is what is fitted to.
 
-Hosts differ. Where a record says how fast its own launched, that is held against the median of all that do; of the
-others each set of records has a factor that is fitted.
+Hosts differ. What those of a step's processes took to launch an operation is held against the median of all steps.
 """
 
 from __future__ import annotations
@@ -23,11 +22,14 @@ from statistics import fmean, median
 from typing import Any, NamedTuple
 
 import msgspec
+import update_rates
 from link_records import measured_shares
-from step_time_cases import ROOT, Case, read_cases, repeated_errors
+from step_time_cases import ROOT, Case, process_spread, read_cases, repeated_errors
+from update_rates import with_update_rates
 
 from optplan.planner.gpus import load_gpu
-from optplan.planner.step_time import Update, combine, micro_steps, optimizer_update, phase_ends, step_length
+from optplan.planner.step_time import micro_steps, optimizer_update
+from optplan.planner.step_time_overlap import Update, combine, phase_ends, step_length
 from optplan.planner.step_time_rates import (
     CALIBRATED_GPU,
     FitError,
@@ -36,6 +38,7 @@ from optplan.planner.step_time_rates import (
     TimeModel,
     load_time_model,
 )
+from optplan.planner.step_timer import host_factor
 
 TABLE = ROOT / "planner" / "data" / "step_time.toml"
 GPU = load_gpu(CALIBRATED_GPU)
@@ -64,8 +67,6 @@ FITTED = (
 )
 PHASE_SHARE = 0.25
 """Weight of the errors of forward and of backward beside that of the step: they tell what the host takes for which."""
-HOST_FACTOR = Fitted("records", "host_factor", 1.0, 0.01, 0.5, 2.0)
-"""Of every host but the table's: that of the first records, or of none once records say how fast theirs launched."""
 
 
 def predicted_ends(case: Case, model: TimeModel, update: Update | None = None) -> list[float]:
@@ -73,12 +74,12 @@ def predicted_ends(case: Case, model: TimeModel, update: Update | None = None) -
 
     The step alone where the host runs ahead from one to the next.
     """
-    records, exponent, factor = model.records[case.records], model.overlap.exponent, host_factor(case, model)
+    exponent, factor = model.overlap.exponent, host_factor(case.time.host_launch_seconds, model)
     micro = micro_steps(case.work, case.request, GPU, model=_on_host(model, factor))
     update = update or update_of(case, model)
     busy = msgspec.structs.replace(update.busy, host=factor * update.busy.host)
     update = msgspec.structs.replace(update, busy=busy)
-    if records.waited or micro.waits:
+    if micro.waits:
         return phase_ends(micro, update, num_steps=1, exponent=exponent)
     return [step_length(micro, update, exponent=exponent)]
 
@@ -91,9 +92,9 @@ def predicted_seconds(case: Case, model: TimeModel) -> float:
 def squared_error(case: Case, ends: Sequence[float]) -> float:
     """How far a prediction is from a measured step: of the whole, and a share for each of forward and backward."""
     error = math.log(ends[-1] / case.seconds) ** 2
-    if case.phase_seconds is not None and len(ends) > 1:
-        spans = ends[0], ends[1] - ends[0]
-        pairs = zip(spans, case.phase_seconds, strict=True)
+    phases = case.time.phases
+    if len(ends) > 1:
+        pairs = (ends[0], phases["forward"]), (ends[1] - ends[0], phases["backward"])
         error += PHASE_SHARE * sum(math.log(span / measured) ** 2 for span, measured in pairs)
     return error
 
@@ -103,37 +104,31 @@ def update_of(case: Case, model: TimeModel) -> Update:
     return optimizer_update(case.candidate, case.moved_bytes, GPU, case.request, model=model)
 
 
-def host_factor(case: Case, model: TimeModel) -> float:
-    """How much longer than the table's the case's host takes: as its records found, or as is fitted to its like.
-
-    Of several processes that took the step it is the mean.
-    """
-    reference, fitted = model.host.launch_reference_seconds, model.records[case.records].host_factor
-    if reference is None or case.host_launch_seconds is None:
-        return fitted
-    return (1 - case.untold) * case.host_launch_seconds / reference + case.untold * fitted
-
-
 def _on_host(model: TimeModel, factor: float) -> TimeModel:
     return msgspec.structs.replace(model, host=model.host.slower(factor))
 
 
 def bound_of(case: Case, model: TimeModel) -> str:
     """What decides the step's time by the model."""
-    micro = micro_steps(case.work, case.request, GPU, model=_on_host(model, host_factor(case, model)))
+    micro = micro_steps(
+        case.work, case.request, GPU, model=_on_host(model, host_factor(case.time.host_launch_seconds, model))
+    )
     return combine(micro, update_of(case, model), exponent=model.overlap.exponent).bound
 
 
 def with_reference(model: TimeModel, cases: Sequence[Case]) -> TimeModel:
     """With the median of what hosts took to launch an operation, where records tell."""
-    told = [case.host_launch_seconds for case in cases if case.host_launch_seconds is not None]
+    told = [seconds for case in cases if (seconds := case.time.host_launch_seconds) is not None]
     reference = float(_text(median(told))) if told else None
     return msgspec.structs.replace(model, host=msgspec.structs.replace(model.host, launch_reference_seconds=reference))
 
 
 def fit(cases: Sequence[Case], start: TimeModel) -> TimeModel:
-    """The coefficients with the least squared relative errors, found by a pattern search on their logarithms."""
-    fitted = [*FITTED, *[HOST_FACTOR] * len(_fitted_hosts(start))]
+    """The coefficients with the least squared relative errors, found by a pattern search on their logarithms.
+
+    What the host takes to launch an optimizer's step is known before, from that step's own time.
+    """
+    start = with_update_rates(start, cases)
     updates = [update_of(case, start) for case in cases]
     known: list[dict[tuple[float, ...], float]] = [{} for _ in cases]
 
@@ -147,10 +142,10 @@ def fit(cases: Sequence[Case], start: TimeModel) -> TimeModel:
     def loss(point: list[float]) -> float:
         model = _moved(start, point)
         errors = [error(index, model) for index in range(len(cases))]
-        kept = sum(one.keep * log**2 for one, log in zip(fitted, point, strict=True))
+        kept = sum(one.keep * log**2 for one, log in zip(FITTED, point, strict=True))
         return fmean(errors) + kept / len(cases)
 
-    return _rounded(_moved(start, _searched(loss, [0.0] * len(fitted))))
+    return _rounded(_moved(start, _searched(loss, [0.0] * len(FITTED))))
 
 
 def _rates_of(case: Case, model: TimeModel) -> tuple[float, ...]:
@@ -163,7 +158,6 @@ def _rates_of(case: Case, model: TimeModel) -> tuple[float, ...]:
         host.seconds_per_launch,
         host.seconds_per_hook if config.checkpointing != "none" else 0.0,
         *((host.seconds_per_collective, host.seconds_per_reduced_tensor) if config.gpus > 1 else ()),
-        host_factor(case, model),
     )
 
 
@@ -173,8 +167,7 @@ def _rounded(model: TimeModel) -> TimeModel:
     for one in FITTED:
         value = float(_text(getattr(parts[one.part], one.name)))
         parts[one.part] = msgspec.structs.replace(parts[one.part], **{one.name: value})
-    records = [msgspec.structs.replace(row, host_factor=float(_text(row.host_factor))) for row in model.records]
-    return msgspec.structs.replace(model, records=records, **parts)
+    return msgspec.structs.replace(model, **parts)
 
 
 def _text(value: float) -> str:
@@ -197,18 +190,9 @@ def _searched(loss: Callable[[list[float]], float], point: list[float]) -> list[
 
 def _moved(start: TimeModel, logs: Sequence[float]) -> TimeModel:
     parts: dict[str, Any] = {name: getattr(start, name) for name in ("gpu", "host")}
-    for one, log in zip(FITTED, logs, strict=False):
+    for one, log in zip(FITTED, logs, strict=True):
         parts[one.part] = msgspec.structs.replace(parts[one.part], **{one.name: _limited(one, log)})
-    factors = [_limited(HOST_FACTOR, log) for log in logs[len(FITTED) :]]
-    of_host = dict(zip(_fitted_hosts(start), factors, strict=True))
-    records = [msgspec.structs.replace(row, host_factor=of_host.get(row.host, 1.0)) for row in start.records]
-    return msgspec.structs.replace(start, records=records, **parts)
-
-
-def _fitted_hosts(model: TimeModel) -> list[str]:
-    """The hosts of the records that have a factor of their own."""
-    hosts = list(dict.fromkeys(row.host for row in model.records if row.fitted))
-    return hosts[1:] if model.host.launch_reference_seconds is None else hosts
+    return msgspec.structs.replace(start, **parts)
 
 
 def _limited(one: Fitted, log: float) -> float:
@@ -255,13 +239,7 @@ def summary(errors: Sequence[float]) -> FitError:
     return FitError(round(median(sizes), 3), round(max(sizes), 3))
 
 
-def divided(cases: Sequence[Case], model: TimeModel) -> tuple[list[Case], list[Case]]:
-    """The steps that are fitted to, and the others."""
-    fitted = [case for case in cases if model.records[case.records].fitted]
-    return fitted, [case for case in cases if not model.records[case.records].fitted]
-
-
-def fit_errors(fitted: Sequence[float], found: Sequence[HeldOut], unfitted: Sequence[float]) -> FitErrors:
+def fit_errors(fitted: Sequence[float], found: Sequence[HeldOut], processes: Sequence[float]) -> FitErrors:
     """What the table states."""
     alone = [one for one in found if one.gpus == 1]
     return FitErrors(
@@ -271,8 +249,8 @@ def fit_errors(fitted: Sequence[float], found: Sequence[HeldOut], unfitted: Sequ
         held_out_gpu=summary([one.error for one in alone if one.bound != "host"]),
         held_out_host=summary([one.error for one in alone if one.bound == "host"]),
         held_out_sharded=summary([one.error for one in found if one.gpus > 1]),
-        unfitted=summary(unfitted),
-        num_unfitted_steps=len(unfitted),
+        processes=summary(processes),
+        num_processes=len(processes),
     )
 
 
@@ -300,16 +278,16 @@ def written(text: str, model: TimeModel, links: dict[str, LinkRates]) -> str:
         text = _set(text, one.part, one.name, _text(getattr(getattr(model, one.part), one.name)))
     if model.host.launch_reference_seconds is not None:
         text = _set(text, "host", "launch_reference_seconds", _text(model.host.launch_reference_seconds))
-    for name in ("num_steps", "num_unfitted_steps"):
+    for name in ("num_steps", "num_processes"):
         text = _set(text, "errors", name, str(getattr(model.errors, name)))
-    for name in ("fitted", "held_out", "held_out_gpu", "held_out_host", "held_out_sharded", "unfitted"):
+    for name in ("fitted", "held_out", "held_out_gpu", "held_out_host", "held_out_sharded", "processes"):
         found = getattr(model.errors, name)
         text = _set(text, "errors", name, f"{{ median = {found.median}, largest = {found.largest} }}")
     for records in model.records:
         start = text.index(f'path = "{records.path}"\n')
         entry = re.sub(r"num_steps = .*", f"num_steps = {records.num_steps}", text[start:], count=1)
-        entry = re.sub(r"host_factor = .*", f"host_factor = {_text(records.host_factor)}", entry, count=1)
         text = text[:start] + entry
+    text = update_rates.written(text, model)
     for name, row in links.items():
         fields = f'bandwidth_share = {row.bandwidth_share}\nbasis = "{row.basis}"\nsource = "{row.source}"'
         start = text.index(f'link = "{name}"\n') + len(f'link = "{name}"\n')
@@ -325,17 +303,15 @@ def _set(text: str, part: str, name: str, value: str) -> str:
     return text[:start] + entry + ("" if found else f"\n{name} = {value}") + text[end:]
 
 
-def _refitted(all_cases: Sequence[Case], committed: TimeModel) -> TimeModel:
-    """The fit to all steps that are to be fitted, with its errors, each printed."""
-    cases, unfitted = divided(all_cases, committed)
+def _refitted(cases: Sequence[Case], committed: TimeModel) -> TimeModel:
+    """The fit to all steps, with its errors, each printed."""
     start = with_reference(committed, cases)
     by_optimizer = held_out(cases, start, optimizer_of)
     show_errors("optimizers left out", cases, [one.error for one in by_optimizer])
     found, model = held_out(cases, start), fit(cases, start)
     show_errors("models left out", cases, [one.error for one in found])
-    counts = [sum(case.records == index for case in all_cases) for index in range(len(model.records))]
-    records = [msgspec.structs.replace(row, num_steps=count) for row, count in zip(model.records, counts, strict=True)]
-    errors = fit_errors(errors_of(cases, model), found, errors_of(unfitted, model))
+    records = [msgspec.structs.replace(row, num_steps=len(read_cases([row]))) for row in model.records]
+    errors = fit_errors(errors_of(cases, model), found, process_spread(cases))
     return msgspec.structs.replace(model, records=records, errors=errors)
 
 
@@ -348,10 +324,10 @@ def main() -> None:
     committed = load_time_model()
     cases = read_cases(committed.records)
     model = committed if arguments.check else _refitted(cases, committed)
-    for title, some in zip(("fitted", "not fitted"), divided(cases, model), strict=True):
-        show_errors(title, some, errors_of(some, model))
+    show_errors("fitted", cases, errors_of(cases, model))
     _show_summary("from the median of their like", list(repeated_errors(cases).values()))
-    print(model.gpu, model.host, model.records, model.errors, sep="\n")
+    _show_summary("single processes from the median of their step", process_spread(cases))
+    print(model.gpu, model.host, model.errors, sep="\n")
     if arguments.write:
         TABLE.write_text(written(TABLE.read_text("utf-8"), model, measured_shares()), "utf-8")
 

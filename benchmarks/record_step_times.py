@@ -1,22 +1,18 @@
 """Time steps that were measured once in more processes, as they differ from process to process; save JSON lines.
 
-    python benchmarks/record_step_times.py --out FILE --records tests/records/h200_profiles [--rounds 2] [--seconds N]
-    python benchmarks/record_step_times.py --out FILE --records tests/records/h200_profiles --earlier FOLDER
+    python benchmarks/record_step_times.py --records tests/records/h200_profiles [--rounds 2] [--seconds N] [--out FILE]
 
 Each round is a process on each GPU, and takes the steps of all records (or those named) that are shorter than
 `--shorter-than`: those in which the host has a part. Models are built once a round and stepped by one optimizer after
 the other, in another order in every round, so that what slows the host for a while meets other steps each time. A row
-is one process's median of one step, whose settings are those of the record it names. With `--earlier` nothing is run:
-the times are those of records of the same steps that have been replaced by newer ones.
-
-`fit_step_time.py` takes the median over the processes for the time of such a step.
+is one process's median of one step, whose settings are those of the record it names; it is added to the file beside the
+records. `optplan validate` and `fit_step_time.py` take the median over the processes for the time of such a step.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import random
 import subprocess
@@ -36,13 +32,13 @@ from optplan.planner.candidates import Candidate
 from optplan.planner.measured.expectation import asked_of
 from optplan.planner.measured.measurement import Measurement
 from optplan.planner.measured.record_files import load_record
+from optplan.planner.measured.step_times import FILE_NAME, ProcessTime
 from optplan.planner.request import StepRequest
 from optplan.planner.workload import Workload
 from optplan.profilers.live.host_speed import launching_seconds
 from optplan.profilers.workloads.real_optimizers import build_optimizer
 from optplan.profilers.workloads.real_step import Step, build_real_model, make_inputs, master_weights
 
-SCHEMA = "optplan.step-times/1"
 NUM_WARM_UPS, NUM_STEPS = 4, 10
 
 
@@ -57,8 +53,6 @@ class Case(NamedTuple):
 def main() -> int:
     """Run the rounds; 1 if none got through."""
     options = parse_arguments()
-    if options.earlier is not None:
-        return keep_earlier(options)
     if options.round is not None:
         return run_round(options)
     begin, statuses = time.monotonic(), []
@@ -75,47 +69,19 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON lines are appended to this file")
     parser.add_argument("--records", type=Path, required=True, help="folder of the records of single processes")
+    parser.add_argument("--out", type=Path, help=f"appended to instead of {FILE_NAME} in the records' folder")
     parser.add_argument("--only", nargs="+", default=[], help="records whose names contain one of these")
     parser.add_argument("--shorter-than", type=float, default=0.3, help="seconds of the recorded step")
     parser.add_argument("--rounds", type=int, default=2, help="processes a GPU, one after the other")
     parser.add_argument("--gpus", type=int, default=max(1, torch.cuda.device_count()), help="GPUs that work at once")
     parser.add_argument("--seconds", type=float, default=600.0, help="no round is begun that would end later")
-    parser.add_argument("--earlier", type=Path, help="folder of older records of the same names, whose times are kept")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is for trying")
     parser.add_argument("--commit", default="", help="commit to record where the tree is no repository")
     parser.add_argument("--round", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
-def keep_earlier(options: argparse.Namespace) -> int:
-    """The times of older records that newer ones of the same steps have replaced; 1 if there are none."""
-    num_kept = 0
-    for path in sorted(options.earlier.glob("*.json.gz")):
-        newer, record = options.records / path.name, load_record(path)
-        assert isinstance(record, Measurement)
-        is_replaced = newer.exists() and newer.read_bytes() != path.read_bytes()
-        if not is_replaced or record.time is None or record.time.step_seconds is None:
-            continue
-        time_of = record.time
-        save(options.out, {
-            "schema": SCHEMA, "record": path.name.removesuffix(".json.gz"), "step_seconds": time_of.step_seconds,
-            "phases": time_of.phases, "num_steps": time_of.num_steps,
-            "host_launch_seconds": [time_of.host_launch_seconds], "environment": environment_of(record),
-        })  # fmt: skip
-        num_kept += 1
-    print(f"{num_kept} times of earlier records kept")
-    return 0 if num_kept else 1
-
-
-def environment_of(record: Measurement) -> dict[str, str]:
-    """Where an older record was made."""
-    place = msgspec.to_builtins(record.environment)
-    words = [Path(word).name if "/" in word else word for word in place["command"].split()]
-    return {name: place[name] for name in ("gpu", "driver", "torch", "triton", "date", "commit")} | {
-        "command": " ".join(words)
-    }
+    options = parser.parse_args()
+    options.out = options.out or options.records / FILE_NAME
+    return options
 
 
 def start_worker(gpu: int, number: int) -> subprocess.Popen[bytes]:
@@ -129,20 +95,21 @@ def start_worker(gpu: int, number: int) -> subprocess.Popen[bytes]:
 def run_round(options: argparse.Namespace) -> int:
     """All steps once, in the order of this round; a step that fails is said and left out."""
     device, num_failed, num_done = torch.device(options.device), 0, 0
-    where = environment(options.commit) | {"command": " ".join(["python", "benchmarks/record_step_times.py", *told()])}
+    command = " ".join(["python", "benchmarks/record_step_times.py", *told()])
+    where = {name: str(value) for name, value in (environment(options.commit) | {"command": command}).items()}
     for group in shuffled(read_cases(options), seed=options.round):
         model = None
         for case in group:
             try:
                 if model is None:
                     model = build_real_model(case.request.model, case.request.config, device)
-                row = {"record": case.name, "round": options.round, **timed(case, model, device)}
+                row = {"record": case.name, **timed(case, model, device)}
             except Exception as error:
                 num_failed += 1
                 print(f"{case.name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}", flush=True)
                 continue
             num_done += 1
-            save(options.out, {"schema": SCHEMA, **row, "environment": where})
+            save(options.out, ProcessTime(**row, environment=where))
         del model
         gc.collect()
         if device.type == "cuda":
@@ -206,7 +173,7 @@ def timed(case: Case, model: Any, device: torch.device) -> dict[str, Any]:
     seconds, until_step = median(whole[NUM_WARM_UPS:]), median(rest[NUM_WARM_UPS:])
     return {
         "step_seconds": seconds, "phases": {"step": seconds - until_step}, "num_steps": NUM_STEPS,
-        "host_launch_seconds": launches,
+        "host_launch_seconds": tuple(launches),
     }  # fmt: skip
 
 
@@ -243,10 +210,10 @@ class _Clock:
         return float(begin.elapsed_time(end)) / 1000 if self._on_gpu else float(end - begin)
 
 
-def save(path: Path, row: dict[str, Any]) -> None:
-    """Append a row; lines of several processes do not mix."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, separators=(",", ":")) + "\n")
+def save(path: Path, time_of: ProcessTime) -> None:
+    """Append a line; those of several processes do not mix."""
+    with path.open("ab") as file:
+        file.write(msgspec.json.encode(time_of) + b"\n")
 
 
 if __name__ == "__main__":

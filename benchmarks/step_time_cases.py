@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any, NamedTuple
-
-import msgspec
 
 from optplan.planner.candidates import Candidate, OptimizerChoice, choose_optimizers
 from optplan.planner.catalog import load_model
 from optplan.planner.measured.expectation import asked_of
 from optplan.planner.measured.measurement import Measurement
 from optplan.planner.measured.record_files import load_record
+from optplan.planner.measured.step_times import PooledTime, ProcessTime, pooled, read_process_times
 from optplan.planner.request import StepRequest, check_request
 from optplan.planner.requested_step import step_options
 from optplan.planner.step.rules import record_step
@@ -24,7 +21,6 @@ from optplan.planner.step_time_work import StepWork, step_work
 from optplan.planner.workload import Workload
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMES = ROOT / "tests" / "records" / "h200_step_times.jsonl"
 OPTIMIZERS = {
     "adamw": ("adamw", "fused"),
     "adamw_foreach": ("adamw", "foreach"),
@@ -32,80 +28,63 @@ OPTIMIZERS = {
     "adafactor": ("adafactor", "transformers"),
     "adam_mini": ("adam-mini", "official"),
 }
-"""Names in the rows of `*_times.jsonl` to id and implementation."""
+"""Names in the rows of `public_*_times.jsonl` to id and implementation."""
 
 
 class Case(NamedTuple):
     """One measured step and its work.
 
     Attributes:
-        name: What it is called in print.
-        seconds: The whole step.
-        rest_seconds: The step without the optimizer's, None where its phases were not recorded.
+        name: That of its record.
+        time: What it took, over all processes that took it.
         request: How it was run.
         work: Its forward and backward.
         candidate: Its optimizer, which moves `moved_bytes`.
-        records: Number of its records in the table.
-        host_launch_seconds: What its host took to launch one operation, None where no record of it says.
-        untold: Share of the processes of which no record says that, the others being told by `host_launch_seconds`.
-        phase_seconds: Its forward and its backward, None where they were not recorded.
     """
 
     name: str
-    seconds: float
-    rest_seconds: float | None
+    time: PooledTime
     request: StepRequest
     work: StepWork
     candidate: Candidate
     moved_bytes: int
-    records: int
-    host_launch_seconds: float | None = None
-    phase_seconds: tuple[float, float] | None = None
-    untold: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """The whole step."""
+        return self.time.step_seconds
+
+    @property
+    def rest_seconds(self) -> float:
+        """The step without the optimizer's."""
+        return self.seconds - self.time.phases["step"]
 
 
 def read_cases(records: Sequence[FittedRecords]) -> list[Case]:
-    """The measured steps of some records."""
-    return [case for index, row in enumerate(records) for case in _cases(ROOT / row.path, index)]
+    """The measured steps of some folders of records."""
+    return [case for row in records for case in _cases(ROOT / row.path)]
 
 
-def _cases(path: Path, records: int) -> list[Case]:
-    if path.is_dir():
-        return [_case_of_measurement(file, records) for file in sorted(path.glob("*.json.gz"))]
-    return [_case_of_row(json.loads(line), records) for line in path.read_text("utf-8").splitlines()]
+def _cases(folder: Path) -> list[Case]:
+    times = read_process_times(folder)
+    return [_case(path, times) for path in sorted(folder.glob("*.json.gz"))]
 
 
-def _case_of_measurement(path: Path, records: int) -> Case:
+def _case(path: Path, times: dict[str, list[ProcessTime]]) -> Case:
     """A record, with the times of other processes that took the same step."""
-    record = load_record(path)
-    assert isinstance(record, Measurement) and record.time is not None and record.time.step_seconds is not None
+    record, name = load_record(path), path.name.removesuffix(".json.gz")
+    assert isinstance(record, Measurement)
+    time = pooled(record.time, times.get(name, []))
+    assert time is not None, f"{name} has no time"
     request, choices = asked_of(record)
-    name, time = path.name.removesuffix(".json.gz"), msgspec.to_builtins(record.time)
-    times = [{**time, "host_launch_seconds": [time["host_launch_seconds"]]}, *_times_by_record().get(name, [])]
-    seconds, in_step = (
-        median(each) for each in ([t["step_seconds"] for t in times], [t["phases"]["step"] for t in times])
-    )
-    told = [fmean(launches) for t in times if None not in (launches := t["host_launch_seconds"])]
-    passes = [t["phases"] for t in times if "forward" in t["phases"]]
-    return _case(name, (seconds, seconds - in_step), request, choices, records)._replace(
-        host_launch_seconds=fmean(told) if told else None,
-        phase_seconds=(median(p["forward"] for p in passes), median(p["backward"] for p in passes)),
-        untold=1 - len(told) / len(times),
-    )
+    options, workload = step_options(request), Workload(request)
+    (candidate,), _ = workload.candidates(choices)
+    work = step_work(request.model, options, record_step(request.model, options, strategy=request.strategy))
+    return Case(name, time, request, work, candidate, workload.moved_bytes(candidate))
 
 
-@cache
-def _times_by_record() -> dict[str, list[dict[str, Any]]]:
-    """The rows of `record_step_times.py` by the record that has their step."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for line in TIMES.read_text("utf-8").splitlines():
-        row = json.loads(line)
-        found.setdefault(row["record"], []).append(row)
-    return found
-
-
-def _case_of_row(row: dict[str, Any], records: int) -> Case:
-    """A row of a `*_times.jsonl`: the first step of a process is its warm-up."""
+def asked_of_row(row: dict[str, Any]) -> tuple[StepRequest, list[OptimizerChoice]]:
+    """What an estimate of the step in a row of `public_*_times.jsonl` would be asked for."""
     request = check_request(
         load_model(row["model"]),
         gpu=CALIBRATED_GPU,
@@ -116,23 +95,16 @@ def _case_of_row(row: dict[str, Any], records: int) -> Case:
         attention=row["attention"],
     )
     optimizer, implementation = OPTIMIZERS[row["optimizer"]]
-    choices = choose_optimizers(optimizer, {"implementation": implementation})
-    name = f"{row['model']} {row['precision']} {row['optimizer']} {row['batch']} x {row['seq']}"
-    name += (" checkpointing" if row["checkpointing"] else "") + (" eager" if row["attention"] == "eager" else "")
-    return _case(name, (fmean(row["step_seconds"][1:]), None), request, choices, records)
+    return request, choose_optimizers(optimizer, {"implementation": implementation})
 
 
-def _case(
-    name: str,
-    seconds: tuple[float, float | None],
-    request: StepRequest,
-    choices: Sequence[OptimizerChoice],
-    records: int,
-) -> Case:
-    options, workload = step_options(request), Workload(request)
-    (candidate,), _ = workload.candidates(choices)
-    work = step_work(request.model, options, record_step(request.model, options, strategy=request.strategy))
-    return Case(name, *seconds, request, work, candidate, workload.moved_bytes(candidate), records)
+def process_spread(cases: Sequence[Case]) -> list[float]:
+    """How far each process that took a step is from the median of all that took it, where several did."""
+    return [
+        seconds / case.seconds - 1
+        for case in cases
+        for seconds in (case.time.all_seconds if len(case.time.all_seconds) > 2 else ())
+    ]
 
 
 def repeated_errors(cases: Sequence[Case]) -> dict[str, float]:
@@ -143,10 +115,9 @@ def repeated_errors(cases: Sequence[Case]) -> dict[str, float]:
     """
     groups: dict[tuple[object, ...], list[Case]] = {}
     for case in cases:
-        if case.rest_seconds is not None:
-            groups.setdefault((case.request.model.name, case.request.config), []).append(case)
+        groups.setdefault((case.request.model.name, case.request.config), []).append(case)
     return {
-        case.name: (_others_median(case, group) + case.seconds - (case.rest_seconds or 0.0)) / case.seconds - 1
+        case.name: (_others_median(case, group) + case.time.phases["step"]) / case.seconds - 1
         for group in groups.values()
         for case in group
         if len(group) > 3
@@ -154,4 +125,4 @@ def repeated_errors(cases: Sequence[Case]) -> dict[str, float]:
 
 
 def _others_median(case: Case, group: Sequence[Case]) -> float:
-    return median(other.rest_seconds or 0.0 for other in group if other is not case)
+    return median(other.rest_seconds for other in group if other is not case)

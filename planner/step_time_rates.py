@@ -118,8 +118,9 @@ class FitErrors(msgspec.Struct, frozen=True):
         held_out: Errors on each model's steps by a fit to the other models'.
         held_out_gpu: Of these, those of the steps on one GPU that it decides by that fit; likewise `held_out_host`.
         held_out_sharded: Of these, those of the steps over several GPUs.
-        unfitted: Errors on measured steps that are in no fit, see `FittedRecords.fitted`.
-        num_unfitted_steps: How many they are.
+        processes: How far single processes are from the median of all that took their step, which is what the model is
+            fitted to.
+        num_processes: How many they are.
     """
 
     num_steps: int
@@ -128,8 +129,8 @@ class FitErrors(msgspec.Struct, frozen=True):
     held_out_gpu: FitError
     held_out_host: FitError
     held_out_sharded: FitError
-    unfitted: FitError
-    num_unfitted_steps: int
+    processes: FitError
+    num_processes: int
 
     def expected(self, bound: str, *, gpus: int) -> FitError:
         """Of a step of a model that was not fitted to, by what decides it."""
@@ -139,24 +140,15 @@ class FitErrors(msgspec.Struct, frozen=True):
 
 
 class FittedRecords(msgspec.Struct, frozen=True):
-    """Measured steps that the model is fitted to, or held against.
+    """Measured steps that the model is fitted to.
 
     Attributes:
-        path: File or folder in the repository.
-        num_steps: Steps taken from there.
-        host: The host that they were measured on; `host_factor` says how much longer it took than the table's `host`,
-            unless a record itself says how fast its host launched.
-        waited: Whether each step was waited for before the next: then the GPU is idle until the first launches.
-        fitted: Whether the model is fitted to them. What `optplan profile` does not count as timed is not: fewer than
-            three steps after those of warm-up, on a host whose speed is not known; it is a check.
+        path: Folder in the repository: records, and beside them the times of further processes.
+        num_steps: Records there.
     """
 
     path: str
     num_steps: int
-    host: str
-    host_factor: float
-    waited: bool
-    fitted: bool = True
 
 
 class TimeModel(msgspec.Struct, frozen=True):

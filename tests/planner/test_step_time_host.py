@@ -5,12 +5,16 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from optplan.planner.catalog import load_model
 from optplan.planner.gpus import load_gpu
 from optplan.planner.host_work import HostCalls
+from optplan.planner.request import check_request
+from optplan.planner.requested_step import step_options
+from optplan.planner.step.rules import record_step
 from optplan.planner.step_time import phase_busy
 from optplan.planner.step_time_overlap import Busy, MicroSteps, Update, combine, longer, phase_ends, step_length
 from optplan.planner.step_time_rates import load_time_model
-from optplan.planner.step_time_work import PhaseWork
+from optplan.planner.step_time_work import PhaseWork, step_work
 
 
 def test_what_the_host_is_asked_for_has_three_rates() -> None:
@@ -67,3 +71,34 @@ def test_a_host_that_waits_in_forward_runs_no_further_ahead() -> None:
         several = msgspec.structs.replace(micro, count=count)
         assert step_length(several, update, exponent=500) == pytest.approx(6 * count + 1, rel=1e-2)
         assert combine(several, update, exponent=500).step == pytest.approx(6 * count + 1, rel=1e-2)
+
+
+def test_the_head_follows_the_layers_and_leads_back_into_them() -> None:
+    # Forward: layers of 1 s on a GPU that waits for the host's 2 s, then 3 s of head and loss. Backward: 1 s of them,
+    # then layers of 3 s, which the host has long launched. The optimizer: 1 s.
+    micro = MicroSteps(Busy(4.0, 2.0), Busy(4.0, 2.0), waits=True, forward_head=3.0, backward_head=1.0)
+    update = Update(Busy(1.0, 0.5))
+    assert phase_ends(micro, update, num_steps=2, exponent=500) == pytest.approx([5, 9, 10, 15, 19, 20], rel=1e-2)
+    assert step_length(micro, update, exponent=500) == pytest.approx(10, rel=1e-2)
+    # With a slower host backward's layers wait for it: 2 x 6 s of launches, however long the head took.
+    slow = MicroSteps(Busy(4.0, 6.0), Busy(4.0, 6.0), waits=True, forward_head=3.0, backward_head=1.0)
+    assert phase_ends(slow, update, num_steps=1, exponent=500) == pytest.approx([9, 13, 14], rel=1e-2)
+    slower = MicroSteps(Busy(4.0, 6.0), Busy(4.0, 12.0), waits=True, forward_head=3.0, backward_head=1.0)
+    assert phase_ends(slower, update, num_steps=1, exponent=500) == pytest.approx([9, 18, 19], rel=1e-2)
+    # Over steps that follow one another without a wait the longer of GPU and host decides: 9 s of GPU.
+    free = msgspec.structs.replace(micro, waits=False)
+    assert step_length(free, update, exponent=500) == pytest.approx(9, rel=1e-2)
+
+
+def test_what_comes_after_the_layers_of_gpt2() -> None:
+    request = check_request(load_model("gpt2"), gpu="h200", batch_size=2, seq_len=1024, precision="bf16")
+    work = step_work(request.model, step_options(request), record_step(request.model, step_options(request)))
+    tokens, logits = 2 * 1024, 2 * 1024 * 50257
+    assert work.forward.head.product_flops == 2 * tokens * 768 * 50257
+    assert work.backward.head.product_flops == 2 * work.forward.head.product_flops
+    # Logits in bf16, in fp32, and their log-softmax; beside them the last norm's output and a few numbers a token.
+    assert 0 <= work.forward.head.written_bytes - (2 + 4 + 4) * logits < 64 * 768 * tokens
+    assert 0 < work.forward.head.num_launches < 0.1 * work.forward.num_launches
+    # Back through log-softmax in fp32 and into bf16.
+    assert work.backward.head.written_bytes >= (4 + 2) * logits
+    assert work.backward.head.written_bytes < 0.7 * work.backward.written_bytes
