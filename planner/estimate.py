@@ -8,6 +8,7 @@ from typing import Any, Unpack
 from optplan.planner.candidates import Candidate, OptimizerChoice, choose_optimizers
 from optplan.planner.catalog import load_model
 from optplan.planner.errors import ConfigError
+from optplan.planner.flushes import flush_note
 from optplan.planner.gpus import gpu_row
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.recommend import recommend
@@ -78,7 +79,8 @@ def estimate_request(
     ordered = candidates if all(choice.explicit for choice in choices) else _recommended_first(candidates, advice)
     gpu, timer = request.gpu, StepTimer(workload, host_launch_seconds=host_launch_seconds)
     estimates = [
-        _estimate(workload, timer, candidate, chosen[candidate.id], per_tensor=per_tensor) for candidate in ordered
+        _estimate(workload, timer, candidate, chosen[candidate.id], per_tensor=per_tensor, is_only=len(ordered) == 1)
+        for candidate in ordered
     ]
     fewest = fewest_gpus_note(workload, ordered[0]) if [row.fits for row in estimates] == [False] else None
     host = host_note(host_launch_seconds) if any(row.step_seconds for row in estimates) else None
@@ -99,10 +101,13 @@ def _recommended_first(candidates: list[Candidate], advice: Recommendation | Non
     return sorted(candidates, key=lambda candidate: advice is None or candidate.id != advice.optimizer)
 
 
-def _estimate(workload: Workload, timer: StepTimer, candidate: Candidate, chosen: str, *, per_tensor: bool) -> Estimate:
+def _estimate(
+    workload: Workload, timer: StepTimer, candidate: Candidate, chosen: str, *, per_tensor: bool, is_only: bool
+) -> Estimate:
     row: dict[str, Any] = {"per_tensor": _tensor_rows(candidate)} if per_tensor else {}
     row |= _peak_fields(workload, candidate)
     seconds = timer.seconds(candidate)
+    flushes = flush_note(workload, candidate, tries_changes=is_only)
     return Estimate(
         optimizer=candidate.id,
         implementation=candidate.implementation,
@@ -114,7 +119,7 @@ def _estimate(workload: Workload, timer: StepTimer, candidate: Candidate, chosen
         step_seconds=seconds.as_dict() if seconds else None,
         state_variants=workload.state_variants(candidate),
         saving_against_adamw=workload.saving(candidate),
-        notes=[*_notes(candidate, chosen), *workload.notes(candidate)],
+        notes=[*_notes(candidate, chosen), *workload.notes(candidate), *([flushes] if flushes else [])],
         **row,
     )
 

@@ -44,6 +44,19 @@ class Shortage(msgspec.Struct, frozen=True):
         )
 
 
+class LimitedRun(msgspec.Struct, frozen=True):
+    """What became of the first steps on a device that has no more than it has.
+
+    Attributes:
+        shortage: The request that failed, None if the steps came through.
+        num_flushes: How often in the last of these steps the allocator gave its cache back and asked the driver again,
+            torch's `num_alloc_retries`; 0 where a request failed.
+    """
+
+    shortage: Shortage | None
+    num_flushes: int = 0
+
+
 class _Makes(Protocol):
     def __call__(self, *, allowed_bytes: int | None) -> StepSimulator: ...
 
@@ -65,20 +78,20 @@ class LimitedSteps:
         except OutOfMemory as error:
             self._failure = _shortage(error)
 
-    def shortage(self, state_bytes: Sequence[int], step: Timeline) -> Shortage | None:
-        """The request that fails, None if the steps come through.
+    def run(self, state_bytes: Sequence[int], step: Timeline) -> LimitedRun:
+        """Whether the steps come through with one optimizer.
 
         Args:
             state_bytes: Bytes of the optimizer's state tensors on the device.
             step: What its `step()` allocates and frees.
         """
         if self._simulator is None:
-            return self._failure
+            return LimitedRun(self._failure)
         try:
             self._simulator.take_steps(state_bytes, step, num_steps=_NUM_STEPS)
         except OutOfMemory as error:
-            return _shortage(error, self._simulator.num_steps_taken)
-        return None
+            return LimitedRun(_shortage(error, self._simulator.num_steps_taken))
+        return LimitedRun(None, self._simulator.num_flushes)
 
 
 def _shortage(error: OutOfMemory, num_steps: int = 0) -> Shortage:

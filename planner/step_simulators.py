@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import msgspec
 
 from optplan.planner.dtypes import ITEMSIZE_BYTES
 from optplan.planner.request import StepRequest
 from optplan.planner.requested_step import num_in_flight, step_options
+from optplan.planner.shortage import LimitedSteps
 from optplan.planner.step.micro_steps import MicroSteps, record_micro_steps
 from optplan.planner.step.rules import StepMemory, step_memory
 from optplan.planner.step.simulation import StepSimulator
@@ -29,6 +31,7 @@ class StepSimulators:
         self._strategy = request.strategy
         self._recorded: dict[int, MicroSteps] = {}
         self._simulators: dict[int, StepSimulator] = {}
+        self._limited: dict[int, LimitedSteps] = {}
         self._memories: dict[int, StepMemory] = {}
 
     def share_records(self, other: StepSimulators) -> None:
@@ -47,6 +50,13 @@ class StepSimulators:
         if batch_size not in self._simulators:
             self._simulators[batch_size] = self.make(batch_size)
         return self._simulators[batch_size]
+
+    def within_limit(self, batch_size: int) -> LimitedSteps:
+        """On a device that has no more than the GPU leaves to the allocator."""
+        if batch_size not in self._limited:
+            make = partial(self.make, batch_size)
+            self._limited[batch_size] = LimitedSteps(make, allowed_bytes=self._request.gpu.usable_bytes)
+        return self._limited[batch_size]
 
     def make(self, batch_size: int, *, allowed_bytes: int | None = None) -> StepSimulator:
         """A new one, on a device whose allocator may hold so much.

@@ -8,6 +8,7 @@ from typing import Unpack
 from optplan.planner.candidates import Candidate, choose_optimizers
 from optplan.planner.catalog import load_model
 from optplan.planner.errors import ConfigError
+from optplan.planner.flushes import flush_note
 from optplan.planner.gpus import gpu_row
 from optplan.planner.models.spec import ModelSpec
 from optplan.planner.peak_changes import peak_changes
@@ -64,7 +65,7 @@ def _report(workload: Workload, candidate: Candidate, history: StepHistory) -> T
     alive = history.alive(peak_event)
     peaks = workload.peaks(candidate)
     assert peaks is not None
-    shortage = workload.shortage(candidate)
+    verdict = workload.shortage(candidate) or flush_note(workload, candidate, tries_changes=True)
     return TimelineReport(
         version=VERSION,
         engine=request.engine,
@@ -87,5 +88,5 @@ def _report(workload: Workload, candidate: Candidate, history: StepHistory) -> T
         changes=peak_changes(workload, candidate, peak_bytes=peak_bytes),
         fits=workload.fits(candidate) is True,
         headroom_bytes=workload.usable_bytes - peaks.peak_bytes,
-        notes=[*([f"the step {shortage}"] if shortage else []), *request.notes, *workload.findings()],
+        notes=[*([f"the step {verdict}"] if verdict else []), *request.notes, *workload.findings()],
     )

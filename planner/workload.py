@@ -24,7 +24,7 @@ from optplan.planner.records import PhasePeak, ResidentBytes, Saving
 from optplan.planner.request import StepRequest, at_stage
 from optplan.planner.requested_step import largest_stage, num_in_flight, resident_bytes, sharded_view
 from optplan.planner.sharding.report import rank_notes, resident_sizes
-from optplan.planner.shortage import LimitedSteps, Shortage
+from optplan.planner.shortage import LimitedRun, Shortage
 from optplan.planner.step.optimizer_step import temporary_bytes
 from optplan.planner.step.rules import has_rules
 from optplan.planner.step.simulated_device import SimulatedStep
@@ -75,8 +75,7 @@ class Workload:
         self.request = request
         self.has_rules = has_rules(request.model)
         self._peaks: dict[tuple[OptimizerModel, int], StepPeaks] = {}
-        self._limited: dict[int, LimitedSteps] = {}
-        self._failures: dict[tuple[OptimizerModel, int], Shortage | None] = {}
+        self._limited_runs: dict[tuple[OptimizerModel, int], LimitedRun] = {}
         self._shortages: dict[tuple[OptimizerModel, int], Shortage | None] = {}
         self._temporary_bytes: dict[OptimizerModel, int] = {}
         self._baseline: Candidate | None = None
@@ -201,30 +200,41 @@ class Workload:
         peaks, most = self.peaks(candidate, batch_size=batch_size), self.request.gpu.usable_bytes
         if peaks is None or peaks.peak_bytes > self.usable_bytes or peaks.most_reserved_bytes <= most:
             return None
-        return self._within_limit(candidate, batch_size) if self.asks_limit(candidate, batch_size) else None
+        return self._within_limit(candidate, batch_size).shortage if self.asks_limit(candidate, batch_size) else None
 
-    def _within_limit(self, candidate: Candidate, batch_size: int) -> Shortage | None:
-        """The request that fails in steps on a device of this size, None if they come through."""
-        if (key := (candidate.optimizer, batch_size)) not in self._failures:
-            if batch_size not in self._limited:
-                make = partial(self._simulators.make, batch_size)
-                self._limited[batch_size] = LimitedSteps(make, allowed_bytes=self.request.gpu.usable_bytes)
-            sizes = self._optimizers.state_sizes(candidate)
-            self._failures[key] = self._limited[batch_size].shortage(sizes, self.step_timeline(candidate))
-        return self._failures[key]
+    def num_flushes(self, candidate: Candidate) -> int | None:
+        """How often in a steady step the allocator gives its cache back and asks again; None if that is not known."""
+        if not self._simulates_limit() or not self.fits(candidate):
+            return None
+        peaks = self.peaks(candidate)
+        if peaks is None or peaks.most_reserved_bytes <= self.request.gpu.usable_bytes:
+            return 0
+        run = self._within_limit(candidate, self.request.config.batch_size)
+        return run.num_flushes if run.shortage is None else None
+
+    def _within_limit(self, candidate: Candidate, batch_size: int) -> LimitedRun:
+        """What becomes of steps on a device of this size."""
+        if (key := (candidate.optimizer, batch_size)) not in self._limited_runs:
+            sizes, step = self._optimizers.state_sizes(candidate), self.step_timeline(candidate)
+            self._limited_runs[key] = self._simulators.within_limit(batch_size).run(sizes, step)
+        return self._limited_runs[key]
 
     def sure_shortage(self, candidate: Candidate) -> Shortage | None:
         """The request that fails in the first two steps, found without the peaks; `fits` says False of such a step."""
         # Without a limit these steps reserve more than there is: the peak is too high, or this is the shortage.
         size = self.request.config.batch_size
-        failure = self._within_limit(candidate, size) if self.asks_limit(candidate, size) else None
+        failure = self._within_limit(candidate, size).shortage if self.asks_limit(candidate, size) else None
         return failure if failure is not None and failure.num_steps < _STEPS_WITHOUT_LIMIT else None
 
     def asks_limit(self, candidate: Candidate, batch_size: int) -> bool:
         """Whether steps that fit by bytes are to be simulated with the limit."""
+        if not self._simulates_limit():
+            return False
+        return not self.leaves_room(self.rounded_peak_bytes(candidate, batch_size=batch_size))
+
+    def _simulates_limit(self) -> bool:
         # An optimizer that steps within backward leaves nothing of the gradients to give back.
-        asks = self.has_rules and self.simulates_limit and not self.request.config.step_in_backward
-        return asks and not self.leaves_room(self.rounded_peak_bytes(candidate, batch_size=batch_size))
+        return self.has_rules and self.simulates_limit and not self.request.config.step_in_backward
 
     def max_batch_size(self, candidate: Candidate) -> int | None:
         """Largest micro-batch that runs in the usable bytes, 0 if not even one sequence does.

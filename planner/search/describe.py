@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+from optplan.planner.flushes import flush_note
 from optplan.planner.gpus import Gpu
 from optplan.planner.recommend import ROOM, command_of
 from optplan.planner.request import StepRequest
@@ -15,8 +16,8 @@ from optplan.planner.search.question import Question
 from optplan.planner.search.records import Configuration, Time, TimeBasis, Verdict
 from optplan.planner.search.steps import request_of
 from optplan.planner.step_time import basis_of, micro_steps, timed_gpu
-from optplan.planner.step_time_overlap import combine
 from optplan.planner.step_time_links import link_basis
+from optplan.planner.step_time_overlap import combine
 from optplan.planner.workload import StepPeaks, Workload
 
 
@@ -79,14 +80,27 @@ class Describer:
     def comes_through(self, found: Found) -> bool:
         """Whether an estimate says that it fits, on a GPU that has no more than may be taken of this one."""
         self.simulate(found)
-        request, peaks = self.request(found), self._peaks[found]
+        peaks = self._peaks[found]
         if peaks is None:
             return False
+        return self._allowed(found, peaks).fits(found.bound.candidate) is True
+
+    def flushes(self, found: Found) -> str | None:
+        """What is to be known of a step that fits because the allocator gives its cache back, if it does."""
+        self.simulate(found)
+        peaks = self._peaks[found]
+        if peaks is None or self.verdict(found) != "tight":
+            return None
+        return flush_note(self._allowed(found, peaks), found.bound.candidate, tries_changes=True)
+
+    def _allowed(self, found: Found, peaks: StepPeaks) -> Workload:
+        """The step on a GPU that has no more than may be taken of this one, its peaks known."""
+        request = self.request(found)
         total_bytes = self.exploration.allowed_bytes(found.bound.frame) + request.gpu.outside_bytes
         gpu = msgspec.structs.replace(request.gpu, total_bytes=total_bytes)
         workload = Workload(msgspec.structs.replace(request, gpu=gpu))
         workload.remember(found.bound.candidate.optimizer, peaks)
-        return workload.fits(found.bound.candidate) is True
+        return workload
 
     def request(self, found: Found) -> StepRequest:
         """The step of a configuration."""

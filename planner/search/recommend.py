@@ -54,6 +54,7 @@ def answer_question(question: Question, *, explain: bool = False) -> SearchRepor
     told = Alternatives(exploration, describer, choice, question.prefer)
     best = describer.describe(choice.best, simulate=True) if choice.best else None
     base, gpu = question.base, question.base.gpu
+    flushes = describer.flushes(choice.best) if choice.best else None
     return SearchReport(
         version=VERSION,
         model=ModelRow(base.model.name, base.model.num_parameters, base.model.source),
@@ -74,7 +75,7 @@ def answer_question(question: Question, *, explain: bool = False) -> SearchRepor
         front=[describer.describe(found, simulate=False) for found in exploration.front],
         alternatives=told.every() if explain else told.by_optimizer(),
         what_would_fit=[] if best else fit_changes(question, exploration, _best_of),
-        notes=[*base.notes, *_notes(question)],
+        notes=[*base.notes, *_notes(question), *([f"the step {flushes}"] if flushes else [])],
     )
 
 

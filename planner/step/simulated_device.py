@@ -97,6 +97,11 @@ class SimulatedDevice:
         pools = tuple((pool.stream, pool.small, _sizes(pool)) for pool in allocator.pools())
         return allocator.reserved_bytes, allocator.allocated_bytes, pools
 
+    @property
+    def num_flushes(self) -> int:
+        """How often a request found no room until the allocator had given back its cache (`num_alloc_retries`)."""
+        return 0 if isinstance(self._allocator, CachingAllocator) else self._allocator.num_alloc_retries
+
     def empty_cache(self) -> None:
         """Give back the cached segments."""
         self._reserved_before_flush = max(self._reserved_before_flush, self._allocator.reserved_bytes)

@@ -52,6 +52,7 @@ class StepSimulator:
 
     Attributes:
         num_steps_taken: Whole steps that the last `take_steps` has come through.
+        num_flushes: How often the allocator gave back its cache for a request in the last whole one of these.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class StepSimulator:
         self._strategy = strategy
         self._kept, self._replaced = ([], []) if strategy is None else _kept(spec, options, strategy)
         self._workspaces: list[Allocation] = []
-        self.num_steps_taken = 0
+        self.num_steps_taken = self.num_flushes = 0
         self._biased = frozenset(f"{name.removesuffix('.bias')} output" for name in added_biases(spec))
         self._start = SimulatedDevice(settings, allowed_bytes=allowed_bytes)
         self._start.run(_freed(cached))
@@ -211,12 +212,13 @@ class StepSimulator:
             OutOfMemory: One of them needs more than the allocator may hold.
         """
         optimizer = simulated_events(step)
-        self.num_steps_taken = 0
+        self.num_steps_taken = self.num_flushes = 0
         device, before = self._after_first_step(state_bytes, optimizer), None
         for number in range(1, num_steps):
             self.num_steps_taken = number
-            replaces = bool(self._replaced) and number == 1
+            replaces, flushed = bool(self._replaced) and number == 1, device.num_flushes
             self._run_step(device, optimizer, replaces=replaces, keeps_replaced=replaces)
+            self.num_flushes = device.num_flushes - flushed
             layout = None if replaces else device.cached_layout
             if layout is not None and layout == before:
                 return

@@ -93,7 +93,7 @@ def test_a_step_with_room_to_spare_is_not_simulated_again():
     candidate = candidate_of(workload, "micro-adam")
     assert workload.peaks(candidate).reserved_bytes < CAP
     assert workload.shortage(candidate) is None
-    assert workload._limited == {}
+    assert workload._simulators._limited == {}
 
 
 def test_a_cache_that_repeats_ends_the_simulation_with_the_answer_of_all_steps(monkeypatch):
@@ -103,7 +103,7 @@ def test_a_cache_that_repeats_ends_the_simulation_with_the_answer_of_all_steps(m
     def last_step_of_a_run_that_comes_through():
         workload = Workload(request)
         assert workload.shortage(candidate_of(workload, "adamw")) is None
-        return workload._limited[1]._simulator.num_steps_taken
+        return workload._simulators._limited[1]._simulator.num_steps_taken
 
     assert last_step_of_a_run_that_comes_through() == 3
     monkeypatch.setattr(SimulatedDevice, "cached_layout", None)
