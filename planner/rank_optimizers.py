@@ -8,6 +8,7 @@ from optplan.planner.candidates import Candidate, optimizer_context
 from optplan.planner.footprint import optimizer_footprint
 from optplan.planner.optimizers.base import OptimizerModel
 from optplan.planner.request import StepRequest
+from optplan.planner.sharding.optimizer_state import kept_beside_state
 from optplan.planner.sharding.rank import rank_footprint, updated_parameters, write_rank_step
 from optplan.planner.step.simulation import ParameterStep
 from optplan.planner.tensors import Parameter
@@ -34,12 +35,13 @@ class RankOptimizers:
         self._steps = other._steps
 
     def state_sizes(self, candidate: Candidate) -> list[int]:
-        """Bytes of the state tensors on the device, in the order in which the first step makes them."""
-        return candidate.footprint.device_sizes(self.parameters)
+        """Bytes of the state tensors on the device, as the first step makes them, and of what is kept beside them."""
+        kept = [num_bytes for _, num_bytes in self._kept(candidate)]
+        return [*candidate.footprint.device_sizes(self.parameters), *kept]
 
     def state_names(self, candidate: Candidate) -> list[str]:
         """Names of those tensors."""
-        return candidate.footprint.device_names(self.parameters)
+        return [*candidate.footprint.device_names(self.parameters), *(name for name, _ in self._kept(candidate))]
 
     def state_variants(self, candidate: Candidate) -> dict[str, int]:
         """Bytes of device state under each of the optimizer's variants, such as the ends of Adapprox's rank."""
@@ -80,6 +82,10 @@ class RankOptimizers:
         timeline, master = TimelineBuilder("step"), self._request.policy.master_dtype
         write_rank_step(timeline, optimizer, parameters, self._context, master=master, strategy=self._strategy)
         return timeline.events
+
+    def _kept(self, candidate: Candidate) -> list[tuple[str, int]]:
+        shard = None if self._strategy is None else self._strategy.shard()
+        return [] if shard is None else kept_beside_state(candidate.optimizer, self.parameters, shard)
 
     def _local(self, parameter: Parameter) -> Parameter:
         shard = None if self._strategy is None else self._strategy.shard()

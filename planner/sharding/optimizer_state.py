@@ -15,6 +15,7 @@ Source: the classes of `optim_impls`; torchao 0.18 `optim/adam.py` (`_new_buffer
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import msgspec
 
@@ -30,6 +31,7 @@ _ROW_BY_ROW = {
     ("adamw-8bit", "torchao"), ("adamw-4bit", "torchao"), ("adamw-fp8", "torchao"),
 }  # fmt: skip
 """Optimizers for which rows are a parameter like any other."""
+_FP32_BYTES = 4
 _WHOLE_TENSORS = {("adam-mini", "optplan"), ("micro-adam", "optplan"), ("adapprox", "optplan")}
 """Those that keep the structure of the whole tensor."""
 
@@ -70,6 +72,19 @@ def shard_state(
     if optimizer.id == "adapprox":
         return tuple(_of_rows(t, parameter, local) for t in optimizer.state(parameter, context))
     return optimizer.state(local, context)
+
+
+def kept_beside_state(
+    optimizer: OptimizerModel, parameters: Sequence[Parameter], shard: RowShard
+) -> list[tuple[str, int]]:
+    """Name and bytes of what an optimizer keeps on one rank's device from its first step on, without saving it.
+
+    Adam-mini knows how many elements each of the blocks has that ranks share, in fp32 (`SharedBlocks`).
+    """
+    if (optimizer.id, optimizer.implementation) != ("adam-mini", "optplan"):
+        return []
+    num_blocks = sum(blocks_of(parameter).num_blocks for parameter in parameters if shares_blocks(parameter, shard))
+    return [("elements of shared blocks", _FP32_BYTES * num_blocks)] if num_blocks else []
 
 
 def has_whole_blocks(parameter: Parameter, shard: RowShard, *, block: int) -> bool:

@@ -21,7 +21,7 @@ ROWS: list[dict[str, Any]] = [
 BITWISE = ("adamw", "micro-adam")
 """Those whose steps on ranks are one process's to the bit; the others add up sums in another order."""
 
-BITWISE_ON_GPUS = ("adamw", "adam-mini")
+BITWISE_ON_GPUS = ("adamw", "adam-mini", "micro-adam")
 """The same on GPUs, where kernels step the parameters: each row's sum is a rank's own."""
 
 case = pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['device']}-{row['optimizer']}")

@@ -1,16 +1,20 @@
 """Bytes that a rank keeps of sharded parameters, against torch's `fully_shard` and real optimizers on it."""
 
+import gc
+
 import pytest
 import torch
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from optplan.optim_impls import AdamMini, AdamW, Adapprox, MicroAdam
+from optplan.optim_impls.adam_mini.shared_blocks import SharedBlocks
 from optplan.planner.models.fields import Fields
 from optplan.planner.models.registry import family_of
 from optplan.planner.optimizers.base import OptimizerContext
 from optplan.planner.optimizers.registry import build_optimizer
 from optplan.planner.sharding.base import Ranks
+from optplan.planner.sharding.optimizer_state import kept_beside_state
 from optplan.planner.sharding.rank import rank_footprint
 from optplan.planner.sharding.registry import strategy_of
 from optplan.planner.sharding.shards import RowShard
@@ -105,3 +109,17 @@ def test_a_ranks_state_is_that_of_the_real_optimizer(name, rank, world, fake_ran
             if key != "step" and isinstance(value, torch.Tensor)
         }
     assert found == expected
+
+
+@pytest.mark.parametrize(("rank", "world"), RANKS)
+def test_adam_mini_keeps_how_many_elements_shared_blocks_have(rank, world, fake_rank):
+    parameters = spec().unique_parameters
+    with fake_rank(rank, world) as mesh:
+        model = sharded_model(mesh)
+        optimizer = stepped(AdamMini.from_module(model, backend="torch"), model)
+        found = [one.new_sums().nbytes for one in gc.get_objects() if isinstance(one, SharedBlocks)]
+        del optimizer
+    shard = RowShard(world, rank)
+    kept = kept_beside_state(build_optimizer("adam-mini"), parameters, shard)
+    assert kept == [("elements of shared blocks", num_bytes) for num_bytes in found]
+    assert kept_beside_state(build_optimizer("adamw"), parameters, shard) == []
