@@ -85,7 +85,7 @@ class RankOptimizers:
 
     def _kept(self, candidate: Candidate) -> list[tuple[str, int]]:
         shard = None if self._strategy is None else self._strategy.shard()
-        return [] if shard is None else kept_beside_state(candidate.optimizer, self.parameters, shard)
+        return kept_beside_state(candidate.optimizer, self.parameters, shard)
 
     def _local(self, parameter: Parameter) -> Parameter:
         shard = None if self._strategy is None else self._strategy.shard()

@@ -202,7 +202,7 @@ class _Verdicts:
         """
         step.remember(candidate.optimizer, peaks)
         is_close = peaks.peak_bytes <= step.usable_bytes and peaks.most_reserved_bytes > step.request.gpu.usable_bytes
-        if is_close and step.asks_limit(candidate, step.request.config.batch_size):
+        if is_close and step.can_hold_to_limit():
             self._left -= like.num_events
             if self._left < 0:
                 return None

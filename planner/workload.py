@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import msgspec
 
@@ -200,11 +199,12 @@ class Workload:
         peaks, most = self.peaks(candidate, batch_size=batch_size), self.request.gpu.usable_bytes
         if peaks is None or peaks.peak_bytes > self.usable_bytes or peaks.most_reserved_bytes <= most:
             return None
-        return self._within_limit(candidate, batch_size).shortage if self.asks_limit(candidate, batch_size) else None
+        # However much room the sums leave: these steps reserve more than there is unless the allocator is held to it.
+        return self._within_limit(candidate, batch_size).shortage if self.can_hold_to_limit() else None
 
     def num_flushes(self, candidate: Candidate) -> int | None:
         """How often in a steady step the allocator gives its cache back and asks again; None if that is not known."""
-        if not self._simulates_limit() or not self.fits(candidate):
+        if not self.can_hold_to_limit() or not self.fits(candidate):
             return None
         peaks = self.peaks(candidate)
         if peaks is None or peaks.most_reserved_bytes <= self.request.gpu.usable_bytes:
@@ -223,30 +223,32 @@ class Workload:
         """The request that fails in the first two steps, found without the peaks; `fits` says False of such a step."""
         # Without a limit these steps reserve more than there is: the peak is too high, or this is the shortage.
         size = self.request.config.batch_size
-        failure = self._within_limit(candidate, size).shortage if self.asks_limit(candidate, size) else None
+        failure = self._within_limit(candidate, size).shortage if self._asks_limit(candidate, size) else None
         return failure if failure is not None and failure.num_steps < _STEPS_WITHOUT_LIMIT else None
 
-    def asks_limit(self, candidate: Candidate, batch_size: int) -> bool:
-        """Whether steps that fit by bytes are to be simulated with the limit."""
-        if not self._simulates_limit():
-            return False
-        return not self.leaves_room(self.rounded_peak_bytes(candidate, batch_size=batch_size))
+    def _asks_limit(self, candidate: Candidate, batch_size: int) -> bool:
+        return self.can_hold_to_limit() and not self.leaves_room(
+            self.rounded_peak_bytes(candidate, batch_size=batch_size)
+        )
 
-    def _simulates_limit(self) -> bool:
+    def can_hold_to_limit(self) -> bool:
+        """Whether steps are simulated on a device of this size where they reserve more than there is."""
         # An optimizer that steps within backward leaves nothing of the gradients to give back.
         return self.has_rules and self.simulates_limit and not self.request.config.step_in_backward
 
     def max_batch_size(self, candidate: Candidate) -> int | None:
         """Largest micro-batch that runs in the usable bytes, 0 if not even one sequence does.
 
-        Found by bisection over the quick peaks; the simulation has the last word where they leave little room.
+        Found by bisection over the quick peaks; the simulation has the last word where they leave little room, and of
+        the micro-batch asked about.
         """
         if not self.has_rules:
             return None
         usable, follows_sums = self.usable_bytes, self.request.allocator_settings.follows_sums
+        asked, fits = self.request.config.batch_size, self.surely_fits if follows_sums else self._comes_through
         return largest_batch(
             fits_by_sums=lambda size: self.rounded_peak_bytes(candidate, batch_size=size) <= usable,
-            fits=partial(self.surely_fits if follows_sums else self._comes_through, candidate),
+            fits=lambda size: (size < asked or self.shortage(candidate) is None) and fits(candidate, size),
         )
 
     def leaves_room(self, num_bytes: int) -> bool:

@@ -75,13 +75,14 @@ def shard_state(
 
 
 def kept_beside_state(
-    optimizer: OptimizerModel, parameters: Sequence[Parameter], shard: RowShard
+    optimizer: OptimizerModel, parameters: Sequence[Parameter], shard: RowShard | None
 ) -> list[tuple[str, int]]:
     """Name and bytes of what an optimizer keeps on one rank's device from its first step on, without saving it.
 
-    Adam-mini knows how many elements each of the blocks has that ranks share, in fp32 (`SharedBlocks`).
+    On whole tensors that is nothing. Adam-mini knows how many elements each of the blocks has that ranks share, in fp32
+    (`SharedBlocks`).
     """
-    if (optimizer.id, optimizer.implementation) != ("adam-mini", "optplan"):
+    if shard is None or (optimizer.id, optimizer.implementation) != ("adam-mini", "optplan"):
         return []
     num_blocks = sum(blocks_of(parameter).num_blocks for parameter in parameters if shares_blocks(parameter, shard))
     return [("elements of shared blocks", _FP32_BYTES * num_blocks)] if num_blocks else []

@@ -272,11 +272,12 @@ def _attention_sizes(query: torch.Tensor, key: torch.Tensor) -> tuple[int, int, 
 
 
 def softmax_gradient(call: Call) -> Any:
-    """`_softmax_backward_data`: gradient times softmax is written out first."""
+    """`_softmax_backward_data`: gradient times softmax is written out first, a tensor like any other of the step."""
     gradient, output = call.args[:2]
     result = call.run()
     call.track(result)
-    call.scratch(gradient.numel() * max(gradient.itemsize, output.itemsize))
+    product = gradient.numel() * max(gradient.itemsize, output.itemsize)
+    call.recorder.free(call.recorder.alloc(product, call.category, call.name))
     return result
 
 

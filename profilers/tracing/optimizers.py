@@ -15,6 +15,7 @@ import torch
 from optplan.planner.dtypes import Dtype
 from optplan.planner.optimizers.base import OptimizerContext, OptimizerModel
 from optplan.planner.sharding.base import Strategy
+from optplan.planner.sharding.optimizer_state import kept_beside_state
 from optplan.planner.sharding.rank import rank_footprint, updated_parameters, write_rank_step
 from optplan.planner.tensors import Parameter
 from optplan.planner.timeline import Timeline, TimelineBuilder
@@ -76,6 +77,8 @@ def modelled_part(
     parameters = updated_parameters(parameters, strategy)
     for num_bytes in footprint.device_sizes(parameters):
         state.alloc(num_bytes, "optimizer_state", f"{model.id} state")
+    for name, num_bytes in kept_beside_state(model, parameters, None if strategy is None else strategy.shard()):
+        state.alloc(num_bytes, "optimizer_state", name)
     write_rank_step(steady, model, parameters, context, master=master, strategy=strategy)
     # Each builder counts from 1: the ids of the steps must not be those of the state that they find.
     first, later = (_moved(steady.events, len(state.events) + number * len(steady.events)) for number in (0, 1))

@@ -54,9 +54,9 @@ def verdict(row):
             "fragmentation leaves none for a request of 20.72 GiB",
         ),
         (
-            "llama-3.1-70b", "adamw", {"gpu": "a100-40g", **MIXED}, (48, "fragmentation"), 56,
-            "56 GPUs on 7 nodes fit with --sharding fsdp2, 40 have no room; 48 have room by bytes, but fragmentation "
-            "leaves none for a request of 448.00 MiB",
+            "llama-3.1-70b", "adamw", {"gpu": "a100-40g", **MIXED}, (56, "fragmentation"), 64,
+            "64 GPUs on 8 nodes fit with --sharding fsdp2, 40 have no room; 48 and 56 have room by bytes, but "
+            "fragmentation leaves none for a request of 448.00 MiB",
         ),
         (
             "llama-3.1-405b", "adamw", {"gpu": "h100", **MIXED}, (184, "fragmentation"), 192,
@@ -74,6 +74,8 @@ def test_the_number_that_an_estimate_names_fits_and_the_one_before_does_not(
     report = estimate(model, optimizer=optimizer, gpus=below, sharding="fsdp2", **step)
     assert verdict(report.estimates[0]) == reason
     assert report.notes[-1] == sentence
+    if reason == "fragmentation":
+        assert (report.estimates[0].max_batch_size or 0) < report.config.batch_size
     named = estimate(model, optimizer=optimizer, gpus=fitting, sharding="fsdp2", **step)
     assert verdict(named.estimates[0]) == "fits"
 
