@@ -104,8 +104,14 @@ def side_of_estimate(report: EstimateReport, row: Estimate, *, label: str) -> Si
         peak_reserved_bytes=row.peak_reserved_bytes,
         device_bytes=row.device_bytes,
         step_seconds=(row.step_seconds or {}).get("step"),
-        phase_seconds={phase: seconds for phase, seconds in (row.step_seconds or {}).items() if phase != "step"},
+        phase_seconds=_phase_seconds(row.step_seconds or {}),
     )
+
+
+def _phase_seconds(step_seconds: Mapping[str, float]) -> dict[str, float]:
+    """Predicted times by phase, named as measured ones are: `step` is the optimizer's, not the whole."""
+    named = {"forward": "forward", "backward": "backward", "optimizer": "step"}
+    return {named[part]: seconds for part, seconds in step_seconds.items() if part in named}
 
 
 def side_of_measurement(record: Measurement, *, label: str) -> Side:

@@ -4,8 +4,9 @@ import msgspec
 import pytest
 
 from optplan.planner.errors import ConfigError
+from optplan.planner.estimate import estimate
 from optplan.planner.measured.comparison import ComparedRow, Comparison, EventDifference, TensorDifference, compare
-from optplan.planner.measured.sides import Side
+from optplan.planner.measured.sides import Side, side_of_estimate
 from optplan.planner.records import ResidentBytes, StepConfig
 from optplan.planner.replay import LiveTensor
 from optplan.planner.step_history import StepHistory
@@ -89,6 +90,18 @@ def test_a_side_that_does_not_say_has_no_difference(comparison: Comparison) -> N
 
 def test_rows_that_no_side_has_are_left_out(comparison: Comparison) -> None:
     assert not [row for row in comparison.rows if row.name == "device_bytes"]
+
+
+def test_the_optimizers_time_is_the_phase_step_on_both_sides() -> None:
+    report = estimate("gpt2", gpu="h200", optimizer="adamw")
+    (row,) = report.estimates
+    assert row.step_seconds is not None
+    predicted = side_of_estimate(report, row, label="predicted")
+    measured = msgspec.structs.replace(MEASURED, phase_seconds={"forward": 0.2, "backward": 0.2, "step": 0.1})
+    found = compare([measured, predicted])
+    assert _row(found, "time", "whole step").values == [0.5, row.step_seconds["step"]]
+    assert _row(found, "time", "step").values == [0.1, row.step_seconds["optimizer"]]
+    assert [row.name for row in found.rows if row.section == "time"] == ["whole step", "forward", "backward", "step"]
 
 
 def test_how_fast_the_host_launched_is_shown_where_it_was_measured() -> None:
