@@ -20,7 +20,7 @@ from optplan.planner.measured.measurement import StepTime
 FILE_NAME = "step_times.jsonl"
 """Of the file, in the folder of the records."""
 SCHEMA: Literal["optplan.step-times/1"] = "optplan.step-times/1"
-_Seconds = Annotated[float, msgspec.Meta(gt=0)]
+_Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
 
 
 class ProcessTime(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,11 +71,17 @@ def read_process_times(folder: Path) -> dict[str, list[ProcessTime]]:
         return found
     try:
         times = msgspec.json.Decoder(ProcessTime).decode_lines(path.read_bytes())
-    except (OSError, msgspec.DecodeError) as error:
-        raise ConfigError(f"{shorten(str(path))} cannot be read as times of steps: {error}") from None
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise _unreadable(path, error) from None
+    except RecursionError:
+        raise _unreadable(path, "its values are nested too deep") from None
     for time in times:
         found.setdefault(time.record, []).append(time)
     return found
+
+
+def _unreadable(path: Path, reason: object) -> ConfigError:
+    return ConfigError(f"{shorten(str(path))} cannot be read as times of steps: {reason}")
 
 
 def pooled(time: StepTime | None, others: Sequence[ProcessTime]) -> PooledTime | None:

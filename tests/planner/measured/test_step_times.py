@@ -25,7 +25,7 @@ def line(**more: Any) -> str:
         "schema": "optplan.step-times/1", "record": "step", "step_seconds": 0.1, "phases": {"forward": 0.04},
         "num_steps": 5, "host_launch_seconds": [2e-5, None], "environment": {"gpu": "NVIDIA H200"},
     }  # fmt: skip
-    return json.dumps({**fields, **more}) + "\n"
+    return json.dumps({**fields, **more}, ensure_ascii=False) + "\n"
 
 
 def test_the_median_is_over_the_record_and_all_others() -> None:
@@ -75,12 +75,19 @@ def test_lines_are_read_by_record(tmp_path: Path) -> None:
         (line()[:-20], "Input data was truncated"),
         (line() + line(step_seconds=-0.1), "Expected `float` > 0.0 - at `$[1].step_seconds`"),
         (line(host_launch_seconds=[0]), "Expected `float` > 0.0 - at `$[0].host_launch_seconds[0]`"),
+        (
+            line(host_launch_seconds=[1e300, 1e308]),
+            "Expected `float` <= 1000000000.0 - at `$[0].host_launch_seconds[0]`",
+        ),
         (line(schema="optplan.step-times/2"), "Invalid enum value 'optplan.step-times/2' - at `$[0].schema`"),
+        (line(record="\xff"), "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
+        (line(more="deep").replace('"deep"', "[" * 5000 + "]" * 5000), "its values are nested too deep"),
     ],
 )
 def test_a_damaged_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, reason: str) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("step_times.jsonl").write_text(text)
+    # Of one byte a character: text beyond ASCII is no UTF-8.
+    Path("step_times.jsonl").write_text(text, encoding="latin-1")
     with pytest.raises(ConfigError) as refused:
         read_process_times(Path())
     assert str(refused.value) == f"'step_times.jsonl' cannot be read as times of steps: {reason}"
