@@ -36,8 +36,8 @@ def flush_note(workload: Workload, candidate: Candidate, *, tries_changes: bool)
         return None
     note = (
         f"fits, but {_times(count)} in a steady step a request finds no room until the allocator has given its cache "
-        "back (torch's num_alloc_retries): each time the host waits for the GPU, which slows the step and is left out "
-        "of the step time shown"
+        "back (torch's num_alloc_retries): each time the host waits for the GPU, which slows the step and is in no "
+        "predicted time"
     )
     return "; ".join([note, *(_spared(workload, candidate, count) if tries_changes else [])])
 

@@ -22,8 +22,7 @@ SHARDED: dict[str, Any] = {"precision": "mixed", "checkpointing": "full", "shard
 LARGEST: dict[str, Any] = {"gpu": "h100", "gpus": 192, **SHARDED}
 WHAT_IT_COSTS = (
     "in a steady step a request finds no room until the allocator has given its cache back (torch's "
-    "num_alloc_retries): each time the host waits for the GPU, which slows the step and is left out of the step time "
-    "shown"
+    "num_alloc_retries): each time the host waits for the GPU, which slows the step and is in no predicted time"
 )
 
 
