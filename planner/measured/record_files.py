@@ -65,16 +65,16 @@ def check_target(path: str | Path) -> None:
     """Refuse early a file that could not be written after a long measurement.
 
     Raises:
-        OptplanError: Its folder is missing or may not be written, or it is a folder itself.
+        ConfigError: Its folder is missing or may not be written, or it is a folder itself.
     """
     target = Path(path)
     if target.is_dir():
-        raise OptplanError(f"cannot write {shorten(str(path))}: it is a folder; nothing was saved")
+        raise ConfigError(f"cannot write {shorten(str(path))}: it is a folder; nothing was saved")
     try:
         with _beside(target):
             pass
     except OSError as error:
-        raise OptplanError(f"cannot write {shorten(str(path))}: {error.strerror or error}; nothing was saved") from None
+        raise ConfigError(f"cannot write {shorten(str(path))}: {error.strerror or error}; nothing was saved") from None
 
 
 def write_atomically(path: Path, content: bytes) -> None:

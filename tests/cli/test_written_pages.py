@@ -61,7 +61,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(
     flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "missing" / "page"
-    assert run(app, [*ESTIMATE, flag, str(path)]) == 1
+    assert run(app, [*ESTIMATE, flag, str(path)]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("optplan: cannot write ")
