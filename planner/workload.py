@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import msgspec
 
@@ -239,17 +240,19 @@ class Workload:
     def max_batch_size(self, candidate: Candidate) -> int | None:
         """Largest micro-batch that runs in the usable bytes, 0 if not even one sequence does.
 
-        Found by bisection over the quick peaks; the simulation has the last word where they leave little room, and of
-        the micro-batch asked about.
+        Found by bisection over the quick peaks; the simulation has the last word where they leave little room, of the
+        micro-batch asked about and of the one found.
         """
         if not self.has_rules:
             return None
         usable, follows_sums = self.usable_bytes, self.request.allocator_settings.follows_sums
         asked, fits = self.request.config.batch_size, self.surely_fits if follows_sums else self._comes_through
-        return largest_batch(
+        found = largest_batch(
             fits_by_sums=lambda size: self.rounded_peak_bytes(candidate, batch_size=size) <= usable,
             fits=lambda size: (size < asked or self.shortage(candidate) is None) and fits(candidate, size),
         )
+        # Also where the sums leave room: an estimate of this micro-batch must not refuse it.
+        return largest_batch(fits_by_sums=lambda size: size <= found, fits=partial(self._comes_through, candidate))
 
     def leaves_room(self, num_bytes: int) -> bool:
         """Whether a peak of rounded sums leaves so much that no simulation is needed."""

@@ -46,6 +46,26 @@ def test_two_sequences_run_with_the_optimizers_with_which_they_were_measured_to(
     assert workload.max_batch_size(candidate) == largest
 
 
+@pytest.mark.parametrize(
+    ("model", "step", "largest"),
+    [
+        # By the sums of bytes 25 sequences leave 10.8 % of the GPU, and two on each of 64 GPUs 15.3 %.
+        ("llama-2-7b", {"gpu": "a100-80g", "checkpointing": "full"}, 24),
+        (
+            "llama-3.1-70b",
+            {"gpu": "a100-40g", "gpus": 64, "precision": "mixed", "checkpointing": "full", "sharding": "fsdp2"},
+            1,
+        ),
+    ],
+)
+def test_the_largest_micro_batch_is_none_that_an_estimate_of_it_refuses(model, step, largest):
+    workload = Workload(check_request(load_model(model), **step))
+    assert workload.max_batch_size(candidate_of(workload, "adamw")) == largest
+    for batch_size, fits in ((largest, True), (largest + 1, False)):
+        asked = Workload(check_request(load_model(model), batch_size=batch_size, **step))
+        assert asked.fits(candidate_of(asked, "adamw")) is fits
+
+
 def test_adam_mini_fails_on_the_request_on_which_it_was_measured_to_fail(workload):
     candidate = candidate_of(workload, "adam-mini")
     assert workload.peaks(candidate).peak_bytes < CAP
