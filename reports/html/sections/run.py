@@ -7,6 +7,7 @@ import shlex
 import msgspec
 
 from optplan.planner.records import EstimateReport, Recommendation, StepConfig
+from optplan.planner.sharding.clusters import usual_num_nodes
 from optplan.planner.trainers.export import export
 from optplan.planner.trainers.job import Export
 from optplan.reports.gpu_words import gpus_in_words, per_copy
@@ -79,12 +80,25 @@ def _export(report: EstimateReport, advice: Recommendation, target: str) -> Expo
 
 def _model(report: EstimateReport, advice: Recommendation) -> str:
     """The model as it was asked for."""
+    return _asked(advice, "--model") or report.model.name
+
+
+def _asked(advice: Recommendation, flag: str) -> str | None:
+    """What the command has after a flag, None without it."""
     words = shlex.split(advice.command)
-    return words[words.index("--model") + 1] if "--model" in words else report.model.name
+    return words[words.index(flag) + 1] if flag in words else None
+
+
+_CALLS = {
+    "rules": "import optplan\n\nreport = optplan.estimate(",
+    "trace": "from optplan.profilers.estimation import traced_estimate\n\nreport = traced_estimate(",
+}
+"""What is called, by engine."""
 
 
 def _python(report: EstimateReport, advice: Recommendation) -> str:
-    config = advice.config
+    config, state_dtype = advice.config, _asked(advice, "--state-dtype")
+    seldom = _SELDOM | {"nodes": usual_num_nodes(config.gpus, report.gpu.name)}
     target = {"memory": report.gpu.total_bytes} if report.gpu.context_bytes == 0 else {"gpu": report.gpu.name}
     settings = {
         **target,
@@ -96,10 +110,11 @@ def _python(report: EstimateReport, advice: Recommendation) -> str:
         "grad_accum": config.grad_accum,
         "checkpointing": config.checkpointing,
         "attention": config.attention,
-        **{name: getattr(config, name) for name, usual in _SELDOM.items() if getattr(config, name) != usual},
+        **({"state_dtype": state_dtype} if state_dtype else {}),
+        **{name: getattr(config, name) for name, usual in seldom.items() if getattr(config, name) != usual},
     }
     lines = "".join(f"    {name}={_literal(value)},\n" for name, value in settings.items())
-    return f"import optplan\n\nreport = optplan.estimate(\n    {_model(report, advice)!r},\n{lines})\n"
+    return f"{_CALLS[report.engine]}\n    {_model(report, advice)!r},\n{lines})\n"
 
 
 def _literal(value: object) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import html
 import re
+from typing import Any
 
+import msgspec
 import pytest
 
 import optplan
@@ -78,14 +80,31 @@ def test_the_switches_say_whose_memory_they_show() -> None:
     ) in texts(PAGE, "p")
 
 
-def test_the_call_in_python_makes_the_same_estimate() -> None:
-    (call,) = [text for text in re.findall(r"<pre[^>]*>(.*?)</pre>", PAGE, flags=re.DOTALL) if "import optplan" in text]
+@pytest.mark.parametrize(
+    ("optimizer", "step"),
+    [
+        (["adamw", "adam-mini"], STEP),
+        # Sixteen GPUs are taken for two nodes unless something else is said.
+        ("adamw", {**STEP, "nodes": 1}),
+        ("adam-mini", {"state_dtype": "fp32"}),
+    ],
+)
+def test_the_call_in_python_makes_the_same_estimate(optimizer: str | list[str], step: dict[str, Any]) -> None:
+    report = optplan.estimate("llama-3.2-1b", gpu="h100", optimizer=optimizer, **step)
+    page, shown = estimate_page(report), report.recommendation
+    (call,) = [text for text in re.findall(r"<pre[^>]*>(.*?)</pre>", page, flags=re.DOTALL) if "import optplan" in text]
     scope: dict[str, optplan.EstimateReport] = {}
     exec(html.unescape(re.sub(r"<[^>]*>", "", call)), scope)
-    made, shown = scope["report"], REPORT.recommendation
+    made = scope["report"]
     assert shown is not None
     assert made.config == shown.config
-    assert made.estimates[0].peak_allocated_bytes == REPORT.estimates[0].peak_allocated_bytes
+    assert made.estimates[0].peak_allocated_bytes == report.estimates[0].peak_allocated_bytes
+
+
+def test_the_call_in_python_on_a_traced_step_traces_it() -> None:
+    traced = msgspec.structs.replace(ALONE, engine="trace")
+    (call,) = [text for text in texts(estimate_page(traced), "pre") if "report = " in text]
+    assert call.startswith("from optplan.profilers.estimation import traced_estimate report = traced_estimate( 'gpt2'")
 
 
 def test_the_headline_names_fragmentation_where_it_refuses_the_only_step() -> None:
