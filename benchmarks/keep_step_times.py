@@ -39,11 +39,19 @@ def main() -> int:
     options = parser.parse_args()
     kept = {time for times in read_process_times(options.records).values() for time in map(_key, times)}
     found = list(of_public(options.public, options.records) if options.public else of_earlier(options))
-    new = [time for time in found if _key(time) not in kept]
-    with (options.records / FILE_NAME).open("ab") as file:
-        file.write(msgspec.json.Encoder().encode_lines(new))
+    new = list({_key(time): time for time in found if _key(time) not in kept}.values())
+    if new:
+        append(options.records / FILE_NAME, new)
     print(f"{len(new)} times added, {len(found) - len(new)} were there")
     return 0 if found else 1
+
+
+def append(path: Path, times: list[ProcessTime]) -> None:
+    """Add lines to a file, whose last line may have no end."""
+    before = path.read_bytes() if path.exists() else b""
+    with path.open("ab") as file:
+        file.write(b"\n" if before and not before.endswith(b"\n") else b"")
+        file.write(msgspec.json.Encoder().encode_lines(times))
 
 
 def _key(time: ProcessTime) -> tuple[str, float]:

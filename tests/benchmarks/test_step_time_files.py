@@ -58,6 +58,22 @@ def test_a_public_row_is_a_process_of_the_step_it_took(
     assert (folder / FILE_NAME).read_bytes() == before
 
 
+def test_lines_are_added_once_and_after_one_without_an_end(
+    script: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep = script("keep_step_times")
+    rows = (RECORDS / "public_h200_times.jsonl").read_text("utf-8").splitlines()
+    (row,) = [r for r in rows if '"gpt2"' in r and '"bf16"' in r and '"batch": 4' in r and '"adamw"' in r]
+    (tmp_path / "rows.jsonl").write_text(f"{row}\n{row}\n")
+    words = ("--records", folder, "--public", tmp_path / "rows.jsonl")
+    assert _run(keep, monkeypatch, *words) == 0
+    (time,) = read_process_times(folder)[NAME]
+    line = (folder / FILE_NAME).read_text("utf-8").rstrip("\n").replace(str(time.step_seconds), "0.5")
+    (folder / FILE_NAME).write_text(line)
+    assert _run(keep, monkeypatch, *words) == 0
+    assert [one.step_seconds for one in read_process_times(folder)[NAME]] == [0.5, time.step_seconds]
+
+
 def test_another_record_of_the_step_is_another_process(
     script: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,6 +82,7 @@ def test_another_record_of_the_step_is_another_process(
     earlier.mkdir()
     shutil.copy(folder / f"{NAME}.json.gz", earlier)
     assert _run(keep, monkeypatch, "--records", folder, "--earlier", earlier) == 1  # the same record, no other
+    assert not (folder / FILE_NAME).exists()
     record = json.loads(gzip.decompress((folder / f"{NAME}.json.gz").read_bytes()))
     record["time"] |= {"step_seconds": 0.05, "host_launch_seconds": 2.5e-5}
     record["environment"]["command"] = "optplan profile --out /somewhere/gpt2.json.gz"
