@@ -34,8 +34,8 @@ from optplan.planner.step_simulators import StepSimulators, makes_same_micro_ste
 from optplan.planner.timeline import Category, Phase, Timeline
 
 _TRUSTED_ROOM = 0.1
-"""Share of the usable bytes that a peak of rounded sums must leave for the simulation not to be asked: measured steps
-allocate up to 3.6 % more than the sums of their rounded requests, and a tenth can be cached where nothing fits in."""
+"""Share of the usable bytes that a peak of rounded sums must leave for a first answer without a simulation: measured
+steps allocate up to 3.6 % more than the sums of their rounded requests. Fragmentation can still refuse such a step."""
 _STEPS_WITHOUT_LIMIT = 2
 """Steps that the simulation of the peaks takes at least."""
 
@@ -255,11 +255,11 @@ class Workload:
         return largest_batch(fits_by_sums=lambda size: size <= found, fits=partial(self._comes_through, candidate))
 
     def leaves_room(self, num_bytes: int) -> bool:
-        """Whether a peak of rounded sums leaves so much that no simulation is needed."""
+        """Whether a peak of rounded sums leaves so much that a simulation will hardly refuse it."""
         return num_bytes <= self.usable_bytes * (1 - _TRUSTED_ROOM)
 
     def surely_fits(self, candidate: Candidate, batch_size: int) -> bool:
-        """Whether the step runs in the usable bytes: by the quick peak where that leaves room, else simulated."""
+        """Whether the step runs in the usable bytes, nearly always: simulated where the quick peak leaves little room."""
         quick = self.rounded_peak_bytes(candidate, batch_size=batch_size)
         if self.leaves_room(quick):
             return True

@@ -155,7 +155,7 @@ class _Search:
         return may
 
     def has_room_to_spare(self, num_gpus: int) -> bool:
-        """Whether the rounded sums leave so much that the verdict needs no simulation of the limit."""
+        """Whether the rounded sums leave so much that the verdict will hardly be no."""
         return self._at(num_gpus)[0].leaves_room(self._quick_bytes(num_gpus))
 
     def fits(self, num_gpus: int) -> bool:
