@@ -259,7 +259,7 @@ class Workload:
         return num_bytes <= self.usable_bytes * (1 - _TRUSTED_ROOM)
 
     def surely_fits(self, candidate: Candidate, batch_size: int) -> bool:
-        """Whether the step runs in the usable bytes, nearly always: simulated where the quick peak leaves little room."""
+        """Whether the step runs in the usable bytes, simulated where the quick peak leaves little room."""
         quick = self.rounded_peak_bytes(candidate, batch_size=batch_size)
         if self.leaves_room(quick):
             return True
