@@ -15,7 +15,7 @@ from optplan.planner.records import Estimate, EstimateReport
 from optplan.planner.timeline import Category
 from optplan.planner.units import format_gib
 from optplan.reports.advice import why_nothing
-from optplan.reports.gpu_words import gpus_in_words
+from optplan.reports.gpu_words import gpus_in_words, per_copy
 from optplan.reports.margin import margin_in_words
 from optplan.reports.terminal.bars import legend, stacked_bar
 from optplan.reports.terminal.console import Glyphs, glyphs_of
@@ -64,7 +64,7 @@ def _setting(report: EstimateReport, glyphs: Glyphs) -> str:
     parts = [
         f"{report.model.num_parameters:,} parameters",
         config.precision,
-        f"micro-batch {config.batch_size} {glyphs.times} {config.seq_len} tokens",
+        f"micro-batch {config.batch_size} {glyphs.times} {config.seq_len} tokens{per_copy(config)}",
         *([f"{config.grad_accum} accumulated"] if config.grad_accum > 1 else []),
         f"checkpointing {config.checkpointing}",
         f"{config.attention} attention",

@@ -58,9 +58,8 @@ def report(*rows: Estimate, **more: Any) -> EstimateReport:
         engine="rules",
         model=ModelRow("toy", 2 * GIB, "written by hand"),
         gpu=GpuRow("gpu-20g", 21 * GIB, 20 * GIB, GIB),
-        config=CONFIG,
         estimates=list(rows),
-        **{"recommendation": None, **more},
+        **{"config": CONFIG, "recommendation": None, **more},
     )
 
 
@@ -89,6 +88,19 @@ def test_says_what_fits_what_to_run_and_why() -> None:
     assert "\noptplan estimate --model toy\n" in text
     assert "left out: soap fails on bf16" in text
     assert "a remark" in text
+
+
+@pytest.mark.parametrize(
+    ("several", "words"),
+    [
+        ({}, "micro-batch 2 × 1024 tokens · "),
+        ({"gpus": 4, "sharding": "ddp"}, "micro-batch 2 × 1024 tokens per GPU · "),
+        ({"gpus": 4, "tensor_parallel": 4}, "micro-batch 2 × 1024 tokens per copy of the model · "),
+    ],
+)
+def test_the_setting_says_whose_micro_batch_it_is(several: dict[str, Any], words: str) -> None:
+    record = report(row("adamw", state_gib=8, peak_gib=12), config=msgspec.structs.replace(CONFIG, **several))
+    assert words in render(record, width=400)
 
 
 def test_every_number_of_a_row() -> None:
