@@ -231,11 +231,11 @@ def test_csv_has_a_line_a_row_and_units_in_its_names(report: SweepReport) -> Non
 
 
 def test_a_row_that_fragmentation_refuses_does_not_fit_as_in_an_estimate() -> None:
-    step: dict[str, Any] = {"gpus_per_run": [48, 56], "shardings": ["fsdp2"], "checkpointings": ["full"]}
+    step: dict[str, Any] = {"gpus_per_run": [56, 64], "shardings": ["fsdp2"], "checkpointings": ["full"]}
     rows = sweep(["llama-3.1-70b"], gpus=["a100-40g"], optimizers=["adamw"], precisions=["mixed"], **step).rows
-    assert [(row.gpus, row.fits) for row in rows] == [(48, False), (56, True)]
+    assert [(row.gpus, row.fits) for row in rows] == [(56, False), (64, True)]
     assert violation_of(rows[0]) == (
-        "llama-3.1-70b on 48 x a100-40g under fsdp2: adamw (fused), batch 1, sequence 2048, mixed, checkpointing full: "
+        "llama-3.1-70b on 56 x a100-40g under fsdp2: adamw (fused), batch 1, sequence 2048, mixed, checkpointing full: "
         "fits by bytes, but fragmentation leaves no room"
     )
     assert violation_of(rows[1]) is None
