@@ -7,24 +7,24 @@ from collections.abc import Callable
 _LARGEST_BATCH = 2**20
 
 
-def largest_batch(*, fits_by_sums: Callable[[int], bool], fits: Callable[[int], bool]) -> int:
+def largest_batch(
+    *, fits_by_sums: Callable[[int], bool], fits: Callable[[int], bool], guess: Callable[[int], int] | None = None
+) -> int:
     """Sequences of the largest micro-batch, 0 if not even one fits.
 
     Args:
         fits_by_sums: Whether a micro-batch has room by sums of bytes, which is quick to say.
         fits: Whether one runs; it has the last word, from what has room by sums downwards.
+        guess: A smaller one that probably runs, given one that does not.
     """
     low, high = 0, 1
     while high <= _LARGEST_BATCH and fits_by_sums(high):
         low, high = high, high * 2
-    return _most(_bisected(low, high, fits_by_sums), fits)
-
-
-def _most(most: int, fits: Callable[[int], bool]) -> int:
-    """Largest number up to `most` that fits while the next does not; 0 if none does."""
+    most = _bisected(low, high, fits_by_sums)
     if most == 0 or fits(most):
         return most
-    return _bisected(0, most, fits)
+    low = min(max(guess(most), 0), most - 1) if guess else 0
+    return _bisected(low, most, fits) if low == 0 or fits(low) else _bisected(0, low, fits)
 
 
 def _bisected(low: int, high: int, fits: Callable[[int], bool]) -> int:

@@ -240,30 +240,27 @@ class Workload:
     def max_batch_size(self, candidate: Candidate) -> int | None:
         """Largest micro-batch that runs in the usable bytes, 0 if not even one sequence does.
 
-        Found by bisection over the quick peaks; the simulation has the last word where they leave little room, of the
-        micro-batch asked about and of the one found.
+        Found by bisection over the quick peaks; the simulation has the last word, so that an estimate of this
+        micro-batch does not refuse it.
         """
         if not self.has_rules:
             return None
-        usable, follows_sums = self.usable_bytes, self.request.allocator_settings.follows_sums
-        asked, fits = self.request.config.batch_size, self.surely_fits if follows_sums else self._comes_through
-        found = largest_batch(
+        usable = self.usable_bytes
+        return largest_batch(
             fits_by_sums=lambda size: self.rounded_peak_bytes(candidate, batch_size=size) <= usable,
-            fits=lambda size: (size < asked or self.shortage(candidate) is None) and fits(candidate, size),
+            fits=partial(self._comes_through, candidate),
+            guess=partial(self._unhurt_size, candidate),
         )
-        # Also where the sums leave room: an estimate of this micro-batch must not refuse it.
-        return largest_batch(fits_by_sums=lambda size: size <= found, fits=partial(self._comes_through, candidate))
+
+    def _unhurt_size(self, candidate: Candidate, batch_size: int) -> int:
+        """About the micro-batch that fragmentation takes nothing from, where a larger one would reserve too much."""
+        peaks, kept = self.peaks(candidate, batch_size=batch_size), self.resident(candidate).total
+        reserved = peaks.most_reserved_bytes if peaks is not None else 0
+        return batch_size * max(self.usable_bytes - kept, 0) // max(reserved - kept, 1)
 
     def leaves_room(self, num_bytes: int) -> bool:
         """Whether a peak of rounded sums leaves so much that a simulation will hardly refuse it."""
         return num_bytes <= self.usable_bytes * (1 - _TRUSTED_ROOM)
-
-    def surely_fits(self, candidate: Candidate, batch_size: int) -> bool:
-        """Whether the step runs in the usable bytes, simulated where the quick peak leaves little room."""
-        quick = self.rounded_peak_bytes(candidate, batch_size=batch_size)
-        if self.leaves_room(quick):
-            return True
-        return quick <= self.usable_bytes and self._comes_through(candidate, batch_size)
 
     def state_variants(self, candidate: Candidate) -> dict[str, int]:
         """Bytes of device state under each of the optimizer's variants, such as the ends of Adapprox's rank."""

@@ -60,11 +60,6 @@ class AllocatorSettings(msgspec.Struct, frozen=True):
         """Whether these settings are torch's own, so that the lean simulator will do."""
         return msgspec.structs.replace(self, ignored=()) == AllocatorSettings()
 
-    @property
-    def follows_sums(self) -> bool:
-        """Whether allocated bytes are within a few percent of the sums of requests rounded to 512 bytes."""
-        return not any(self.roundup_power2_divisions) and self.max_split_bytes is None
-
     def rounded(self, num_bytes: int) -> int:
         """Bytes that a request of `num_bytes` is rounded up to."""
         if not self.roundup_power2_divisions or num_bytes < ROUNDING:

@@ -42,6 +42,7 @@ ANSWERS = {
 """The type of everything that a command prints with `--json`, by schema."""
 _LARGEST_BYTES = 2**30
 """More than this, unpacked, no record holds; a file that unpacks to more was made to exhaust the memory."""
+_LONGEST_LAUNCH_SECONDS = 1.0
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
@@ -131,7 +132,7 @@ def load_answer(path: str | Path) -> msgspec.Struct:
     shown = shorten(str(path))
     content = _read(Path(path), shown)
     try:
-        fields = json.loads(content)
+        fields = json.loads(content, parse_constant=_no_number)
     except (ValueError, RecursionError):
         if STEP_TIMES_SCHEMA.encode() in content.partition(b"\n")[0]:
             raise _step_times(shown) from None
@@ -144,7 +145,21 @@ def load_answer(path: str | Path) -> msgspec.Struct:
         answer: msgspec.Struct = msgspec.convert(fields, getattr(import_module(module), name))
     except msgspec.ValidationError as error:
         raise ConfigError(f"{shown} is a damaged {schema} record: {error}") from None
-    return _with_possible_times(answer) if isinstance(answer, Measurement) else answer
+    return _with_possible_host(_with_possible_times(answer)) if isinstance(answer, Measurement) else answer
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _with_possible_host(record: Measurement) -> Measurement:
+    """The record without a time of its host's launches that cannot be one."""
+    seconds = record.time.host_launch_seconds if record.time else None
+    if record.time is None or seconds is None or 0 < seconds < _LONGEST_LAUNCH_SECONDS:
+        return record
+    note = f"how fast the host launched is not measured: {seconds:g} seconds cannot be the time of one operation"
+    time = msgspec.structs.replace(record.time, host_launch_seconds=None)
+    return msgspec.structs.replace(record, time=time, notes=[*record.notes, note])
 
 
 def _with_possible_times(record: Measurement) -> Measurement:

@@ -11,7 +11,7 @@ import pytest
 
 from optplan.planner.errors import ConfigError, OptplanError
 from optplan.planner.estimate import estimate
-from optplan.planner.measured.measurement import Environment, Measurement
+from optplan.planner.measured.measurement import Environment, Measurement, StepTime
 from optplan.planner.measured.packed_history import pack, unpack
 from optplan.planner.measured.record_files import check_target, load_record, save_record
 from optplan.planner.records import GpuRow, ModelRow, PhasePeak, ResidentBytes, StepConfig
@@ -172,3 +172,27 @@ def test_a_folder_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             write("none/step")
     with pytest.raises(OptplanError, match=r"^cannot write '\.': it is a folder; nothing was saved$"):
         check_target(".")
+
+
+def _timed(host_launch_seconds: float) -> Measurement:
+    time = StepTime(step_seconds=0.5, phases={"step": 0.1}, num_steps=8, host_launch_seconds=host_launch_seconds)
+    return msgspec.structs.replace(RECORD, time=time)
+
+
+@pytest.mark.parametrize("seconds", [0.0, -2e-5, 1e308])
+def test_a_host_time_that_cannot_be_is_left_out_and_the_rest_is_read(seconds: float, tmp_path: Path) -> None:
+    record = load_record(save_record(_timed(seconds), tmp_path / "step.json.gz"))
+    assert isinstance(record, Measurement) and record.time is not None
+    assert (record.time.host_launch_seconds, record.time.step_seconds) == (None, 0.5)
+    assert record.notes == [
+        f"how fast the host launched is not measured: {seconds:g} seconds cannot be the time of one operation"
+    ]
+
+
+@pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity"])
+def test_what_is_no_number_is_no_record(word: str, tmp_path: Path) -> None:
+    path = tmp_path / "step.json"
+    text = gzip.decompress(save_record(_timed(2e-5), tmp_path / "step.json.gz").read_bytes()).decode()
+    path.write_text(text.replace("2e-05", word))
+    with pytest.raises(ConfigError, match=r"step.json' is not a record: it is no JSON document, or was cut short$"):
+        load_record(path)
