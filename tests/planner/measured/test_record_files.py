@@ -194,5 +194,5 @@ def test_what_is_no_number_is_no_record(word: str, tmp_path: Path) -> None:
     path = tmp_path / "step.json"
     text = gzip.decompress(save_record(_timed(2e-5), tmp_path / "step.json.gz").read_bytes()).decode()
     path.write_text(text.replace("2e-05", word))
-    with pytest.raises(ConfigError, match=r"step.json' is not a record: it is no JSON document, or was cut short$"):
+    with pytest.raises(ConfigError, match=r" is not a record: it is no JSON document, or was cut short$"):
         load_record(path)
