@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
+import msgspec
+
 from optplan.planner.candidates import Candidate, OptimizerChoice, choose_optimizers
 from optplan.planner.catalog import load_model
 from optplan.planner.errors import ConfigError
@@ -56,6 +58,7 @@ def estimate_request(
     per_tensor: bool = False,
     workload: Workload | None = None,
     host_launch_seconds: float | None = None,
+    advises: bool = True,
 ) -> EstimateReport:
     """The report for a checked request and the optimizers chosen for it.
 
@@ -65,6 +68,7 @@ def estimate_request(
         per_tensor: Whether each estimate lists the state of every parameter.
         workload: What answers the request; the step rules when None.
         host_launch_seconds: What the host of the step takes to launch one operation, where it was measured.
+        advises: Whether other steps are simulated too, for a recommendation and the largest micro-batch.
 
     Raises:
         ConfigError: An optimizer that was named cannot run this step, the rules are to answer for the trace engine, or
@@ -75,13 +79,18 @@ def estimate_request(
     workload = workload or Workload(request)
     candidates, skipped = workload.candidates(choices)
     chosen = {choice.id: choice.optimizer.implementation for choice in choices}
-    advice = recommend(workload, candidates)
+    advice = recommend(workload, candidates) if advises else None
     ordered = candidates if all(choice.explicit for choice in choices) else _recommended_first(candidates, advice)
     gpu, timer = request.gpu, StepTimer(workload, host_launch_seconds=host_launch_seconds)
     estimates = [
         _estimate(workload, timer, candidate, chosen[candidate.id], per_tensor=per_tensor, is_only=len(ordered) == 1)
         for candidate in ordered
     ]
+    if advises:
+        estimates = [
+            msgspec.structs.replace(row, max_batch_size=workload.max_batch_size(candidate))
+            for row, candidate in zip(estimates, ordered, strict=True)
+        ]
     fewest = fewest_gpus_note(workload, ordered[0]) if [row.fits for row in estimates] == [False] else None
     host = host_note(host_launch_seconds) if any(row.step_seconds for row in estimates) else None
     return EstimateReport(
@@ -115,7 +124,6 @@ def _estimate(
         bytes=workload.resident(candidate),
         state_tensors=dict(candidate.footprint.bytes_by_name),
         fits=workload.fits(candidate),
-        max_batch_size=workload.max_batch_size(candidate),
         step_seconds=seconds.as_dict() if seconds else None,
         state_variants=workload.state_variants(candidate),
         saving_against_adamw=workload.saving(candidate),

@@ -20,6 +20,8 @@ from optplan.planner.workload import Workload
 def expect(record: Measurement, *, host_launch_seconds: float | None = None) -> EstimateReport:
     """The estimate of the step that the record is of, with the same optimizer, options and settings, on its host.
 
+    Advice and the largest micro-batch, which no record tells, are left out.
+
     Args:
         record: The step.
         host_launch_seconds: What the host takes to launch one operation; as the record found it when None.
@@ -29,7 +31,7 @@ def expect(record: Measurement, *, host_launch_seconds: float | None = None) -> 
             none.
     """
     request, choices = asked_of(record)
-    return estimate_request(request, choices, host_launch_seconds=host_launch_seconds or measured_host(record))
+    return _estimated(request, choices, host_launch_seconds or measured_host(record))
 
 
 def hold_against_rules(record: Measurement, *, label: str = "measured") -> Comparison:
@@ -39,13 +41,18 @@ def hold_against_rules(record: Measurement, *, label: str = "measured") -> Compa
         ConfigError: As `expect` does.
     """
     request, choices = asked_of(record)
-    report = estimate_request(request, choices, host_launch_seconds=measured_host(record))
+    report = _estimated(request, choices, measured_host(record))
     predicted = predicted_side(report, record, label="predicted by rules")
     if record.history is not None:
         workload = Workload(request)
         (candidate,), _ = workload.candidates(choices)
         predicted = msgspec.structs.replace(predicted, history=workload.history(candidate))
     return compare([side_of_measurement(record, label=label), predicted])
+
+
+def _estimated(request: StepRequest, choices: list[OptimizerChoice], host: float | None) -> EstimateReport:
+    """The estimate without advice and the largest micro-batch, which no record tells."""
+    return estimate_request(request, choices, host_launch_seconds=host, advises=False)
 
 
 def predicted_side(report: EstimateReport, record: Measurement, *, label: str) -> Side:
