@@ -82,8 +82,9 @@ def estimate_request(
     advice = recommend(workload, candidates) if advises else None
     ordered = candidates if all(choice.explicit for choice in choices) else _recommended_first(candidates, advice)
     gpu, timer = request.gpu, StepTimer(workload, host_launch_seconds=host_launch_seconds)
+    tries_changes = advises and len(ordered) == 1
     estimates = [
-        _estimate(workload, timer, candidate, chosen[candidate.id], per_tensor=per_tensor, is_only=len(ordered) == 1)
+        _estimate(workload, timer, candidate, chosen[candidate.id], per_tensor=per_tensor, tries_changes=tries_changes)
         for candidate in ordered
     ]
     if advises:
@@ -111,12 +112,12 @@ def _recommended_first(candidates: list[Candidate], advice: Recommendation | Non
 
 
 def _estimate(
-    workload: Workload, timer: StepTimer, candidate: Candidate, chosen: str, *, per_tensor: bool, is_only: bool
+    workload: Workload, timer: StepTimer, candidate: Candidate, chosen: str, *, per_tensor: bool, tries_changes: bool
 ) -> Estimate:
     row: dict[str, Any] = {"per_tensor": _tensor_rows(candidate)} if per_tensor else {}
     row |= _peak_fields(workload, candidate)
     seconds = timer.seconds(candidate)
-    flushes = flush_note(workload, candidate, tries_changes=is_only)
+    flushes = flush_note(workload, candidate, tries_changes=tries_changes)
     return Estimate(
         optimizer=candidate.id,
         implementation=candidate.implementation,
